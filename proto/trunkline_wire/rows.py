@@ -1,0 +1,59 @@
+"""Ids of rows and digests of datasets: what makes a second upload free.
+
+A row's id says what the row was made from, not which bits came out: the picture, the preprocessing, the weights, the
+cut and the codec. So a client knows what the cluster has before it computes anything, and rounding that depends on the
+batch a row sat in cannot make two rows of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trunkline_wire.specs import FeatureSpace
+
+ROW_ID_BYTES = 32
+"""Length of a row id: SHA-256."""
+
+
+def content_digest(content: bytes | npt.NDArray[np.generic]) -> bytes:
+    """Return the SHA-256 of a source row: of a file's bytes, or of an array's dtype, shape and values."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(b"file\0" + content).digest()
+    header = f"array\0{content.dtype.str}\0{content.shape}\0".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(content).tobytes()).digest()
+
+
+def row_id(space: FeatureSpace, codec: str, content: bytes) -> bytes:
+    """Return the id of one row.
+
+    Args:
+        space: Where the features live. Only its fingerprint counts.
+        codec: How the row is encoded: ``float16``, ``float32``, ``images`` ...
+        content: ``content_digest`` of what the row is made from.
+    """
+    return hashlib.sha256(f"row-v1\0{space.fingerprint}\0{codec}\0".encode() + content).digest()
+
+
+def dataset_digest(
+    row_ids: Sequence[bytes],
+    class_names: Sequence[str],
+    class_indices: Sequence[int] | npt.NDArray[np.integer],
+    targets: npt.NDArray[np.float32] | None,
+) -> str:
+    """Return the hex SHA-256 of a dataset: equal rows with equal labels in equal order, equal digest."""
+    digest = hashlib.sha256(b"dataset-v1\0")
+    digest.update(len(row_ids).to_bytes(8, "little"))
+    for one in row_ids:
+        digest.update(one)
+    digest.update(len(class_names).to_bytes(8, "little"))
+    for name in class_names:
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
+    digest.update(np.asarray(class_indices, dtype="<u4").tobytes())
+    if targets is not None:
+        digest.update(f"targets{targets.shape}".encode() + np.ascontiguousarray(targets, dtype="<f4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+from trunkline_wire.v1 import error_pb2 as _error_pb2
+from trunkline_wire.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "wire_version", "versions", "max_message_bytes", "max_batch_rows", "time_s", "tenant", "storage_shared", "storage_note")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_SHARED_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_NOTE_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    wire_version: int
+    versions: _containers.ScalarMap[str, str]
+    max_message_bytes: int
+    max_batch_rows: int
+    time_s: float
+    tenant: str
+    storage_shared: bool
+    storage_note: str
+    def __init__(self, version: _Optional[str] = ..., wire_version: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., time_s: _Optional[float] = ..., tenant: _Optional[str] = ..., storage_shared: bool = ..., storage_note: _Optional[str] = ...) -> None: ...
+
+class Preprocessing(_message.Message):
+    __slots__ = ("input_size", "crop_fraction", "interpolation", "mean", "std")
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CROP_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    input_size: int
+    crop_fraction: float
+    interpolation: str
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, input_size: _Optional[int] = ..., crop_fraction: _Optional[float] = ..., interpolation: _Optional[str] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Cut(_message.Message):
+    __slots__ = ("name", "feature_shape", "fingerprint", "slices")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    feature_shape: _containers.RepeatedScalarFieldContainer[int]
+    fingerprint: str
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., feature_shape: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("name", "start", "stop")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start: int
+    stop: int
+    def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class Backbone(_message.Message):
+    __slots__ = ("name", "pretrained", "weights", "weights_sha256", "num_parameters", "preprocessing", "resizable", "cuts", "slices", "embedding_fingerprint", "runtime", "device", "runtime_error")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PRETRAINED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    RESIZABLE_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_ERROR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pretrained: bool
+    weights: str
+    weights_sha256: str
+    num_parameters: int
+    preprocessing: Preprocessing
+    resizable: bool
+    cuts: _containers.RepeatedCompositeFieldContainer[Cut]
+    slices: _containers.RepeatedCompositeFieldContainer[Slice]
+    embedding_fingerprint: str
+    runtime: str
+    device: str
+    runtime_error: float
+    def __init__(self, name: _Optional[str] = ..., pretrained: bool = ..., weights: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., num_parameters: _Optional[int] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., resizable: bool = ..., cuts: _Optional[_Iterable[_Union[Cut, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., embedding_fingerprint: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., runtime_error: _Optional[float] = ...) -> None: ...
+
+class ListBackbonesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBackbonesResponse(_message.Message):
+    __slots__ = ("backbones",)
+    BACKBONES_FIELD_NUMBER: _ClassVar[int]
+    backbones: _containers.RepeatedCompositeFieldContainer[Backbone]
+    def __init__(self, backbones: _Optional[_Iterable[_Union[Backbone, _Mapping]]] = ...) -> None: ...
+
+class DescribeBackboneRequest(_message.Message):
+    __slots__ = ("backbone", "input_size")
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    input_size: int
+    def __init__(self, backbone: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
+
+class DescribeBackboneResponse(_message.Message):
+    __slots__ = ("backbone",)
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    backbone: Backbone
+    def __init__(self, backbone: _Optional[_Union[Backbone, _Mapping]] = ...) -> None: ...
+
+class FetchStemRequest(_message.Message):
+    __slots__ = ("backbone", "cut", "input_size")
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    cut: str
+    input_size: int
+    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
+
+class FetchStemResponse(_message.Message):
+    __slots__ = ("seq", "header", "chunk", "end")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    header: StemHeader
+    chunk: bytes
+    end: _error_pb2.EndOfStream
+    def __init__(self, seq: _Optional[int] = ..., header: _Optional[_Union[StemHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[_error_pb2.EndOfStream, _Mapping]] = ...) -> None: ...
+
+class StemHeader(_message.Message):
+    __slots__ = ("space", "preprocessing", "feature_shape", "size_bytes", "sha256")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    space: _tensor_pb2.FeatureSpace
+    preprocessing: Preprocessing
+    feature_shape: _containers.RepeatedScalarFieldContainer[int]
+    size_bytes: int
+    sha256: str
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., feature_shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...

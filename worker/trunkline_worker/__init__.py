@@ -1,0 +1,1 @@
+"""The worker: backbones, heads, training and serving on a Ray cluster."""

@@ -1,0 +1,81 @@
+"""What an engine takes and gives. A servicer talks to an ``Engine``: in this process, or behind a Serve handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.errors import WireError
+from trunkline_wire.specs import BackboneSpec, FeatureSpace, Preprocessing, SliceSpec, Timings
+
+from trunkline_worker.store.records import ModelRecord
+
+Payload = npt.NDArray[np.generic] | Sequence[bytes]
+"""Features at the cut, (B, ...); or encoded images, one per row."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An embedding. ``embedding_BD`` is float32 and NaN in rows that failed."""
+
+    embedding_BD: npt.NDArray[np.float32]
+    slices: tuple[SliceSpec, ...]
+    row_errors: Mapping[int, WireError] = field(default_factory=dict)
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says. ``outputs_BK`` is float32 and NaN in rows that failed."""
+
+    outputs_BK: npt.NDArray[np.float32]
+    row_errors: Mapping[int, WireError] = field(default_factory=dict)
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class StemFile:
+    """An exported stem: where its ONNX file lies in storage and what it must hash to."""
+
+    space: FeatureSpace
+    preprocessing: Preprocessing
+    feature_shape: tuple[int, ...]
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since start. ``trunk_rows`` counts rows that went through the trunk."""
+
+    trunk_calls: int
+    trunk_rows: int
+    head_calls: int
+    queued_rows: int
+
+
+class Engine(Protocol):
+    """One backbone, ready to answer. Every method raises ``WireError`` and nothing else on purpose."""
+
+    async def describe(self, input_size: int = 0) -> BackboneSpec:
+        """Describe the backbone at an input size; 0 is its own."""
+
+    async def stem(self, cut: str, input_size: int = 0) -> StemFile:
+        """Export the stem before a cut, or find it in storage."""
+
+    async def predict(
+        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, deadline: float | None = None
+    ) -> Prediction:
+        """Run trunk and head. ``deadline`` is a reading of the engine's clock; rows past it are dropped unrun."""
+
+    async def extract(
+        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, deadline: float | None = None
+    ) -> Extraction:
+        """Run the trunk and return slices of the embedding; none named means all that the cut allows."""
+
+    async def stats(self) -> EngineStats:
+        """Return the counters."""

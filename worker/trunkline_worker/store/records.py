@@ -1,0 +1,137 @@
+"""Plain records of what the store keeps. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trunkline_wire.specs import FeatureSpace
+
+
+class JobState(enum.Enum):
+    """Where a training job stands. Values are those of ``trunkline_wire.v1.JobState``."""
+
+    QUEUED = 1
+    RUNNING = 2
+    SUCCEEDED = 3
+    FAILED = 4
+    CANCELLED = 5
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will happen to the job any more."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A version of a dataset. ``space`` is ``IMAGES`` where the rows are images."""
+
+    tenant: str
+    name: str
+    version: int
+    num_rows: int
+    digest: str
+    space: FeatureSpace
+    class_names: tuple[str, ...]
+    num_targets: int
+    create_time: float
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``. See ``JobSpec`` in training.proto."""
+
+    model: str
+    dataset: str
+    backbone: str
+    input_size: int
+    embedding: str = "auto"
+    slices: tuple[str, ...] = ()
+    head_kind: str = "linear"
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+    solver: str = "lbfgs"
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    l2: float = -1.0
+    validation_fraction: float = 0.2
+    refit: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A training job as it stands. ``error_code`` is an ``ErrorCode`` name, empty unless the job failed."""
+
+    id: str
+    tenant: str
+    state: JobState
+    spec: JobSpec
+    create_time: float
+    start_time: float = 0.0
+    end_time: float = 0.0
+    num_restarts: int = 0
+    cancel_requested: bool = False
+    error_code: str = ""
+    error_message: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job. ``seq`` counts from 1 within the job; 0 until the store has assigned it."""
+
+    phase: str
+    progress: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    message: str = ""
+    time: float = 0.0
+    seq: int = 0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to work on a job until ``deadline``. ``fence`` grows with every lease of the job."""
+
+    job: JobRecord
+    fence: int
+    deadline: float
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A trained model: immutable. ``task`` is ``classification`` or ``regression``."""
+
+    tenant: str
+    name: str
+    version: int
+    task: str
+    class_names: tuple[str, ...]
+    num_outputs: int
+    space: FeatureSpace
+    embedding_fingerprint: str
+    slices: tuple[str, ...]
+    metrics: Mapping[str, float]
+    dataset: str
+    dataset_digest: str
+    head_sha256: str
+    versions: Mapping[str, str]
+    job_id: str
+    create_time: float
+
+    @property
+    def reference(self) -> str:
+        """Return ``name@version``."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class RowLocation:
+    """Where a row lies: the chunk's id and the row's index in it."""
+
+    row_id: bytes
+    chunk: str
+    index: int

@@ -1,0 +1,1 @@
+"""Training of heads: `loop` is plain torch, `ray_train` runs it in a lane."""
