@@ -110,7 +110,7 @@ class ParsedDetails:
     request_id: str
 
 
-_DETAILS = re.compile(r"^\[(?P<code>[A-Z_]+)\] (?P<message>.*?)(?: \(request (?P<request_id>[\w-]+)\))?$", re.DOTALL)
+_DETAILS = re.compile(r"^\[(?P<code>[A-Z_]+)\] (?P<message>.*?)(?: \(request (?P<request_id>[\w-]+)\))?\Z", re.DOTALL)
 
 
 def format_details(error: WireError, request_id: str) -> str:

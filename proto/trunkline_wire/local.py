@@ -55,8 +55,10 @@ def write_local_cluster(cluster: LocalCluster) -> None:
     """Write the local cluster's file, whole or not at all, readable by its owner only."""
     path = cluster_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A file left over from an earlier try may have another mode, or be a link: it is never written through.
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(asdict(cluster), file)
     temporary.replace(path)
 

@@ -10,7 +10,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
@@ -36,6 +36,7 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         WireError: CORRUPT_IMAGE or PAYLOAD_TOO_LARGE.
     """
+    # Checked here as well as on the wire: files reach this from the caller's disk too.
     if len(data) > MAX_IMAGE_BYTES:
         raise WireError(ErrorCode.PAYLOAD_TOO_LARGE, f"image file of {len(data)} bytes; at most {MAX_IMAGE_BYTES}")
     try:
@@ -49,6 +50,11 @@ def decode_image(data: bytes) -> Image.Image:
             return _upright_rgb(image)
     except WireError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow's own cap comes first where it is lower, or where a program made its warning an error.
+        raise WireError(
+            ErrorCode.PAYLOAD_TOO_LARGE, f"image of too many pixels; at most {MAX_IMAGE_PIXELS} in all"
+        ) from error
     except Exception as error:  # Pillow raises many kinds on damaged files, SyntaxError and struct.error among them
         raise WireError(ErrorCode.CORRUPT_IMAGE, f"not a readable {', '.join(IMAGE_FORMATS)} file") from error
 
@@ -99,12 +105,31 @@ def preprocess_image(image: Image.Image, preprocessing: Preprocessing) -> npt.ND
     scale = target / min(image.size)
     width = max(target, round(image.width * scale))
     height = max(target, round(image.height * scale))
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height > MAX_IMAGE_PIXELS:
+        # A picture of 1 x 1,000,000 pixels would grow to gigabytes: compute nothing but the part that is kept.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return np.asarray(image.resize((size, size), resample, box=box), dtype=np.uint8)
     if (width, height) != image.size:
         image = image.resize((width, height), resample)
-    left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """Turn the picture as its EXIF data says and convert it to RGB, transparency dropped."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16 bits at 255, which turns nearly everything white.
+        array = np.asarray(image)
+        return Image.fromarray((array.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH, "pictures of floating-point pixels have no stated range; convert them to uint8"
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # in one step some versions of Pillow warn
+    return image.convert("RGB")

@@ -24,7 +24,9 @@ def content_digest(content: bytes | npt.NDArray[np.generic]) -> bytes:
     if isinstance(content, bytes):
         return hashlib.sha256(b"file\0" + content).digest()
     header = f"array\0{content.dtype.str}\0{content.shape}\0".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(content).tobytes()).digest()
+    digest = hashlib.sha256(header)
+    digest.update(np.ascontiguousarray(content).reshape(-1).view(np.uint8).data)  # no copy: it may be a large picture
+    return digest.digest()
 
 
 def row_id(space: FeatureSpace, codec: str, content: bytes) -> bytes:

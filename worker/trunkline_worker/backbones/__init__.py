@@ -1,1 +1,1 @@
-"""Pretrained networks: the catalogue, where they can be cut, their weights, and the export of stems. torch only."""
+"""Backbones: the catalogue, their weights, their cuts and the export of their stems. Torch only."""

@@ -1,1 +1,1 @@
-"""Rows in, embeddings and predictions out: batching, the trunk, many heads on one pass. torch only."""
+"""The engine: batcher, runtimes, multi-head stage. Torch and ONNX Runtime, no ray, grpc or protobuf."""

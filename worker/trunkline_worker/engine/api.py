@@ -68,12 +68,12 @@ class Engine(Protocol):
         """Export the stem before a cut, or find it in storage."""
 
     async def predict(
-        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, deadline: float | None = None
+        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
     ) -> Prediction:
-        """Run trunk and head. ``deadline`` is a reading of the engine's clock; rows past it are dropped unrun."""
+        """Run trunk and head. Rows still waiting after ``timeout_s`` seconds are dropped unrun."""
 
     async def extract(
-        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, deadline: float | None = None
+        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
     ) -> Extraction:
         """Run the trunk and return slices of the embedding; none named means all that the cut allows."""
 

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from trunkline_wire.specs import FeatureSpace
 
 
@@ -37,6 +39,28 @@ class DatasetRecord:
     class_names: tuple[str, ...]
     num_targets: int
     create_time: float
+
+    @property
+    def reference(self) -> str:
+        """Return ``name@version``."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class DatasetContent:
+    """What a version of a dataset is made of, row by row.
+
+    Attributes:
+        record: The version.
+        row_ids: One per row, in the dataset's order.
+        class_indices: uint32, into ``record.class_names``; empty where the labels are numbers.
+        targets: float32 (rows, outputs); None where the labels are classes.
+    """
+
+    record: DatasetRecord
+    row_ids: list[bytes]
+    class_indices: npt.NDArray[np.uint32]
+    targets: npt.NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)

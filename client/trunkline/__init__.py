@@ -1,0 +1,144 @@
+"""Trunkline: use a heavy pretrained model from a light client.
+
+import trunkline
+
+client = trunkline.connect()
+stem = client.stem("efficientnet_lite0", cut="blocks.2")
+data = client.upload(images, labels, name="digits", stem=stem)
+model = client.train(data, name="digits-head").result()
+model.predict(images).labels
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trunkline.client import Client, connect
+    from trunkline.datasets import Dataset, UploadReport
+    from trunkline.errors import (
+        AlreadyExistsError,
+        AuthenticationError,
+        BadLabelsError,
+        CallCancelledError,
+        ConfigError,
+        CorruptDataError,
+        CorruptImageError,
+        DeadlineExceededError,
+        DtypeMismatchError,
+        EmptyBatchError,
+        IncompatibleModelError,
+        InternalError,
+        InvalidArgumentError,
+        JobCancelledError,
+        JobFailedError,
+        JobStateError,
+        MissingExtraError,
+        NotFiniteError,
+        NotFoundError,
+        OverloadedError,
+        PayloadTooLargeError,
+        PermissionDeniedError,
+        ServiceUnavailableError,
+        ShapeMismatchError,
+        StorageFullError,
+        TlsError,
+        TrunklineError,
+        UnsupportedError,
+        WorkerOutOfMemoryError,
+    )
+    from trunkline.models import Model
+    from trunkline.predictions import Prediction, RowPrediction
+    from trunkline.records import MLP, JobEvent, JobState, JobStatus, Linear
+    from trunkline.reports import ClassificationReport, RegressionReport, Report
+    from trunkline.stems import Stem
+    from trunkline.training import Job
+
+__all__ = [
+    "AlreadyExistsError",
+    "AuthenticationError",
+    "BadLabelsError",
+    "CallCancelledError",
+    "ClassificationReport",
+    "Client",
+    "ConfigError",
+    "CorruptDataError",
+    "CorruptImageError",
+    "Dataset",
+    "DeadlineExceededError",
+    "DtypeMismatchError",
+    "EmptyBatchError",
+    "IncompatibleModelError",
+    "InternalError",
+    "InvalidArgumentError",
+    "Job",
+    "JobCancelledError",
+    "JobEvent",
+    "JobFailedError",
+    "JobState",
+    "JobStateError",
+    "JobStatus",
+    "Linear",
+    "MLP",
+    "MissingExtraError",
+    "Model",
+    "NotFiniteError",
+    "NotFoundError",
+    "OverloadedError",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "Prediction",
+    "RegressionReport",
+    "Report",
+    "RowPrediction",
+    "ServiceUnavailableError",
+    "ShapeMismatchError",
+    "Stem",
+    "StorageFullError",
+    "TlsError",
+    "TrunklineError",
+    "UnsupportedError",
+    "UploadReport",
+    "WorkerOutOfMemoryError",
+    "connect",
+]
+
+_MODULES = {
+    "ClassificationReport": "trunkline.reports",
+    "Client": "trunkline.client",
+    "Dataset": "trunkline.datasets",
+    "Job": "trunkline.training",
+    "JobEvent": "trunkline.records",
+    "JobState": "trunkline.records",
+    "JobStatus": "trunkline.records",
+    "Linear": "trunkline.records",
+    "MLP": "trunkline.records",
+    "Model": "trunkline.models",
+    "Prediction": "trunkline.predictions",
+    "RegressionReport": "trunkline.reports",
+    "Report": "trunkline.reports",
+    "RowPrediction": "trunkline.predictions",
+    "Stem": "trunkline.stems",
+    "UploadReport": "trunkline.datasets",
+    "connect": "trunkline.client",
+}
+"""Where a name comes from, if not from ``trunkline.errors``. Loaded when it is first used: gRPC and NumPy take time."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load what a name stands for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("trunkline")
+    if name not in __all__:
+        raise AttributeError(f"module 'trunkline' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, "trunkline.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__version__"]

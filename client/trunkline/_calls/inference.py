@@ -1,0 +1,183 @@
+"""Calls that put rows in and get predictions or embeddings out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.codecs import DTYPES, encode_array, encode_images
+from trunkline_wire.errors import WireError
+from trunkline_wire.messages import space_to_proto, timings_from_proto
+from trunkline_wire.specs import FeatureSpace, SliceSpec, Timings
+from trunkline_wire.v1 import error_pb2, tensor_pb2
+from trunkline_wire.v1 import inference_pb2 as pb
+from trunkline_wire.v1.inference_pb2_grpc import InferenceServiceStub
+
+from trunkline._calls.core import Caller, error_from_message
+from trunkline._calls.exchange import Exchange
+from trunkline._deadline import Deadline
+from trunkline.errors import InternalError, TrunklineError, from_wire
+
+# Shape suffix legend: B = rows, D = embedding width, K = classes or outputs
+
+Rows = npt.NDArray[np.generic] | Sequence[bytes]
+"""Features at a cut, (B, ...); or encoded images, one per row."""
+
+
+@dataclass(frozen=True)
+class RawPrediction:
+    """One batch's answer. ``outputs_BK`` is NaN in rows that failed."""
+
+    model: str
+    outputs_BK: npt.NDArray[np.float32]
+    labels: tuple[str, ...]
+    row_errors: Mapping[int, TrunklineError]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class RawEmbedding:
+    """One batch's answer. ``embedding_BD`` is NaN in rows that failed."""
+
+    embedding_BD: npt.NDArray[np.float32]
+    slices: tuple[SliceSpec, ...]
+    row_errors: Mapping[int, TrunklineError]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that travel together. ``row_numbers`` says which of the caller's rows they are."""
+
+    rows: Rows
+    row_numbers: tuple[int, ...]
+
+
+class InferenceCalls:
+    """``InferenceService``."""
+
+    def __init__(self, caller: Caller) -> None:
+        """Keep who makes the calls."""
+        self._caller = caller
+
+    def predict(self, space: FeatureSpace, rows: Rows, model: str, deadline: Deadline) -> RawPrediction:
+        """Predict one batch."""
+        request = _predict_request(space, rows, model, deadline)
+        return _prediction(self._caller.unary(InferenceServiceStub, "Predict", request, deadline))
+
+    def extract(self, space: FeatureSpace, rows: Rows, slices: Sequence[str], deadline: Deadline) -> RawEmbedding:
+        """Compute the embedding of one batch."""
+        request = _extract_request(space, rows, slices, deadline)
+        return _embedding(self._caller.unary(InferenceServiceStub, "Extract", request, deadline))
+
+    def stream_predict(
+        self, space: FeatureSpace, batches: Iterator[Batch], model: str, *, window: int, deadline: Deadline
+    ) -> Iterator[tuple[Batch, RawPrediction | TrunklineError]]:
+        """Predict many batches with several in flight. Yields each with its answer or its error, as they come."""
+        answers = self._caller.stream(
+            InferenceServiceStub,
+            "StreamPredict",
+            Exchange(batches, window),
+            request=lambda seq, batch: pb.StreamPredictRequest(
+                seq=seq, predict=_predict_request(space, batch.rows, model, deadline)
+            ),
+            end=lambda sent: pb.StreamPredictRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
+            result="result",
+            deadline=deadline,
+        )
+        for _, batch, answer in answers:
+            yield batch, answer if isinstance(answer, TrunklineError) else _prediction(answer)
+
+    def stream_extract(
+        self, space: FeatureSpace, batches: Iterator[Batch], slices: Sequence[str], *, window: int, deadline: Deadline
+    ) -> Iterator[tuple[Batch, RawEmbedding | TrunklineError]]:
+        """Compute the embeddings of many batches with several in flight."""
+        answers = self._caller.stream(
+            InferenceServiceStub,
+            "StreamExtract",
+            Exchange(batches, window),
+            request=lambda seq, batch: pb.StreamExtractRequest(
+                seq=seq, extract=_extract_request(space, batch.rows, slices, deadline)
+            ),
+            end=lambda sent: pb.StreamExtractRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
+            result="result",
+            deadline=deadline,
+        )
+        for _, batch, answer in answers:
+            yield batch, answer if isinstance(answer, TrunklineError) else _embedding(answer)
+
+
+def rows_to_tensor(rows: Rows) -> tensor_pb2.Tensor:
+    """Return the message of rows.
+
+    Raises:
+        TrunklineError: A row has a type that cannot be sent, or all of it is over the limit.
+    """
+    try:
+        return encode_array(rows) if isinstance(rows, np.ndarray) else encode_images(rows)
+    except WireError as error:
+        raise from_wire(error) from None
+
+
+def _predict_request(space: FeatureSpace, rows: Rows, model: str, deadline: Deadline) -> pb.PredictRequest:
+    return pb.PredictRequest(
+        space=space_to_proto(space),
+        features=rows_to_tensor(rows),
+        model=model,
+        timeout_s=deadline.remaining() or 0.0,
+    )
+
+
+def _extract_request(space: FeatureSpace, rows: Rows, slices: Sequence[str], deadline: Deadline) -> pb.ExtractRequest:
+    return pb.ExtractRequest(
+        space=space_to_proto(space),
+        features=rows_to_tensor(rows),
+        slices=slices,
+        timeout_s=deadline.remaining() or 0.0,
+    )
+
+
+def _prediction(answer: pb.PredictResponse) -> RawPrediction:
+    return RawPrediction(
+        model=answer.model,
+        outputs_BK=_matrix(answer.outputs),
+        labels=tuple(answer.labels),
+        row_errors=_row_errors(answer.row_errors),
+        timings=timings_from_proto(answer.timings),
+    )
+
+
+def _embedding(answer: pb.ExtractResponse) -> RawEmbedding:
+    return RawEmbedding(
+        embedding_BD=_matrix(answer.embedding),
+        slices=tuple(SliceSpec(one.name, one.start, one.stop) for one in answer.slices),
+        row_errors=_row_errors(answer.row_errors),
+        timings=timings_from_proto(answer.timings),
+    )
+
+
+def _matrix(tensor: tensor_pb2.Tensor) -> npt.NDArray[np.float32]:
+    """Decode an answer's matrix. Not ``codecs.decode``: rows that failed are NaN here, and rightly so."""
+    shape = tuple(tensor.shape)
+    whole = (
+        len(shape) == 2
+        and tensor.data_type == tensor_pb2.DATA_TYPE_FLOAT32
+        and tensor.codec == tensor_pb2.CODEC_RAW
+        and tensor.compression in (tensor_pb2.COMPRESSION_UNSPECIFIED, tensor_pb2.COMPRESSION_NONE)
+        and min(shape) >= 0
+        and len(tensor.data) == 4 * math.prod(shape)
+    )
+    if not whole:
+        raise InternalError(f"the cluster answered with something else than a float32 matrix (shape {shape})")
+    matrix: npt.NDArray[np.float32] = (
+        np.frombuffer(tensor.data, dtype=DTYPES[tensor_pb2.DATA_TYPE_FLOAT32]).reshape(shape).astype(np.float32)
+    )
+    return matrix
+
+
+def _row_errors(errors: Any) -> dict[int, TrunklineError]:
+    return {one.row: error_from_message(one.error) for one in errors}

@@ -1,0 +1,54 @@
+"""Calls about trained models."""
+
+from __future__ import annotations
+
+from trunkline_wire.messages import space_from_proto
+from trunkline_wire.v1 import registry_pb2 as pb
+from trunkline_wire.v1.registry_pb2_grpc import RegistryServiceStub
+
+from trunkline._calls.core import Caller
+from trunkline._calls.times import from_timestamp
+from trunkline._deadline import Deadline
+from trunkline.records import ModelRecord
+
+
+class RegistryCalls:
+    """``RegistryService``."""
+
+    def __init__(self, caller: Caller) -> None:
+        """Keep who makes the calls."""
+        self._caller = caller
+
+    def get(self, reference: str, deadline: Deadline) -> ModelRecord:
+        """Return one model."""
+        answer: pb.GetModelResponse = self._caller.unary(
+            RegistryServiceStub, "GetModel", pb.GetModelRequest(model=reference), deadline
+        )
+        return _model(answer.model)
+
+    def list(self, deadline: Deadline) -> list[ModelRecord]:
+        """Return every model."""
+        answer: pb.ListModelsResponse = self._caller.unary(
+            RegistryServiceStub, "ListModels", pb.ListModelsRequest(), deadline
+        )
+        return [_model(one) for one in answer.models]
+
+
+def _model(message: pb.Model) -> ModelRecord:
+    return ModelRecord(
+        name=message.name,
+        version=message.version,
+        task="regression" if message.task == pb.TASK_REGRESSION else "classification",
+        class_names=tuple(message.class_names),
+        num_outputs=message.num_outputs,
+        space=space_from_proto(message.space),
+        embedding_fingerprint=message.embedding_fingerprint,
+        slices=tuple(message.slices),
+        metrics=dict(message.metrics),
+        dataset=message.dataset,
+        dataset_digest=message.dataset_digest,
+        head_sha256=message.head_sha256,
+        versions=dict(message.versions),
+        job_id=message.job_id,
+        create_time=from_timestamp(message, "create_time"),
+    )

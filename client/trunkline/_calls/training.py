@@ -1,0 +1,186 @@
+"""Calls that train."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import grpc
+from trunkline_wire.v1 import training_pb2 as pb
+from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
+
+from trunkline._calls.core import MAX_IDLE_CONNECTIONS, Caller, error_from_message, new_request_id
+from trunkline._calls.times import from_timestamp
+from trunkline._deadline import Deadline, retry_delay
+from trunkline._status import is_retryable
+from trunkline.errors import ServiceUnavailableError, TrunklineError
+from trunkline.records import MLP, FitConfig, JobEvent, JobSpec, JobState, JobStatus, Linear
+
+_EMBEDDINGS = {
+    "pooled": pb.EMBEDDING_MODE_POOLED,
+    "auto": pb.EMBEDDING_MODE_AUTO,
+    "slices": pb.EMBEDDING_MODE_SLICES,
+}
+_EMBEDDING_NAMES = {value: name for name, value in _EMBEDDINGS.items()}
+_SOLVERS = {"lbfgs": pb.SOLVER_LBFGS, "adam": pb.SOLVER_ADAM}
+_SOLVER_NAMES = {value: name for name, value in _SOLVERS.items()}
+
+
+class TrainingCalls:
+    """``TrainingService``."""
+
+    def __init__(self, caller: Caller) -> None:
+        """Keep who makes the calls."""
+        self._caller = caller
+
+    def submit(self, spec: JobSpec, deadline: Deadline) -> JobStatus:
+        """Queue a job. A repetition after a lost answer gives the same job."""
+        request = pb.SubmitJobRequest(spec=_spec_to_message(spec), idempotency_key=uuid.uuid4().hex)
+        answer: pb.SubmitJobResponse = self._caller.unary(TrainingServiceStub, "SubmitJob", request, deadline)
+        return _job(answer.job)
+
+    def get(self, job_id: str, deadline: Deadline) -> JobStatus:
+        """Return a job as it stands."""
+        answer: pb.GetJobResponse = self._caller.unary(
+            TrainingServiceStub, "GetJob", pb.GetJobRequest(id=job_id), deadline
+        )
+        return _job(answer.job)
+
+    def list(self, deadline: Deadline) -> list[JobStatus]:
+        """Return every job."""
+        answer: pb.ListJobsResponse = self._caller.unary(
+            TrainingServiceStub, "ListJobs", pb.ListJobsRequest(), deadline
+        )
+        return [_job(one) for one in answer.jobs]
+
+    def cancel(self, job_id: str, deadline: Deadline) -> JobStatus:
+        """Ask for a job's end. Not repeated: the second of two calls may find it ended, which is an error."""
+        answer: pb.CancelJobResponse = self._caller.unary(
+            TrainingServiceStub, "CancelJob", pb.CancelJobRequest(id=job_id), deadline, retry=False
+        )
+        return _job(answer.job)
+
+    def watch(self, job_id: str, after_seq: int, deadline: Deadline) -> Iterator[JobEvent | JobStatus]:
+        """Yield a job's events from ``after_seq`` on, and the job as it ended at last.
+
+        A broken connection is resumed after the last event seen.
+        """
+        broken = 0
+        while True:
+            seen = after_seq
+            try:
+                for item in self._watch_once(job_id, after_seq, deadline):
+                    if isinstance(item, JobStatus):
+                        yield item
+                        return
+                    if item.seq > after_seq:
+                        after_seq = item.seq
+                        yield item
+                error: TrunklineError = ServiceUnavailableError("the cluster ended the stream of events early")
+            except TrunklineError as failure:
+                error = failure
+            broken = 0 if after_seq > seen else broken + 1
+            delay_s = retry_delay(broken + 1, error.retry_delay_s)
+            if not is_retryable(error) or broken >= MAX_IDLE_CONNECTIONS or not deadline.allows(delay_s):
+                raise error
+            self._caller.sleep(delay_s)
+
+    def _watch_once(self, job_id: str, after_seq: int, deadline: Deadline) -> Iterator[JobEvent | JobStatus]:
+        request_id = new_request_id()
+        call = self._caller.connection.stub(TrainingServiceStub).WatchJob(
+            pb.WatchJobRequest(id=job_id, after_seq=after_seq),
+            timeout=deadline.check("WatchJob"),
+            metadata=self._caller.metadata(request_id),
+            wait_for_ready=True,
+        )
+        try:
+            for message in call:
+                kind = message.WhichOneof("kind")
+                if kind == "event":
+                    yield _event(message.event)
+                elif kind == "job":
+                    yield _job(message.job)
+                elif kind == "end":
+                    return
+        except grpc.RpcError as error:
+            raise self._caller.error(error, request_id) from None
+        finally:
+            call.cancel()
+
+
+def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
+    head = (
+        pb.HeadConfig(kind=pb.HEAD_KIND_MLP, hidden=spec.head.hidden, dropout=spec.head.dropout)
+        if isinstance(spec.head, MLP)
+        else pb.HeadConfig(kind=pb.HEAD_KIND_LINEAR)
+    )
+    return pb.JobSpec(
+        model=spec.model,
+        dataset=spec.dataset,
+        backbone=spec.backbone,
+        input_size=spec.input_size,
+        embedding=_EMBEDDINGS[spec.embedding],
+        slices=spec.slices,
+        head=head,
+        fit=pb.FitConfig(
+            solver=_SOLVERS[spec.fit.solver],
+            epochs=spec.fit.epochs,
+            batch_size=spec.fit.batch_size,
+            learning_rate=spec.fit.learning_rate,
+            l2=spec.fit.l2,
+            validation_fraction=spec.fit.validation_fraction,
+            refit=spec.fit.refit,
+            seed=spec.fit.seed,
+        ),
+    )
+
+
+def _spec_from_message(message: pb.JobSpec) -> JobSpec:
+    head: Linear | MLP = Linear()
+    if message.head.kind == pb.HEAD_KIND_MLP:
+        head = MLP(tuple(message.head.hidden), message.head.dropout)
+    return JobSpec(
+        model=message.model,
+        dataset=message.dataset,
+        backbone=message.backbone,
+        input_size=message.input_size,
+        embedding=_EMBEDDING_NAMES.get(message.embedding, ""),
+        slices=tuple(message.slices),
+        head=head,
+        fit=FitConfig(
+            solver=_SOLVER_NAMES.get(message.fit.solver, ""),
+            epochs=message.fit.epochs,
+            batch_size=message.fit.batch_size,
+            learning_rate=message.fit.learning_rate,
+            l2=message.fit.l2,
+            validation_fraction=message.fit.validation_fraction,
+            refit=message.fit.refit,
+            seed=message.fit.seed,
+        ),
+    )
+
+
+def _job(message: pb.Job) -> JobStatus:
+    state = JobState(message.state) if message.state else JobState.QUEUED
+    return JobStatus(
+        id=message.id,
+        state=state,
+        spec=_spec_from_message(message.spec),
+        error=error_from_message(message.error) if state is JobState.FAILED else None,
+        model=message.model,
+        num_restarts=message.num_restarts,
+        create_time=from_timestamp(message, "create_time"),
+        start_time=from_timestamp(message, "start_time"),
+        end_time=from_timestamp(message, "end_time"),
+    )
+
+
+def _event(message: pb.JobEvent) -> JobEvent:
+    return JobEvent(
+        seq=message.seq,
+        time=from_timestamp(message, "time"),
+        phase=message.phase,
+        progress=message.progress,
+        metrics=dict(message.metrics),
+        message=message.message,
+    )

@@ -1,0 +1,24 @@
+"""Small HTML for notebooks. Everything that comes from outside is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+
+def facts(title: str, rows: Iterable[tuple[str, object]]) -> str:
+    """Return a table of names and values under a title."""
+    body = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+        for name, value in rows
+        if value not in (None, "")
+    )
+    return f"<b>{html.escape(title)}</b><table>{body}</table>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table with a header."""
+    head = "".join(f"<th>{html.escape(one)}</th>" for one in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(one))}</td>" for one in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,552 @@
+"""The client: everything that can be asked of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire import WIRE_VERSION
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, FeatureSpace
+
+from trunkline import _html
+from trunkline._calls import Calls
+from trunkline._deadline import Deadline
+from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, ImageFeed, StemFeed, run
+from trunkline.config import Settings, resolve
+from trunkline.datasets import (
+    Dataset,
+    FeatureRows,
+    ImageRows,
+    RowSource,
+    StemRows,
+    check_features,
+    check_upload,
+    rows_deadline,
+    upload_rows,
+)
+from trunkline.errors import (
+    DeadlineExceededError,
+    EmptyBatchError,
+    IncompatibleModelError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from trunkline.models import Model
+from trunkline.predictions import Prediction
+from trunkline.progress import show_progress
+from trunkline.records import MLP, Linear, ServerInfo
+from trunkline.stems import Stem, StemCache, find_cut, open_stem
+from trunkline.training import Job, make_spec
+
+if TYPE_CHECKING:
+    from trunkline._calls import FetchedStem
+
+# Shape suffix legend: N = rows, D = embedding width
+
+CONNECT_TIMEOUT_S = 5.0
+"""Longest time in which a cluster must say that it is there."""
+
+STEM_TIMEOUT_S = 600.0
+"""Deadline for fetching a stem that states none: the cluster may have to export it first."""
+
+
+def connect(
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    ca_file: str | Path | None = None,
+    insecure: bool | None = None,
+    profile: str | None = None,
+    timeout_s: float | None = None,
+) -> Client:
+    """Connect to a cluster and check that it is there.
+
+    Each setting comes from the argument, else from its ``TRUNKLINE_*`` variable, else from a profile in
+    ``config.toml``, else from the cluster that runs on this machine.
+
+    Args:
+        address: ``host:port``.
+        token: Bearer token.
+        token_file: File that holds it.
+        ca_file: PEM file with the certificate to trust. Default: the system's, on other machines.
+        insecure: Send token and data to another machine unencrypted. On this machine that is the default.
+        profile: Name of a profile in ``config.toml``.
+        timeout_s: Deadline of one call that states none. Default: 60.
+
+    Raises:
+        ServiceUnavailableError: There is no cluster. Found out within a few seconds.
+        AuthenticationError: The cluster does not accept the token.
+        IncompatibleModelError: Client and cluster are of versions that do not understand each other.
+        ConfigError: A setting cannot be read or would be unsafe.
+    """
+    settings = resolve(
+        address,
+        token=token,
+        token_file=token_file,
+        ca_file=ca_file,
+        insecure=insecure,
+        profile=profile,
+        timeout_s=timeout_s,
+    )
+    calls = Calls(settings)
+    try:
+        info = calls.catalog.server_info(Deadline(min(CONNECT_TIMEOUT_S, settings.timeout_s)), wait_for_ready=False)
+        check_wire_version(info, settings.address)
+    except BaseException:
+        calls.close()
+        raise
+    return Client(settings, calls, info)
+
+
+def check_wire_version(info: ServerInfo, address: str) -> None:
+    """Check that client and cluster understand each other.
+
+    Raises:
+        IncompatibleModelError: They do not.
+    """
+    if info.wire_version != WIRE_VERSION:
+        older = "client" if info.wire_version > WIRE_VERSION else "cluster"
+        raise IncompatibleModelError(
+            f"the cluster at {address} (version {info.version}) speaks wire version {info.wire_version}; "
+            f"this client speaks {WIRE_VERSION}",
+            hint=f"Upgrade the {older}: pip install -U trunkline",
+        )
+
+
+class Client:
+    """A connection to a cluster. Made by ``connect``; may be used by several threads, and after a fork.
+
+    Attributes:
+        settings: How the cluster is reached, and where that was found.
+        info: What the cluster said about itself.
+    """
+
+    def __init__(self, settings: Settings, calls: Calls, info: ServerInfo) -> None:
+        """Keep an open connection."""
+        self.settings = settings
+        self.info = info
+        self._calls = calls
+        self._stems: dict[tuple[str, str, int, str, int | None], Stem] = {}
+        self._specs: dict[tuple[str, int], BackboneSpec] = {}
+
+    def __enter__(self) -> Client:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Jobs go on."""
+        self._calls.close()
+
+    def backbones(self, *, timeout_s: float | None = None) -> list[BackboneSpec]:
+        """Return what can be used: cuts, slices, fingerprints, runtime, preprocessing."""
+        return self._calls.catalog.backbones(self._deadline(timeout_s))
+
+    def describe(self, name: str, *, input_size: int | None = None, timeout_s: float | None = None) -> BackboneSpec:
+        """Return one backbone at an input size. Default: its own.
+
+        Raises:
+            NotFoundError: The cluster has no such backbone.
+        """
+        spec = self._calls.catalog.describe(name, input_size or 0, self._deadline(timeout_s))
+        self._specs[name, input_size or 0] = spec
+        return spec
+
+    def stem(
+        self,
+        name: str,
+        *,
+        cut: str,
+        input_size: int | None = None,
+        threads: int | None = None,
+        dtype: str = "float16",
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> Stem:
+        """Return the part of a backbone before a cut, to be run here.
+
+        Fetched once and kept in the user's cache directory, by fingerprint.
+
+        Args:
+            name: Name of the backbone.
+            cut: Where it ends; ``describe`` lists the cuts.
+            input_size: Side of the square that pictures are brought to, in pixels. Default: the backbone's own.
+            threads: Threads of ONNX Runtime. Default: its choice.
+            dtype: ``float16`` (half the bytes on the wire) or ``float32``.
+            timeout_s: Deadline for everything. Default: 600 s, for the cluster may have to export it first.
+            progress: None: show it if somebody can see it. False: never.
+
+        Raises:
+            MissingExtraError: ONNX Runtime is not installed.
+            NotFoundError: There is no such backbone or cut.
+            CorruptDataError: The file arrived damaged, several times.
+        """
+        deadline = Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s)
+        spec = self._describe(name, input_size or 0, deadline)
+        key = (find_cut(spec, cut).fingerprint, cut, spec.preprocessing.input_size, dtype, threads)
+        if key not in self._stems:
+
+            def fetch() -> FetchedStem:
+                with show_progress(f"Fetching the stem of {name} at {cut}", 0.0, progress) as bar:
+                    return self._calls.catalog.fetch_stem(
+                        name, cut, input_size or 0, deadline, on_bytes=lambda done, total: bar.update(done, total=total)
+                    )
+
+            cache = StemCache(self.settings.cache_dir)
+            self._stems[key] = open_stem(spec, cut, cache, fetch, dtype=dtype, threads=threads)
+        return self._stems[key]
+
+    def upload(
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        name: str,
+        stem: Stem | None = None,
+        input_size: int | None = None,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> Dataset:
+        """Make a dataset of labelled images, sending only what the cluster lacks.
+
+        Calling it again after a failure, or with the same or more rows, sends and computes only what is missing.
+
+        Args:
+            images: A uint8 array of (N, H, W), (N, H, W, 1) or (N, H, W, 3); a list of arrays, of ``PIL.Image``, of
+                paths or of encoded bytes; a folder of class folders; a CSV file or a table (pandas, polars) with
+                columns ``path`` and ``label``.
+            labels: Integers or strings for classes, floats (N,) or (N, M) for numbers. Taken from class folders or
+                the table if left out; for a table also the name of a column.
+            name: Of the dataset.
+            stem: Computes features here, which are sent instead of the images.
+            input_size: With a stem: must be the stem's. Without: what ``train`` takes for this dataset if it is told
+                nothing else; the images are sent as they are.
+            timeout_s: Deadline for everything, reconnections included. None: 60 s and 0.25 s a row.
+            progress: None: show it if somebody can see it. False: never.
+
+        Raises:
+            BadLabelsError: Before anything is sent.
+            CorruptImageError: One cannot be decoded. What was sent before is kept.
+            StorageFullError: The cluster's storage is full. What was acknowledged is kept.
+        """
+        from trunkline.images import labelled, pictures
+
+        images, labels = labelled(images, labels)
+        rows = pictures(images)
+        checked = check_upload(name, labels, len(rows))
+        if stem is not None and input_size not in (None, stem.space.input_size):
+            raise InvalidArgumentError(
+                f"input_size is {input_size}; the stem's is {stem.space.input_size}", hint="Leave input_size= out"
+            )
+        deadline = rows_deadline(timeout_s, len(rows))
+        deadline.check("upload")
+        source: RowSource = ImageRows(rows) if stem is None else StemRows(rows, stem)
+        record, report = upload_rows(self._calls, source, checked, name, deadline=deadline, progress=progress)
+        return Dataset(record, None if stem is not None else input_size, report)
+
+    def upload_features(
+        self,
+        features: Any,
+        labels: Any,
+        *,
+        name: str,
+        space: FeatureSpace,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> Dataset:
+        """Make a dataset of features at hand, sending only what the cluster lacks.
+
+        Args:
+            features: Output of a stem, float16 or float32.
+            labels: As in ``upload``.
+            name: Of the dataset.
+            space: Where the features live: ``stem.space``.
+            timeout_s: As in ``upload``.
+            progress: As in ``upload``.
+
+        Shape:
+            features: (N, ...), as in ``describe().cuts``.
+
+        Raises:
+            ShapeMismatchError, DtypeMismatchError, NotFiniteError, EmptyBatchError, BadLabelsError: Before anything
+                is sent.
+            IncompatibleModelError: They come from other weights.
+        """
+        if len(features) == 0:
+            raise EmptyBatchError("there are no features", hint="Give at least one row")
+        checked = check_upload(name, labels, len(features))
+        deadline = rows_deadline(timeout_s, len(features))
+        source = FeatureRows(features, space, self._feature_shape(space, deadline))
+        record, report = upload_rows(self._calls, source, checked, name, deadline=deadline, progress=progress)
+        return Dataset(record, None, report)
+
+    def dataset(self, reference: str, *, timeout_s: float | None = None) -> Dataset:
+        """Return a dataset: ``name`` (the newest version) or ``name@version``.
+
+        Raises:
+            NotFoundError: There is none of that name.
+        """
+        return Dataset(self._calls.datasets.get(reference, self._deadline(timeout_s)))
+
+    def datasets(self, *, timeout_s: float | None = None) -> list[Dataset]:
+        """Return every dataset."""
+        return [Dataset(one) for one in self._calls.datasets.list(self._deadline(timeout_s))]
+
+    def train(
+        self,
+        data: Dataset | str,
+        *,
+        name: str,
+        backbone: str | None = None,
+        input_size: int | None = None,
+        embedding: str | Sequence[str] = "auto",
+        head: str | Linear | MLP = "linear",
+        solver: str = "auto",
+        epochs: int = 0,
+        batch_size: int = 0,
+        learning_rate: float = 0.0,
+        l2: float | None = None,
+        validation: float = 0.2,
+        refit: bool = True,
+        seed: int = 0,
+        timeout_s: float | None = None,
+    ) -> Job:
+        """Train a head on a dataset. Returns at once; ``Job.result`` waits for the model.
+
+        Args:
+            data: The dataset, or its ``name`` or ``name@version``.
+            name: Of the model.
+            backbone: For a dataset of images: who reads them. Default: the cluster's first.
+            input_size: For a dataset of images: side of the square they are brought to, in pixels.
+            embedding: ``auto`` chooses slices by cross-validation, ``pooled`` is the last layer alone, a list names
+                slices.
+            head: ``linear``, ``mlp``, ``trunkline.Linear()`` or ``trunkline.MLP(hidden=(1024,), dropout=0.1)``.
+            solver: ``lbfgs`` (linear heads, to convergence), ``adam``, or ``auto``.
+            epochs: Of ``adam``. 0: the cluster's default.
+            batch_size: Of ``adam``. 0: the cluster's default.
+            learning_rate: Of ``adam``. 0: the cluster's default.
+            l2: Strength of the L2 penalty on the standardised embedding. None: chosen by cross-validation.
+            validation: Fraction of the rows held out to measure the model. 0: none, and no score.
+            refit: Whether to train once more on every row after measuring.
+            seed: Of everything random.
+            timeout_s: Deadline of submitting, not of the job.
+
+        Raises:
+            NotFoundError: There is no such dataset, backbone or slice.
+            InvalidArgumentError: Something is out of range.
+        """
+        reference = data if isinstance(data, str) else data.reference
+        if isinstance(data, Dataset):
+            own = data.space.backbone
+            if own and backbone not in (None, own):
+                raise InvalidArgumentError(
+                    f"{reference} holds features of {own}; backbone is {backbone!r}", hint="Leave backbone= out"
+                )
+            input_size = input_size if input_size is not None else data.input_size
+        spec = make_spec(
+            model=name,
+            dataset=reference,
+            backbone=backbone or "",
+            input_size=input_size or 0,
+            embedding=embedding,
+            head=head,
+            solver=solver,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            l2=l2,
+            validation=validation,
+            refit=refit,
+            seed=seed,
+        )
+        return Job(self, self._calls.training.submit(spec, self._deadline(timeout_s)))
+
+    def job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        """Return a job by its id.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        return Job(self, self._calls.training.get(job_id, self._deadline(timeout_s)))
+
+    def jobs(self, *, timeout_s: float | None = None) -> list[Job]:
+        """Return every job."""
+        return [Job(self, one) for one in self._calls.training.list(self._deadline(timeout_s))]
+
+    def model(self, reference: str, *, timeout_s: float | None = None) -> Model:
+        """Return a model: ``name`` (the newest version) or ``name@version``.
+
+        Raises:
+            NotFoundError: There is none of that name.
+        """
+        return Model(self, self._calls.registry.get(reference, self._deadline(timeout_s)))
+
+    def models(self, *, timeout_s: float | None = None) -> list[Model]:
+        """Return every model."""
+        return [Model(self, one) for one in self._calls.registry.list(self._deadline(timeout_s))]
+
+    def extract(
+        self,
+        images: Any,
+        *,
+        stem: Stem | None = None,
+        backbone: str | None = None,
+        input_size: int | None = None,
+        slices: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return the embedding of images, to train elsewhere.
+
+        Args:
+            images: As in ``upload``.
+            stem: Computes features here, which are sent instead of the images.
+            backbone: Without a stem: who reads the images. Default: the cluster's first.
+            input_size: Without a stem: side of the square they are brought to. Default: the backbone's own.
+            slices: Which columns, in this order; ``describe().slices`` lists them. Default: all.
+            batch_size: As in ``Model.predict``.
+            max_in_flight: As in ``Model.predict``.
+            timeout_s: As in ``Model.predict``.
+            progress: As in ``Model.predict``.
+
+        Shape:
+            returns (N, D), float32.
+
+        Raises:
+            CorruptImageError: A picture cannot be decoded. Unlike predictions, an embedding has no hole.
+        """
+        from trunkline.images import pictures
+
+        rows = pictures(images)
+        deadline = rows_deadline(timeout_s, len(rows))
+        deadline.check("extract")
+        feed: Feed
+        if stem is not None:
+            feed = StemFeed(rows, stem)
+        else:
+            spec = self._describe(backbone or self._first_backbone(deadline), input_size or 0, deadline)
+            cut = spec.cut(INPUT_CUT)
+            if cut is None:
+                raise NotFoundError(f"{spec.name} takes no images", hint="Give a stem: client.stem(...)")
+            feed = ImageFeed(rows, spec.space(cut), spec.preprocessing)
+        return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
+
+    def extract_features(
+        self,
+        features: Any,
+        *,
+        space: FeatureSpace,
+        slices: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return the embedding of features at hand. Arguments as in ``extract`` and ``Model.predict_features``.
+
+        Shape:
+            features: (N, ...), as in ``describe().cuts``; returns (N, D), float32.
+        """
+        deadline = rows_deadline(timeout_s, len(features))
+        feed = FeatureFeed(check_features(features, self._feature_shape(space, deadline)), space)
+        return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
+
+    def predict_features(
+        self, features: Any, *, model: str | Model, space: FeatureSpace | None = None, timeout_s: float | None = None
+    ) -> Prediction:
+        """Predict features at hand. See ``Model.predict_features``."""
+        chosen = model if isinstance(model, Model) else self.model(model, timeout_s=timeout_s)
+        return chosen.predict_features(features, space=space, timeout_s=timeout_s)
+
+    def __repr__(self) -> str:
+        """Return address and version."""
+        return f"Client({self.settings.address!r}, cluster version {self.info.version})"
+
+    def _repr_html_(self) -> str:
+        return _html.facts(
+            "Trunkline client",
+            [
+                ("address", self.settings.address),
+                ("encrypted", "yes" if self.settings.tls else "no"),
+                ("tenant", self.info.tenant),
+                ("cluster version", self.info.version),
+                (
+                    "settings from",
+                    ", ".join(sorted({self.settings.sources["address"], self.settings.sources["token"]})),
+                ),
+            ],
+        )
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        deadline = self._calls.caller.deadline(timeout_s)
+        if deadline.remaining() == 0.0:
+            raise DeadlineExceededError(f"timeout_s is {timeout_s:g}: the deadline is past before the call")
+        return deadline
+
+    def _describe(self, name: str, input_size: int, deadline: Deadline) -> BackboneSpec:
+        """Return a description, asking once for each backbone and input size."""
+        if (name, input_size) not in self._specs:
+            self._specs[name, input_size] = self._calls.catalog.describe(name, input_size, deadline)
+        return self._specs[name, input_size]
+
+    def _first_backbone(self, deadline: Deadline) -> str:
+        backbones = self._calls.catalog.backbones(deadline)
+        if not backbones:
+            raise NotFoundError("the cluster has no backbone", hint="Start it with `trunkline up --backbone NAME`")
+        return backbones[0].name
+
+    def _feature_shape(self, space: FeatureSpace, deadline: Deadline) -> tuple[int, ...]:
+        """Return the shape of a row in a space, its fingerprint compared with the cluster's.
+
+        Raises:
+            IncompatibleModelError: The cluster has other weights.
+        """
+        spec = self._describe(space.backbone, space.input_size, deadline)
+        cut = spec.cut(space.cut)
+        if cut is None:
+            names = ", ".join(one.name for one in spec.cuts)
+            raise NotFoundError(f"{spec.name} has no cut {space.cut!r}", hint=f"It has {names}")
+        if cut.fingerprint != space.fingerprint:
+            raise IncompatibleModelError(
+                f"the features come from other weights or another preprocessing of {space.backbone} at {space.cut}",
+                hint=f"Compute them with client.stem({space.backbone!r}, cut={space.cut!r}, "
+                f"input_size={space.input_size})",
+            )
+        return cut.feature_shape
+
+    def _extract(
+        self,
+        feed: Feed,
+        slices: Sequence[str] | None,
+        batch_size: int | None,
+        max_in_flight: int,
+        deadline: Deadline,
+        progress: bool | None,
+    ) -> npt.NDArray[np.float32]:
+        calls, wanted = self._calls.inference, tuple(slices or ())
+        with show_progress("Extracting", feed.num_rows, progress) as bar:
+            found = run(
+                feed,
+                batch_size=batch_size,
+                max_in_flight=max_in_flight,
+                one=lambda batch: calls.extract(feed.space, batch.rows, wanted, deadline),
+                many=lambda batches, window: calls.stream_extract(
+                    feed.space, batches, wanted, window=window, deadline=deadline
+                ),
+                on_rows=bar.advance,
+            )
+        if found.errors:
+            raise found.errors[min(found.errors)]
+        return found.matrix_NX

@@ -1,0 +1,137 @@
+"""What a model says about rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.specs import Timings
+
+from trunkline import _html
+from trunkline.errors import TrunklineError, UnsupportedError
+
+# Shape suffix legend: N = rows, K = classes or outputs
+
+
+@dataclass(frozen=True)
+class RowPrediction:
+    """What a model says about one row.
+
+    Attributes:
+        label: The most probable class. None for numbers, and if the row failed.
+        outputs_K: Probabilities of the classes, or values; NaN if the row failed.
+        error: Why the row failed, or None.
+    """
+
+    label: str | None
+    outputs_K: npt.NDArray[np.float32]
+    error: TrunklineError | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about rows, in their order.
+
+    A row that failed (a picture that cannot be decoded among good ones) has the label None, NaN outputs and an entry
+    in ``errors``; the other rows are not affected. If every row fails, the first error is raised instead.
+
+    Attributes:
+        model: The model that answered, as ``name@version``.
+        class_names: In the order of the columns of ``probabilities``. Empty for numbers.
+        outputs_NK: float32; probabilities or values.
+        labels: The most probable class of each row.
+        errors: Row number to error.
+        timings: Where the time in the cluster went, in seconds, summed over the batches.
+        wall_s: Seconds the call took here.
+    """
+
+    model: str
+    class_names: tuple[str, ...]
+    outputs_NK: npt.NDArray[np.float32]
+    labels: list[str | None]
+    errors: Mapping[int, TrunklineError]
+    timings: Timings
+    wall_s: float
+
+    @property
+    def probabilities(self) -> npt.NDArray[np.float32]:
+        """(N, K) probabilities.
+
+        Raises:
+            UnsupportedError: The model predicts numbers.
+        """
+        if not self.class_names:
+            raise UnsupportedError(f"{self.model} predicts numbers, not classes", hint="Use .values")
+        return self.outputs_NK
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """(N, K) numbers.
+
+        Raises:
+            UnsupportedError: The model predicts classes.
+        """
+        if self.class_names:
+            raise UnsupportedError(f"{self.model} predicts classes, not numbers", hint="Use .labels or .probabilities")
+        return self.outputs_NK
+
+    @property
+    def indices(self) -> npt.NDArray[np.int64]:
+        """(N,) indices of the labels in ``class_names``; -1 in rows that failed."""
+        known = {name: index for index, name in enumerate(self.class_names)}
+        return np.array([-1 if one is None else known[one] for one in self.labels], dtype=np.int64)
+
+    def raise_for_errors(self) -> None:
+        """Raise the error of the first row that failed, if any did."""
+        if self.errors:
+            raise self.errors[min(self.errors)]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.outputs_NK)
+
+    def __getitem__(self, row: int) -> RowPrediction:
+        """Return one row's."""
+        row = range(len(self))[row]
+        return RowPrediction(self.labels[row], self.outputs_NK[row], self.errors.get(row))
+
+    def __iter__(self) -> Iterator[RowPrediction]:
+        """Yield each row's."""
+        return (self[row] for row in range(len(self)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON. NaN becomes None."""
+        rows = []
+        for number, one in enumerate(self):
+            row: dict[str, Any] = {"row": number}
+            if one.error is not None:
+                row["error"] = {"code": one.error.code.name if one.error.code else "", "message": one.error.message}
+            elif self.class_names:
+                row["label"] = one.label
+                row["probabilities"] = dict(zip(self.class_names, one.outputs_K.tolist(), strict=True))
+            else:
+                row["values"] = one.outputs_K.tolist()
+            rows.append(row)
+        return {"model": self.model, "rows": rows, "timings": vars(self.timings), "wall_s": self.wall_s}
+
+    def __repr__(self) -> str:
+        """Return model, rows and failures."""
+        failed = f", {len(self.errors)} failed" if self.errors else ""
+        return f"Prediction({self.model!r}, {len(self)} rows{failed})"
+
+    def _repr_html_(self) -> str:
+        rows: list[Sequence[object]] = []
+        for number, one in enumerate(self):
+            if number == 20:
+                rows.append(("...", f"{len(self) - 20} more", ""))
+                break
+            if one.error is not None:
+                rows.append((number, "failed", one.error.message))
+            elif self.class_names:
+                rows.append((number, one.label, f"{float(one.outputs_K.max()):.3f}"))
+            else:
+                rows.append((number, ", ".join(f"{value:.4g}" for value in one.outputs_K), ""))
+        return _html.facts(f"Prediction of {self.model}", []) + _html.table(("row", "prediction", ""), rows)

@@ -1,0 +1,261 @@
+"""How good a model is: metrics in NumPy, and a report to read."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trunkline import _html
+
+# Shape suffix legend: N = rows, K = classes, M = outputs
+
+CALIBRATION_BINS = 15
+"""Bins of equal width over the confidence, for the calibration error."""
+
+_MAX_TEXT_CLASSES = 30
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Scores of one class. ``support`` counts its rows."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """How well a classifier does.
+
+    Attributes:
+        model: ``name@version``.
+        num_rows: Rows that were measured.
+        num_failed: Rows that could not be predicted; not measured.
+        accuracy: Fraction that is right.
+        macro_f1: Mean F1 over the classes that occur.
+        calibration_error: Expected calibration error: mean distance between confidence and accuracy.
+        classes: Scores of each class.
+        confusion_KK: Counts; a row for each true class, a column for each predicted one.
+    """
+
+    model: str
+    num_rows: int
+    num_failed: int
+    accuracy: float
+    macro_f1: float
+    calibration_error: float
+    classes: tuple[ClassScore, ...]
+    confusion_KK: npt.NDArray[np.int64]
+
+    @property
+    def task(self) -> str:
+        """``classification``."""
+        return "classification"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "num_rows": self.num_rows,
+            "num_failed": self.num_failed,
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
+            "classes": [vars(one) for one in self.classes],
+            "confusion": self.confusion_KK.tolist(),
+        }
+
+    def summary(self) -> str:
+        """Return it as text."""
+        lines = [
+            f"{self.model}: accuracy {self.accuracy:.4f} on {self.num_rows} rows"
+            + (f" ({self.num_failed} could not be predicted)" if self.num_failed else ""),
+            f"macro F1 {self.macro_f1:.4f}, calibration error {self.calibration_error:.4f}",
+            "",
+        ]
+        shown = self.classes[:_MAX_TEXT_CLASSES]
+        width = max((len(one.name) for one in shown), default=5)
+        lines.append(f"{'class':<{width}}  precision  recall      f1  support")
+        lines += [
+            f"{one.name:<{width}}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>6.3f}  {one.support:>7}"
+            for one in shown
+        ]
+        if len(self.classes) > len(shown):
+            lines.append(f"... and {len(self.classes) - len(shown)} more classes")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """Return the figures that matter most."""
+        return f"ClassificationReport({self.model!r}, accuracy={self.accuracy:.4f}, num_rows={self.num_rows})"
+
+    def _repr_html_(self) -> str:
+        head = _html.facts(
+            f"Report on {self.model}",
+            [
+                ("accuracy", f"{self.accuracy:.4f}"),
+                ("macro F1", f"{self.macro_f1:.4f}"),
+                ("calibration error", f"{self.calibration_error:.4f}"),
+                ("rows", self.num_rows),
+                ("could not be predicted", self.num_failed or None),
+            ],
+        )
+        scores = _html.table(
+            ("class", "precision", "recall", "F1", "support"),
+            [(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support) for c in self.classes],
+        )
+        return head + scores + (self._confusion_html() if len(self.classes) <= _MAX_TEXT_CLASSES else "")
+
+    def _confusion_html(self) -> str:
+        largest = max(1, int(self.confusion_KK.max(initial=0)))
+        names = [html.escape(one.name) for one in self.classes]
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = ""
+        for row, (name, counts) in enumerate(zip(names, self.confusion_KK.tolist(), strict=True)):
+            cells = ""
+            for column, count in enumerate(counts):
+                colour = "46,125,50" if row == column else "198,40,40"
+                cells += f"<td style='background:rgba({colour},{count / largest:.2f})'>{count or ''}</td>"
+            body += f"<tr><th>{name}</th>{cells}</tr>"
+        return f"<table><caption>true \\ predicted</caption><tr><th></th>{head}</tr>{body}</table>"
+
+
+@dataclass(frozen=True)
+class RegressionReport:
+    """How well a model predicts numbers. With several outputs, means over them.
+
+    Attributes:
+        model: ``name@version``.
+        num_rows: Rows that were measured.
+        num_failed: Rows that could not be predicted; not measured.
+        r2: Coefficient of determination.
+        mae: Mean absolute error.
+        rmse: Root of the mean squared error.
+    """
+
+    model: str
+    num_rows: int
+    num_failed: int
+    r2: float
+    mae: float
+    rmse: float
+
+    @property
+    def task(self) -> str:
+        """``regression``."""
+        return "regression"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return {"task": self.task, **vars(self)}
+
+    def summary(self) -> str:
+        """Return it as text."""
+        return (
+            f"{self.model}: R2 {self.r2:.4f}, mean absolute error {self.mae:.4g}, "
+            f"root mean squared error {self.rmse:.4g} on {self.num_rows} rows"
+            + (f" ({self.num_failed} could not be predicted)" if self.num_failed else "")
+        )
+
+    def _repr_html_(self) -> str:
+        return _html.facts(
+            f"Report on {self.model}",
+            [
+                ("R2", f"{self.r2:.4f}"),
+                ("mean absolute error", f"{self.mae:.4g}"),
+                ("root mean squared error", f"{self.rmse:.4g}"),
+                ("rows", self.num_rows),
+                ("could not be predicted", self.num_failed or None),
+            ],
+        )
+
+
+Report = ClassificationReport | RegressionReport
+
+
+def classification_report(
+    model: str,
+    class_names: Sequence[str],
+    truth_N: npt.NDArray[np.integer[Any]],
+    probabilities_NK: npt.NDArray[np.float32],
+    *,
+    num_failed: int = 0,
+) -> ClassificationReport:
+    """Measure a classifier.
+
+    Shape:
+        truth_N: (N,), indices into ``class_names``.
+        probabilities_NK: (N, K).
+    """
+    num_classes = len(class_names)
+    predicted_N = probabilities_NK.argmax(axis=1)
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(confusion, (truth_N, predicted_N), 1)
+    right = confusion.diagonal().astype(np.float64)
+    support, named = confusion.sum(axis=1), confusion.sum(axis=0)
+    precision = _ratio(right, named)
+    recall = _ratio(right, support)
+    f1 = _ratio(2 * right, support + named)
+    occurs = (support + named) > 0
+    return ClassificationReport(
+        model=model,
+        num_rows=len(truth_N),
+        num_failed=num_failed,
+        accuracy=float((predicted_N == truth_N).mean()),
+        macro_f1=float(f1[occurs].mean()),
+        calibration_error=calibration_error(truth_N, probabilities_NK),
+        classes=tuple(
+            ClassScore(name, float(precision[k]), float(recall[k]), float(f1[k]), int(support[k]))
+            for k, name in enumerate(class_names)
+        ),
+        confusion_KK=confusion,
+    )
+
+
+def calibration_error(truth_N: npt.NDArray[np.integer[Any]], probabilities_NK: npt.NDArray[np.float32]) -> float:
+    """Return the expected calibration error of the most probable class.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 5, with 15 bins.
+    """
+    confidence = probabilities_NK.max(axis=1).astype(np.float64)
+    right = (probabilities_NK.argmax(axis=1) == truth_N).astype(np.float64)
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gap = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gap).sum() / len(truth_N))
+
+
+def regression_report(
+    model: str, truth_NM: npt.NDArray[np.float32], values_NM: npt.NDArray[np.float32], *, num_failed: int = 0
+) -> RegressionReport:
+    """Measure a regression.
+
+    Shape:
+        truth_NM, values_NM: (N, M).
+    """
+    truth, values = truth_NM.astype(np.float64), values_NM.astype(np.float64)
+    residual = ((truth - values) ** 2).sum(axis=0)
+    spread = ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
+    # As scikit-learn has it: a constant truth scores 1 if hit exactly, else 0.
+    scores = np.where(spread > 0, 1 - residual / np.where(spread > 0, spread, 1), np.where(residual > 0, 0.0, 1.0))
+    return RegressionReport(
+        model=model,
+        num_rows=len(truth),
+        num_failed=num_failed,
+        r2=float(scores.mean()),
+        mae=float(np.abs(truth - values).mean()),
+        rmse=float(np.sqrt((residual / len(truth)).mean())),
+    )
+
+
+def _ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Divide; nothing over nothing is 0."""
+    result: npt.NDArray[np.float64] = np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
+    return result

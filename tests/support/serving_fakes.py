@@ -1,0 +1,179 @@
+"""A gateway without Ray: the real server, servicers and store, over an engine that computes on pixels."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import (
+    BackboneSpec,
+    CutSpec,
+    FeatureSpace,
+    Preprocessing,
+    SliceSpec,
+    Timings,
+    embedding_fingerprint,
+    feature_fingerprint,
+)
+from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
+from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.gateway import GatewayServer, Listener
+from trunkline_worker.store.blobs import BlobStore
+from trunkline_worker.store.database import Database
+from trunkline_worker.store.metadata import MetadataStore
+
+TOKEN = "a-token-of-the-tests-0123"
+OTHER_TOKEN = "another-tenants-token-4567"
+READER_TOKEN = "a-readers-token-89012345"
+STEM = b"onnx" * 600_000  # more than one chunk
+
+
+class LocalMetadata:
+    """``Metadata`` over a store in this process."""
+
+    def __init__(self, store):
+        self.store = store
+        self.away = False
+        self._executor = ThreadPoolExecutor(1)
+
+    async def call(self, name, *args, timeout_s=None):
+        if self.away:
+            raise WireError(ErrorCode.UNAVAILABLE, "the controller is away", retry_delay_s=1.0)
+        area, _, method = name.partition(".")
+        function = getattr(getattr(self.store, area), method)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def wait_for_events(self, tenant, job_id, after_seq, timeout_s):
+        return await self.call("jobs.events", tenant, job_id, after_seq, 100)
+
+
+def fake_spec(input_size=8):
+    """Describe a backbone whose embedding is the mean of each channel."""
+    preprocessing = Preprocessing(input_size, 1.0, "nearest", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    cuts = (
+        CutSpec(
+            "input", (input_size, input_size, 3), feature_fingerprint("w", "input", preprocessing), ("a", "pooled")
+        ),
+        CutSpec("mid", (3, 2, 2), feature_fingerprint("w", "mid", preprocessing), ("pooled",)),
+    )
+    return BackboneSpec(
+        name="fake",
+        pretrained=True,
+        weights="none",
+        weights_sha256="w",
+        num_parameters=0,
+        preprocessing=preprocessing,
+        resizable=True,
+        cuts=cuts,
+        slices=(SliceSpec("a", 0, 3), SliceSpec("pooled", 3, 6)),
+        embedding_fingerprint=embedding_fingerprint("w", preprocessing),
+    )
+
+
+class FakeEngine:
+    """An ``Engine``: rows of 255 fail, a row of 254 raises what is no caller's business. ``gate`` holds calls back."""
+
+    def __init__(self, blobs):
+        self.blobs = blobs
+        self.gate = None
+        self.calls = 0
+        self.running = 0
+        self.most_running = 0
+        self.overloaded = False
+        self.started = threading.Event()
+
+    async def describe(self, input_size=0):
+        return fake_spec(input_size or 8)
+
+    async def stem(self, cut, input_size=0):
+        import hashlib
+
+        spec = fake_spec(input_size or 8)
+        found = spec.cut(cut)
+        if found is None:
+            raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}")
+        self.blobs.put("stems/abc.onnx", STEM)
+        return StemFile(
+            spec.space(found),
+            spec.preprocessing,
+            found.feature_shape,
+            "stems/abc.onnx",
+            len(STEM),
+            hashlib.sha256(STEM).hexdigest(),
+        )
+
+    async def predict(self, space, rows, model, *, timeout_s=None):
+        extraction = await self.extract(space, rows, timeout_s=timeout_s)
+        outputs = np.tile(np.float32([0.25, 0.75]), (len(rows), 1))
+        for row in extraction.row_errors:
+            outputs[row] = np.nan
+        return Prediction(outputs, extraction.row_errors, extraction.timings)
+
+    async def extract(self, space, rows, slices=(), *, timeout_s=None):
+        self.calls += 1
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.started.set()
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.overloaded:
+                raise WireError(ErrorCode.OVERLOADED, "full", retry_delay_s=0.25)
+            errors = {}
+            embedding = np.zeros((len(rows), 6), np.float32)
+            if isinstance(rows, np.ndarray):
+                flat = rows.reshape(len(rows), -1)
+                if (flat == 254).all(axis=1).any():
+                    raise RuntimeError("secret path /var/secret and a traceback")
+                for row in np.flatnonzero((flat == 255).all(axis=1)):
+                    errors[int(row)] = WireError(ErrorCode.CORRUPT_IMAGE, "white")
+                    embedding[row] = np.nan
+            return Extraction(embedding, fake_spec().slices, errors, Timings(total_s=0.5))
+        finally:
+            self.running -= 1
+
+    async def stats(self):
+        return EngineStats(self.calls, 0, 0, 0)
+
+
+class GatewayThread:
+    """The server on an event loop in a thread of its own."""
+
+    def __init__(self, folder, **listener):
+        self.folder = folder
+        tokens = folder / "tokens"
+        tokens.write_text(f"{TOKEN}\n{OTHER_TOKEN} other\n{READER_TOKEN} default reader\n")
+        self.blobs = BlobStore(f"file://{folder}/data")
+        self.store = MetadataStore(Database(f"sqlite:///{folder}/metadata.sqlite"))
+        self.metadata = LocalMetadata(self.store)
+        self.engine = FakeEngine(self.blobs)
+        listener = {"port": 0, "token_file": str(tokens), **listener}
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+        async def start():
+            backends = Backends({"fake": self.engine}, self.metadata, self.blobs, {"numpy": np.__version__})
+            self.server = GatewayServer(Listener(**listener), backends)
+            return await self.server.start()
+
+        self.port = self.run(start())
+        self.address = f"{listener.get('host', '127.0.0.1')}:{self.port}"
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def close(self):
+        self.run(self.server.stop(2.0))
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        self.loop.close()
+
+
+def images_space(spec=None, cut="input"):
+    spec = spec or fake_spec()
+    return spec.space(spec.cut(cut))
+
+
+UNKNOWN_SPACE = FeatureSpace("nobody", "input", 8, "0" * 64)

@@ -1,0 +1,120 @@
+"""From settings to Serve applications: used by the commands here, and by name in a Serve config file."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from importlib import metadata
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from trunkline_worker.cluster.controller import ControllerConfig
+from trunkline_worker.cluster.metadata import connect_metadata
+from trunkline_worker.cluster.settings import Settings
+from trunkline_worker.serving.deployments import Backbone, BackboneConfig, Gateway, GatewayConfig
+from trunkline_worker.training.ray_train import LaneConfig
+
+GATEWAY_APP = "trunkline-gateway"
+"""Name of the gateway's Serve application."""
+
+LIBRARIES = ("trunkline", "ray", "torch", "torchvision", "timm", "onnxruntime", "numpy", "Pillow", "protobuf", "grpcio")
+"""The libraries whose versions go into ``GetServerInfo`` and into every manifest."""
+
+MAX_ONGOING_REQUESTS = 1000
+"""Calls that Serve lets into a replica at a time. The batcher bounds the rows, which is what counts."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that decides results."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def backbone_app_name(backbone: str) -> str:
+    """Return the name of a backbone's Serve application."""
+    return f"trunkline-backbone-{backbone}"
+
+
+def controller_config(settings: Settings) -> ControllerConfig:
+    """Return what the controller needs to know."""
+    apps = {name: backbone_app_name(name) for name in settings.backbones}
+    lanes = tuple(
+        LaneConfig(
+            name=f"trunkline-lane-{index}",
+            storage_url=settings.storage_url,
+            storage_path=f"{settings.storage_url.removeprefix('file://')}/train",
+            backbone_apps=apps,
+            versions=versions(),
+            num_threads=settings.lane_threads,
+            lease_s=settings.lease_s,
+            idle_s=settings.lane_idle_s,
+            use_gpu=False,
+        )
+        for index in range(settings.lanes)
+    )
+    return ControllerConfig(settings.database_url, lanes, settings.lease_s)
+
+
+def build_backbone(settings: Settings, name: str) -> Application:
+    """Return the Serve application of one backbone."""
+    config = BackboneConfig(
+        name=name,
+        weights=settings.weights.get(name),
+        allow_untrained=settings.allow_untrained,
+        device=settings.device,
+        num_threads=settings.num_threads,
+        max_queued_rows=settings.max_queued_rows,
+        head_capacity=settings.head_capacity,
+        storage_url=settings.storage_url,
+    )
+    deployment = serve.deployment(
+        name="Backbone",
+        num_replicas=settings.backbone_replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus_per_backbone},
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=20,
+    )(Backbone)
+    return deployment.bind(config)
+
+
+def build_gateway(settings: Settings, *, storage_shared: bool = True, storage_note: str = "") -> Application:
+    """Return the Serve application of the gateway."""
+    config = GatewayConfig(
+        listener=settings.listener,
+        backbone_apps=tuple((name, backbone_app_name(name)) for name in settings.backbones),
+        storage_url=settings.storage_url,
+        versions=versions(),
+        storage_shared=storage_shared,
+        storage_note=storage_note,
+    )
+    deployment = serve.deployment(
+        name="Gateway",
+        num_replicas=settings.gateway_replicas,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=20,
+    )(Gateway)
+    return deployment.bind(config, functools.partial(connect_metadata, controller_config(settings)))
+
+
+def gateway(args: dict[str, Any]) -> Application:
+    """Build the gateway from the ``args`` of a Serve config file: the names of ``Settings``."""
+    return build_gateway(Settings(**args))
+
+
+def backbone(args: dict[str, Any]) -> Application:
+    """Build a backbone from the ``args`` of a Serve config file: ``name``, and the names of ``Settings``."""
+    rest = dict(args)
+    name = rest.pop("name")
+    rest.setdefault("backbones", [name])
+    return build_backbone(Settings(**rest), name)

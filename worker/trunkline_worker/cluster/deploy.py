@@ -1,0 +1,96 @@
+"""Puts Trunkline onto the Ray cluster that this process is connected to."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from trunkline_wire.errors import WireError
+
+from trunkline_worker.cluster.apps import (
+    GATEWAY_APP,
+    backbone_app_name,
+    build_backbone,
+    build_gateway,
+    controller_config,
+)
+from trunkline_worker.cluster.controller import start_controller
+from trunkline_worker.cluster.settings import Settings
+from trunkline_worker.store.blobs import BlobStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What came up. ``port`` is the gateway's."""
+
+    port: int
+    storage_shared: bool
+    storage_note: str
+
+
+def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
+    """Start controller, lanes, backbones and gateway, and return when the gateway answers.
+
+    Args:
+        settings: What to deploy.
+        on_phase: Told what is being waited for.
+
+    Raises:
+        ValueError: The settings are not safe, or storage is not shared by all nodes.
+        RuntimeError: A deployment did not come up.
+    """
+    settings.listener.check()
+    on_phase("checking storage")
+    shared, note = check_storage(settings.storage_url)
+    if not shared:
+        raise ValueError(note)
+    on_phase("starting the controller")
+    ray.get(start_controller(controller_config(settings)).ping.remote())
+    serve.start(proxy_location="Disabled", http_options={"location": "NoServer"})
+    for name in settings.backbones:
+        on_phase(f"loading {name}")
+        serve.run(build_backbone(settings, name), name=backbone_app_name(name), route_prefix=None)
+    on_phase("starting the gateway")
+    handle = serve.run(
+        build_gateway(settings, storage_shared=shared, storage_note=note), name=GATEWAY_APP, route_prefix=None
+    )
+    return Deployed(handle.port.remote().result(timeout_s=30), shared, note)
+
+
+def check_storage(url: str) -> tuple[bool, str]:
+    """Return whether every node reads what this one wrote, and what was found out, in words."""
+    blobs = BlobStore(url)
+    path, content = f"probes/{secrets.token_hex(8)}", secrets.token_bytes(16)
+    blobs.put(path, content)
+    try:
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        answers = [
+            _reads.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                url, path, content
+            )
+            for node in nodes
+        ]
+        blind = [node for node, answer in zip(nodes, ray.get(answers), strict=True) if not answer]
+    finally:
+        blobs.delete(path)
+    if blind:
+        return False, (
+            f"{len(blind)} of {len(nodes)} nodes cannot read what this one wrote to {url}: use an object store "
+            "(s3://, gs://) or a path that all nodes mount"
+        )
+    return True, f"{len(nodes)} of {len(nodes)} nodes read what one wrote"
+
+
+@ray.remote(num_cpus=0)
+def _reads(url: str, path: str, content: bytes) -> bool:
+    try:
+        return BlobStore(url).get(path) == content
+    except (WireError, OSError):
+        return False

@@ -1,0 +1,115 @@
+"""What an operator may set, by environment (``TRUNKLINE_...``), by a TOML file or on the command line.
+
+The command line wins over the environment, the environment over the file named by ``TRUNKLINE_CONFIG``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from trunkline_wire.local import state_dir
+from trunkline_wire.names import check_name
+
+from trunkline_worker.serving.gateway import Listener
+
+CONFIG_VARIABLE = "TRUNKLINE_CONFIG"
+"""Names the TOML file."""
+
+
+class Settings(BaseSettings):
+    """All settings of a cluster. Every field is documented in ``docs/operations.md``; a test compares the two."""
+
+    model_config = SettingsConfigDict(env_prefix="TRUNKLINE_", extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
+    port: int = Field(50051, ge=0, le=65535, description="Port of the gateway; 0 takes a free one.")
+    token_file: str | None = Field(None, description="File of tokens, one per line: `token [tenant [reader|user]]`.")
+    tls_cert: str | None = Field(None, description="PEM file with the gateway's certificate chain.")
+    tls_key: str | None = Field(None, description="PEM file with its private key.")
+    tls_client_ca: str | None = Field(None, description="PEM file; clients must show a certificate of this authority.")
+    insecure: bool = Field(False, description="Allow plaintext beyond loopback, or no tokens.")
+
+    backbones: tuple[str, ...] = Field(("efficientnet_lite0",), description="Backbones to serve, the default first.")
+    weights: dict[str, str] = Field(default_factory=dict, description="Backbone name to a local file of weights.")
+    allow_untrained: bool = Field(False, description="Serve backbones that have no pretrained weights.")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+    num_threads: int = Field(0, ge=0, description="CPU threads of a backbone replica; 0: all that the machine has.")
+    max_queued_rows: int = Field(4096, ge=1, description="Rows that may wait for a backbone; more must retry.")
+    head_capacity: int = Field(1024, ge=1, description="Heads that a backbone replica keeps in memory.")
+
+    storage: str = Field(
+        "", description="fsspec URL for chunks, stems and models. Default: `data` in the state folder."
+    )
+    database: str = Field("", description="SQLAlchemy URL for metadata. Default: SQLite in the state folder.")
+
+    gateway_replicas: int = Field(1, ge=1, description="Gateway replicas; two or more survive the loss of one.")
+    backbone_replicas: int = Field(1, ge=1, description="Replicas of each backbone.")
+    gpus_per_backbone: float = Field(0.0, ge=0, description="GPUs that a backbone replica reserves.")
+    lanes: int = Field(1, ge=1, description="Lanes: resident Ray Train runs that train heads, one job at a time each.")
+    lane_threads: int = Field(0, ge=0, description="CPU threads of a lane; 0: all that the machine has.")
+    lane_idle_s: float = Field(0.0, ge=0, description="Seconds without work after which a lane ends; 0: never.")
+    lease_s: float = Field(10.0, ge=1, description="Seconds without a sign of life after which a job is taken back.")
+
+    dashboard_port: int = Field(0, ge=0, le=65535, description="Port of Ray's dashboard on loopback; 0: a free one.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Level of the workers' logs.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: arguments, environment, file."""
+        path = os.environ.get(CONFIG_VARIABLE)
+        if path and not Path(path).is_file():
+            raise ValueError(f"{CONFIG_VARIABLE} names {path}, which is not a file")
+        sources = [init_settings, env_settings]
+        if path:
+            sources.append(TomlConfigSettingsSource(settings_cls, Path(path)))
+        return tuple(sources)
+
+    @field_validator("backbones")
+    @classmethod
+    def _backbones(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name one backbone or more, each once")
+        for name in names:
+            check_name(name, "backbone")
+        return names
+
+    @model_validator(mode="after")
+    def _weights(self) -> Settings:
+        for name in self.weights:
+            if name not in self.backbones:
+                raise ValueError(f"weights are given for {name!r}, which is not among the backbones")
+        return self
+
+    @property
+    def storage_url(self) -> str:
+        """Return the URL of the blob store."""
+        return self.storage or f"file://{state_dir().absolute() / 'data'}"
+
+    @property
+    def database_url(self) -> str:
+        """Return the URL of the metadata database."""
+        return self.database or f"sqlite:///{state_dir().absolute() / 'metadata.sqlite'}"
+
+    @property
+    def listener(self) -> Listener:
+        """Return where and how the gateway listens."""
+        return Listener(
+            host=self.host,
+            port=self.port,
+            token_file=self.token_file,
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_client_ca=self.tls_client_ca,
+            insecure=self.insecure,
+        )

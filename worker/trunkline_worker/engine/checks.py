@@ -1,0 +1,173 @@
+"""What a request must be before it costs anything. Every refusal says what came, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import BackboneSpec, CutSpec, FeatureSpace, SliceSpec
+
+from trunkline_worker.engine.api import Payload
+from trunkline_worker.store.records import ModelRecord
+
+_FEATURE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+def check_space(space: FeatureSpace, spec: BackboneSpec) -> CutSpec:
+    """Return the cut at which rows of a feature space enter.
+
+    Images for which no backbone was chosen enter at ``input``.
+
+    Raises:
+        WireError: INCOMPATIBLE, or NOT_FOUND for an unknown cut.
+    """
+    if space.backbone and space.backbone != spec.name:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"the rows belong to backbone {space.backbone[:80]!r}; this is {spec.name!r}. Send them to their own "
+            "backbone, or compute them with a stem of this one",
+        )
+    cut = spec.cut(space.cut)
+    if cut is None:
+        raise WireError(
+            ErrorCode.NOT_FOUND,
+            f"{spec.name} has no cut {space.cut[:80]!r}; its cuts: {', '.join(one.name for one in spec.cuts)}",
+        )
+    if not space.backbone:
+        if not space.is_input:
+            raise WireError(ErrorCode.INCOMPATIBLE, f"features at cut {cut.name!r} must name their backbone")
+        return cut
+    if space.fingerprint != cut.fingerprint:
+        advice = (
+            "Ask the cluster to describe the backbone again"
+            if space.is_input
+            else f"Fetch the stem again, client.stem({spec.name!r}, cut={cut.name!r}), and compute the features with it"
+        )
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"the rows have fingerprint {_short(space.fingerprint)}, this backbone has {_short(cut.fingerprint)} at "
+            f"cut {cut.name!r} and {spec.preprocessing.input_size} px: other weights or preprocessing. {advice}",
+        )
+    return cut
+
+
+def check_rows(rows: Payload, cut: CutSpec, *, is_input: bool) -> None:
+    """Check type, shape and finiteness of rows that enter at a cut.
+
+    Raises:
+        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH, NOT_FINITE.
+    """
+    if len(rows) == 0:
+        raise WireError(ErrorCode.EMPTY_BATCH, "a batch of no rows; send at least one")
+    if not isinstance(rows, np.ndarray):
+        if not is_input:
+            raise WireError(
+                ErrorCode.DTYPE_MISMATCH,
+                f"encoded images at cut {cut.name!r}: features of shape {_text(cut.feature_shape)} are expected there. "
+                "Images enter at cut 'input'",
+            )
+        return
+    _check_dtype(rows, cut, is_input=is_input)
+    _check_shape(rows, cut, is_input=is_input)
+    # One sum finds any NaN or infinity; in float64 finite values cannot add up to one.
+    if rows.dtype.kind == "f" and not np.isfinite(rows.sum(dtype=np.float64)):
+        bad = ~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+        raise WireError(
+            ErrorCode.NOT_FINITE,
+            f"{int(bad.sum())} of {len(rows)} rows hold NaN or infinity, the first is row {int(bad.argmax())}",
+        )
+
+
+def _check_dtype(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool) -> None:
+    if is_input and rows.dtype != np.uint8:
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH,
+            f"images at cut 'input' are uint8, 0 to 255; got {rows.dtype}. Do not normalise them",
+        )
+    if not is_input and rows.dtype not in _FEATURE_DTYPES:
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH, f"features at cut {cut.name!r} are float32 or float16; got {rows.dtype}"
+        )
+
+
+def _check_shape(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool) -> None:
+    got, expected = rows.shape[1:], cut.feature_shape
+    if got == expected:
+        return
+    channels = 2 if is_input else 0
+    hint = ""
+    if len(got) == len(expected) and got[channels] != expected[channels]:
+        hint = f": {got[channels]} channels instead of {expected[channels]}"
+    elif is_input:
+        hint = ": resize and crop them as `describe` says, or send encoded images"
+    raise WireError(
+        ErrorCode.SHAPE_MISMATCH,
+        f"a row at cut {cut.name!r} has shape {_text(expected)}; got {_text(got)}{hint}",
+    )
+
+
+def check_model(model: ModelRecord, spec: BackboneSpec, cut: CutSpec) -> None:
+    """Check that a model can be computed from rows that enter at a cut.
+
+    Raises:
+        WireError: INCOMPATIBLE.
+    """
+    if model.embedding_fingerprint != spec.embedding_fingerprint:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"model {model.reference} was trained on embeddings {_short(model.embedding_fingerprint)} "
+            f"({model.space.backbone or 'a backbone'} at {model.space.input_size} px); {spec.name} at "
+            f"{spec.preprocessing.input_size} px gives {_short(spec.embedding_fingerprint)}. Send rows of the model's "
+            "own input size to the backbone it was trained with, or train it again",
+        )
+    _check_behind(model.slices, spec, cut, f"model {model.reference} uses")
+
+
+def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tuple[SliceSpec, ...]:
+    """Return slices in the order wanted, side by side from column 0; none named means all behind the cut.
+
+    Raises:
+        WireError: NOT_FOUND for an unknown slice, INCOMPATIBLE for one before the cut, INVALID_ARGUMENT for one named
+            twice.
+    """
+    wanted = tuple(names) or cut.slices
+    widths = {one.name: one.width for one in spec.slices}
+    for name in wanted:
+        if name not in widths:
+            near = difflib.get_close_matches(name[:80], cut.slices, n=3, cutoff=0.3)
+            raise WireError(
+                ErrorCode.NOT_FOUND,
+                f"{spec.name} has no slice {name[:80]!r}. Nearest: {', '.join(near) or 'none'}. Behind cut "
+                f"{cut.name!r}: {', '.join(cut.slices)}",
+            )
+    if len(set(wanted)) != len(wanted):
+        raise WireError(ErrorCode.INVALID_ARGUMENT, "a slice is named twice")
+    _check_behind(wanted, spec, cut, "asked for are")
+    slices, start = [], 0
+    for name in wanted:
+        slices.append(SliceSpec(name, start, start + widths[name]))
+        start += widths[name]
+    return tuple(slices)
+
+
+def _check_behind(names: Sequence[str], spec: BackboneSpec, cut: CutSpec, who: str) -> None:
+    missing = [name for name in names if name not in cut.slices]
+    if not missing:
+        return
+    cuts = [one.name for one in spec.cuts if set(names) <= set(one.slices)]
+    advice = f"Cuts that still have all of them: {', '.join(cuts)}" if cuts else "No cut of this backbone has them"
+    raise WireError(
+        ErrorCode.INCOMPATIBLE,
+        f"{who} slices that cannot be computed behind cut {cut.name!r}: {', '.join(missing)[:200]}. {advice}",
+    )
+
+
+def _short(fingerprint: str) -> str:
+    return f"{fingerprint[:12]}..." if fingerprint else "none"
+
+
+def _text(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, shape))})"

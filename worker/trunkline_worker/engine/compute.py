@@ -1,0 +1,112 @@
+"""One batch: one trunk pass over everybody's rows, then each distinct head once on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from trunkline_wire.errors import ErrorCode, WireError
+
+from trunkline_worker.engine.batcher import Monotonic, Part, PartResult
+from trunkline_worker.engine.choice import Prepared
+from trunkline_worker.engine.multihead import Columns, Head, HeadRows, run_heads
+
+# Shape suffix legend: B = rows, D = embedding columns, K = outputs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is wanted of rows: a head's outputs, or, without a head, slices of the embedding.
+
+    Attributes:
+        prepared: The runtime of the rows' cut and input size.
+        columns: Where the slices behind that cut lie.
+        slices: Names of the slices wanted. With a head, the head's own.
+        head_key: Tells heads apart; empty without one.
+        head: The head, or None.
+    """
+
+    prepared: Prepared
+    columns: Columns
+    slices: tuple[str, ...]
+    head_key: str = ""
+    head: Head | None = None
+
+
+class Compute:
+    """Runs batches and counts them. ``run`` is called from one thread; the counters may be read from any."""
+
+    def __init__(self, clock: Monotonic) -> None:
+        self._clock = clock
+        self.trunk_calls = 0
+        self.trunk_rows = 0
+        self.head_calls = 0
+
+    def run(self, parts: Sequence[Part[Work]]) -> list[PartResult]:
+        """Run a batch whose parts share a cut and an input size.
+
+        Raises:
+            WireError: WORKER_OOM.
+        """
+        features = gather([part.rows for part in parts])
+        start = self._clock.monotonic()
+        embedding_BD = _run_trunk(parts[0].context.prepared, features)
+        self.trunk_calls += 1
+        self.trunk_rows += len(features)
+        after_trunk = self._clock.monotonic()
+        outputs = self._run_heads(embedding_BD, parts)
+        trunk_s, head_s = after_trunk - start, self._clock.monotonic() - after_trunk
+        return [
+            PartResult(None, one, trunk_s, head_s)
+            if isinstance(one, WireError)
+            else PartResult(one.numpy(), None, trunk_s, head_s)
+            for one in outputs
+        ]
+
+    @torch.inference_mode()
+    def _run_heads(self, embedding_BD: Tensor, parts: Sequence[Part[Work]]) -> list[Tensor | WireError]:
+        results: list[Tensor | WireError | None] = [None] * len(parts)
+        with_head: list[tuple[int, HeadRows]] = []
+        start = 0
+        for index, part in enumerate(parts):
+            stop, work = start + len(part.rows), part.context
+            if work.head is None:
+                # A copy: views of one batch would keep all of it alive for as long as any caller keeps its part.
+                results[index] = work.columns.select(embedding_BD[start:stop], work.slices).clone()
+            else:
+                with_head.append((index, HeadRows(work.head_key, work.head, start, stop)))
+            start = stop
+        if with_head:
+            rows = [one for _, one in with_head]
+            self.head_calls += len({one.key for one in rows})
+            outputs = run_heads(embedding_BD, rows, parts[0].context.columns)
+            for (index, _), output in zip(with_head, outputs, strict=True):
+                results[index] = output
+        return [one if one is not None else WireError(ErrorCode.INTERNAL, "not run") for one in results]
+
+
+def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic]) -> Tensor:
+    try:
+        return prepared.runtime.run(features)
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch says so in words only.
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise WireError(
+                ErrorCode.WORKER_OOM,
+                f"a batch of {len(features)} rows does not fit this worker's memory; send fewer rows or use a smaller "
+                "input size",
+            ) from error
+        raise
+
+
+def gather(rows: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+    """Put rows of several requests into one array: uint8 stays, floats become float32."""
+    dtype: np.dtype[np.generic] = np.dtype(np.uint8 if rows[0].dtype == np.uint8 else np.float32)
+    if len(rows) == 1:
+        return rows[0].astype(dtype, copy=False)
+    gathered = np.empty((sum(len(one) for one in rows), *rows[0].shape[1:]), dtype=dtype)
+    return np.concatenate(rows, out=gathered, casting="same_kind")

@@ -1,0 +1,350 @@
+"""The engine in this process: one backbone, its runtimes, a batcher and the heads."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace, SliceSpec, Timings
+
+from trunkline_worker.backbones.backbone import Backbone
+from trunkline_worker.backbones.export import export_stem
+from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
+from trunkline_worker.engine.batcher import Batcher, Monotonic, Part, PartResult
+from trunkline_worker.engine.checks import check_model, check_rows, check_space, select_slices
+from trunkline_worker.engine.choice import Prepared, RuntimeChooser
+from trunkline_worker.engine.compute import Compute, Work
+from trunkline_worker.engine.exports import STEMS, ExportStore, StoredExport
+from trunkline_worker.engine.images import ImageDecoder
+from trunkline_worker.engine.multihead import Columns, Head, HeadCache, HeadPath, LoadHead
+from trunkline_worker.engine.pipeline import Collected, ImagePipeline
+from trunkline_worker.engine.runtimes import place
+from trunkline_worker.store.blobs import BlobStore
+from trunkline_worker.store.records import ModelRecord
+
+# Shape suffix legend: B = rows, D = embedding columns, K = outputs
+
+Key = tuple[str, int]
+"""A group that shares a trunk pass: cut and input size."""
+
+MAX_RUNTIMES = 16
+"""Most runtimes, one per cut and input size, that are kept in memory."""
+
+_BATCH_ROWS = {"cpu": 32, "cuda": 256}
+_REFERENCE_SIZE = 224
+_MAX_GROWTH = 4
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where the rows of a request enter."""
+
+    spec: BackboneSpec
+    cut: CutSpec
+
+    @property
+    def behind(self) -> list[SliceSpec]:
+        return [one for one in self.spec.slices if one.name in self.cut.slices]
+
+    @property
+    def key(self) -> Key:
+        return self.cut.name, self.spec.preprocessing.input_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    values: npt.NDArray[np.float32]
+    row_errors: dict[int, WireError]
+    timings: Timings
+
+
+class LocalEngine:
+    """Implements ``engine.api.Engine`` for one backbone. Used from one event loop."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        blobs: BlobStore,
+        *,
+        clock: Monotonic,
+        device: str = "auto",
+        num_threads: int | None = None,
+        max_rows: int | None = None,
+        max_queued_rows: int = 8192,
+        head_capacity: int = 4096,
+        load_head: LoadHead | None = None,
+        head_path: HeadPath | None = None,
+        use_onnx: bool = True,
+    ) -> None:
+        """Prepare; ``start`` makes it ready.
+
+        Args:
+            backbone: On the CPU.
+            blobs: Where stems, trunks, choices of runtimes and heads lie.
+            clock: Deadlines and timings.
+            device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
+            num_threads: Of the CPU, for one batch and for decoding images. None: as many as torch uses.
+            max_rows: Most rows of 224 px in a batch; more of smaller pictures, fewer of larger ones. None: 32 on the
+                CPU, 256 on a GPU.
+            max_queued_rows: Most rows that wait before callers are told to come back.
+            head_capacity: Most heads that are kept in memory.
+            load_head: Makes a head from checked bytes. None: the worker's own format.
+            head_path: Where a head lies, by its SHA-256. None: the worker's own layout.
+            use_onnx: Whether to try ONNX Runtime.
+
+        Raises:
+            WireError: INVALID_ARGUMENT for a device that is not there.
+        """
+        if load_head is None or head_path is None:
+            from trunkline_worker.heads import artefact
+
+            load_head, head_path = load_head or artefact.head_from_bytes, head_path or artefact.head_path
+        self._device = _device(device)
+        self._backbone = backbone
+        self._clock = clock
+        threads = num_threads or torch.get_num_threads()
+        self._max_rows_own = max_rows or _BATCH_ROWS.get(self._device.type, _BATCH_ROWS["cpu"])
+        placed = place(backbone, self._device)
+        self._chooser = RuntimeChooser(
+            backbone, placed, blobs, device=self._device, num_threads=threads, clock=clock, use_onnx=use_onnx
+        )
+        self._exports = ExportStore(blobs)
+        self._compute = Compute(clock)
+        self._decoder = ImageDecoder(threads)
+        # One thread computes; exports, which take seconds, and short reads do not wait for it nor for each other.
+        self._compute_pool = ThreadPoolExecutor(
+            1, thread_name_prefix="trunkline-trunk", initializer=torch.set_num_threads, initargs=(threads,)
+        )
+        self._export_pool = ThreadPoolExecutor(1, thread_name_prefix="trunkline-export")
+        self._io_pool = ThreadPoolExecutor(2, thread_name_prefix="trunkline-io")
+        self._heads = HeadCache(
+            blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._io_pool
+        )
+        self._batcher: Batcher[Work] = Batcher(
+            self._run_batch, clock=clock, max_rows=self._max_rows, max_queued_rows=max_queued_rows
+        )
+        self._pipeline = ImagePipeline(self._decoder, self._batcher, clock)
+        self._runtimes: OrderedDict[Key, asyncio.Task[Prepared]] = OrderedDict()
+        self._stems: dict[str, asyncio.Task[StoredExport]] = {}
+
+    async def start(self) -> None:
+        """Choose the runtime for images of the backbone's own size and begin to answer."""
+        self._batcher.start()
+        await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size), None)
+
+    async def close(self) -> None:
+        """Take nothing new, finish what waits, end the threads."""
+        await self._batcher.close()
+        loop = asyncio.get_running_loop()
+        for task in [*self._runtimes.values(), *self._stems.values()]:
+            task.cancel()
+        for pool in (self._compute_pool, self._export_pool, self._io_pool):
+            await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
+        await loop.run_in_executor(None, self._decoder.close)
+
+    async def describe(self, input_size: int = 0) -> BackboneSpec:
+        """Describe the backbone at an input size. See ``Engine``."""
+        spec = await self._spec(input_size)
+        own = self._backbone.preprocessing.input_size
+        for key in ((INPUT_CUT, spec.preprocessing.input_size), (INPUT_CUT, own)):
+            task = self._runtimes.get(key)
+            if task is not None and task.done() and not task.cancelled() and task.exception() is None:
+                prepared = task.result()
+                return dataclasses.replace(
+                    spec, runtime=prepared.runtime.name, device=str(self._device), runtime_error=prepared.error
+                )
+        return dataclasses.replace(spec, device=str(self._device))
+
+    async def stem(self, cut: str, input_size: int = 0) -> StemFile:
+        """Export a stem, or find it in storage. See ``Engine``."""
+        spec = await self._spec(input_size)
+        self._backbone.stem(cut)  # refuses a cut that is unknown or has no stem
+        found = spec.cut(cut)
+        assert found is not None
+        fingerprint = found.fingerprint
+        if fingerprint not in self._stems:
+            task = asyncio.get_running_loop().create_task(
+                self._in(self._export_pool, self._export_stem, cut, spec.preprocessing.input_size, fingerprint)
+            )
+            self._stems[fingerprint] = task
+            task.add_done_callback(lambda _: self._stems.pop(fingerprint, None))
+        stored = await asyncio.shield(self._stems[fingerprint])
+        return StemFile(
+            spec.space(found), spec.preprocessing, found.feature_shape, stored.path, stored.size_bytes, stored.sha256
+        )
+
+    def _export_stem(self, cut: str, input_size: int, fingerprint: str) -> StoredExport:
+        found = self._exports.find(STEMS, fingerprint)
+        if found is not None:
+            return found[0]
+        return self._exports.put(STEMS, fingerprint, export_stem(self._backbone, cut, input_size))
+
+    async def predict(
+        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
+    ) -> Prediction:
+        """Run trunk and head. See ``Engine``."""
+        start, deadline = self._started(timeout_s)
+        target = await self._target(space, space.input_size or model.space.input_size)
+        check_rows(rows, target.cut, is_input=space.is_input)
+        check_model(model, target.spec, target.cut)
+        selected = select_slices(model.slices, target.spec, target.cut)
+        outcome = await self._process(target, rows, selected, await self._head(model), deadline, start)
+        return Prediction(outcome.values, outcome.row_errors, outcome.timings)
+
+    async def extract(
+        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
+    ) -> Extraction:
+        """Run the trunk and return slices. See ``Engine``."""
+        start, deadline = self._started(timeout_s)
+        target = await self._target(space, space.input_size)
+        check_rows(rows, target.cut, is_input=space.is_input)
+        selected = select_slices(slices, target.spec, target.cut)
+        outcome = await self._process(target, rows, selected, None, deadline, start)
+        return Extraction(outcome.values, selected, outcome.row_errors, outcome.timings)
+
+    async def stats(self) -> EngineStats:
+        """Return the counters. See ``Engine``."""
+        compute = self._compute
+        return EngineStats(compute.trunk_calls, compute.trunk_rows, compute.head_calls, self._batcher.queued_rows)
+
+    def _started(self, timeout_s: float | None) -> tuple[float, float | None]:
+        now = self._clock.monotonic()
+        return now, None if timeout_s is None else now + timeout_s
+
+    async def _target(self, space: FeatureSpace, input_size: int) -> _Target:
+        spec = await self._spec(input_size)
+        return _Target(spec, check_space(space, spec))
+
+    async def _spec(self, input_size: int) -> BackboneSpec:
+        known = self._backbone.described(input_size)
+        if known is not None:
+            return known
+        return await self._in(self._io_pool, self._backbone.describe, input_size)
+
+    async def _process(
+        self,
+        target: _Target,
+        rows: Payload,
+        slices: tuple[SliceSpec, ...],
+        head: tuple[str, Head] | None,
+        deadline: float | None,
+        start: float,
+    ) -> _Outcome:
+        """Take checked rows through decoding, the line and a batch."""
+        with self._batcher.hold(len(rows)) as hold:
+            prepared = await self._prepared(target.key, deadline)
+            names = tuple(one.name for one in slices)
+            work = Work(prepared, Columns(target.behind), names, *(head or ("", None)))
+            if isinstance(rows, np.ndarray):
+                result = await self._batcher.submit(target.key, rows, work, deadline=deadline, hold=hold)
+                collected = Collected(result.values, {}, result.queue_s, 0.0, result.trunk_s, result.head_s)
+            else:
+                collected = await self._pipeline.process(
+                    rows,
+                    target.spec.preprocessing,
+                    key=target.key,
+                    work=work,
+                    hold=hold,
+                    deadline=deadline,
+                    slice_rows=self._max_rows(target.key),
+                    width=head[1].num_outputs if head else slices[-1].stop,
+                )
+        _fail_overflown(collected)
+        return _Outcome(
+            collected.values,
+            collected.errors,
+            Timings(
+                queue_s=collected.queue_s,
+                decode_s=collected.decode_s,
+                trunk_s=collected.trunk_s,
+                head_s=collected.head_s,
+                total_s=self._clock.monotonic() - start,
+            ),
+        )
+
+    async def _head(self, model: ModelRecord) -> tuple[str, Head]:
+        head = await self._heads.get(model.head_sha256)
+        if head.slices != model.slices or head.num_outputs != model.num_outputs:
+            raise WireError(
+                ErrorCode.CORRUPT_DATA, f"the head in storage is not the one that {model.reference} was registered with"
+            )
+        return model.head_sha256, head
+
+    def _max_rows(self, key: Hashable) -> int:
+        """Scale the rows of a batch so that its pixels stay the same, within bounds."""
+        size = key[1]  # type: ignore[index]
+        scaled = int(self._max_rows_own * (_REFERENCE_SIZE / size) ** 2)
+        return min(max(scaled, 1), _MAX_GROWTH * self._max_rows_own)
+
+    async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
+        return await self._in(self._compute_pool, self._compute.run, parts)
+
+    async def _prepared(self, key: Key, deadline: float | None) -> Prepared:
+        """Return the runtime of a group, choosing it on first use. Other groups go on meanwhile."""
+        task = self._runtimes.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._runtimes[key] = asyncio.get_running_loop().create_task(self._prepare(*key))
+        self._runtimes.move_to_end(key)
+        while len(self._runtimes) > MAX_RUNTIMES:
+            # Requests under way hold on to theirs.
+            self._runtimes.popitem(last=False)
+        if task.done():
+            return task.result()
+        left_s = None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), left_s)
+        except TimeoutError as error:
+            raise WireError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"cut {key[0]!r} at {key[1]} px is used for the first time and its runtime is still being prepared; "
+                "the same call will work in some seconds",
+            ) from error
+
+    async def _prepare(self, cut: str, input_size: int) -> Prepared:
+        prepared = await self._in(self._export_pool, self._chooser.remembered, cut, input_size)
+        if prepared is None:
+            candidates = await self._in(self._export_pool, self._chooser.candidates, cut, input_size)
+            # Where batches run, so that none runs beside the measurement.
+            prepared = await self._in(self._compute_pool, self._chooser.measure, cut, input_size, candidates)
+        return prepared
+
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+
+
+def _fail_overflown(collected: Collected) -> None:
+    """Turn rows whose values are not finite into errors of their own."""
+    finite = np.isfinite(collected.values).all(axis=1)
+    for row in np.flatnonzero(~finite).tolist():
+        if row not in collected.errors:
+            collected.errors[row] = WireError(
+                ErrorCode.NOT_FINITE, "the network overflows on this row: its features are far outside of what it knows"
+            )
+            collected.values[row] = np.nan
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT, f"{name[:40]!r} is not a device: auto, cpu, cuda, cuda:1 ..."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT, f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return device

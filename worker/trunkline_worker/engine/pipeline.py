@@ -1,0 +1,96 @@
+"""Encoded images through decoder and batcher: decoding the next rows while the trunk runs on the last ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.errors import WireError
+from trunkline_wire.specs import Preprocessing
+
+from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic
+from trunkline_worker.engine.compute import Work
+from trunkline_worker.engine.images import ImageDecoder
+
+_SLICES_IN_FLIGHT = 2
+
+
+@dataclass
+class Collected:
+    """Rows as they come back. ``values`` is (B, K) float32, NaN where nothing came; times are in seconds."""
+
+    values: npt.NDArray[np.float32]
+    errors: dict[int, WireError] = field(default_factory=dict)
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+    trunk_s: float = 0.0
+    head_s: float = 0.0
+
+    def add(self, result: BatchResult, rows: Sequence[int]) -> None:
+        """Put the result of some rows in its place."""
+        self.values[list(rows)] = result.values
+        # Slices wait side by side but run one after another.
+        self.queue_s = max(self.queue_s, result.queue_s)
+        self.trunk_s += result.trunk_s
+        self.head_s += result.head_s
+
+
+class ImagePipeline:
+    """Decodes requests of encoded images slice by slice, so that decoded pictures never fill the memory."""
+
+    def __init__(self, decoder: ImageDecoder, batcher: Batcher[Work], clock: Monotonic) -> None:
+        self._decoder = decoder
+        self._batcher = batcher
+        self._clock = clock
+
+    async def process(
+        self,
+        images: Sequence[bytes],
+        preprocessing: Preprocessing,
+        *,
+        key: Hashable,
+        work: Work,
+        hold: Hold,
+        deadline: float | None,
+        slice_rows: int,
+        width: int,
+    ) -> Collected:
+        """Decode and run.
+
+        Args:
+            images: Encoded, one per row.
+            preprocessing: At the input size of ``key``.
+            key: The batcher's group.
+            work: What is wanted of the rows.
+            hold: The rows' place in the batcher's count.
+            deadline: As for ``Batcher.submit``.
+            slice_rows: Rows that are decoded together; a batch's worth.
+            width: Columns of what comes back.
+
+        Raises:
+            WireError: As ``Batcher.submit`` does. A picture that cannot be read is an error of its row only.
+        """
+        collected = Collected(np.full((len(images), width), np.nan, dtype=np.float32))
+        gate = asyncio.Semaphore(_SLICES_IN_FLIGHT)
+
+        async def one_slice(first: int) -> None:
+            async with gate:
+                start = self._clock.monotonic()
+                decoded = await self._decoder.decode(images[first : first + slice_rows], preprocessing)
+                collected.decode_s += self._clock.monotonic() - start
+                collected.errors.update({first + row: error for row, error in decoded.errors.items()})
+                if decoded.good:
+                    result = await self._batcher.submit(key, decoded.images_BHWC, work, deadline=deadline, hold=hold)
+                    collected.add(result, [first + row for row in decoded.good])
+
+        tasks = [asyncio.ensure_future(one_slice(first)) for first in range(0, len(images), slice_rows)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return collected

@@ -1,0 +1,65 @@
+"""What the servicers stand on: engines, metadata and storage. Built by the gateway, or by a test without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trunkline_wire.errors import ErrorCode, WireError
+
+from trunkline_worker.engine.api import Engine
+from trunkline_worker.store.blobs import BlobStore
+
+
+class Metadata(Protocol):
+    """Calls into the metadata store by name, wherever it lives."""
+
+    async def call(self, name: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call ``area.method``, for example ``rows.missing``.
+
+        Raises:
+            WireError: As the method does; UNAVAILABLE where the store cannot be reached in time.
+        """
+
+    async def wait_for_events(self, tenant: str, job_id: str, after_seq: int, timeout_s: float) -> list[Any]:
+        """Return a job's events after a sequence number, waiting for one up to a time."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the servicers stand on.
+
+    Attributes:
+        engines: By backbone name; the first is the default.
+        metadata: Rows, datasets, jobs and models.
+        blobs: Chunks, stems and heads.
+        versions: Library to version, for ``GetServerInfo``.
+        storage_shared: Whether every node reads what another one wrote.
+        storage_note: What was found out about it.
+    """
+
+    engines: Mapping[str, Engine]
+    metadata: Metadata
+    blobs: BlobStore
+    versions: Mapping[str, str] = field(default_factory=dict)
+    storage_shared: bool = True
+    storage_note: str = ""
+
+    def engine(self, name: str) -> Engine:
+        """Return the engine of a backbone.
+
+        Raises:
+            WireError: NOT_FOUND.
+        """
+        engine = self.engines.get(name)
+        if engine is None:
+            raise WireError(
+                ErrorCode.NOT_FOUND, f"no backbone {name[:80]!r} here; there is {', '.join(sorted(self.engines))}"
+            )
+        return engine
+
+    @property
+    def default_backbone(self) -> str:
+        """Return the name of the cluster's first backbone."""
+        return next(iter(self.engines))

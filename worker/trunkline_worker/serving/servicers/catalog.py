@@ -1,0 +1,85 @@
+"""What the cluster has: versions, limits, backbones and their stems."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from importlib import metadata
+
+import grpc
+from trunkline_wire import WIRE_VERSION, messages
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_MESSAGE_BYTES, STEM_CHUNK_BYTES
+from trunkline_wire.v1 import catalog_pb2 as pb
+from trunkline_wire.v1 import catalog_pb2_grpc, error_pb2
+
+from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.boundary import current_call
+
+
+class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
+    """See ``CatalogService`` in catalog.proto."""
+
+    def __init__(self, backends: Backends) -> None:
+        """Keep what the servicer stands on."""
+        self._backends = backends
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetServerInfoResponse:
+        """Return versions, limits and the caller's tenant."""
+        return pb.GetServerInfoResponse(
+            version=metadata.version("trunkline"),
+            wire_version=WIRE_VERSION,
+            versions=self._backends.versions,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_batch_rows=MAX_BATCH_ROWS,
+            time_s=time.time(),
+            tenant=current_call().tenant,
+            storage_shared=self._backends.storage_shared,
+            storage_note=self._backends.storage_note,
+        )
+
+    async def ListBackbones(
+        self, request: pb.ListBackbonesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListBackbonesResponse:
+        """Describe every backbone at its own input size, the default first."""
+        specs = await asyncio.gather(*(engine.describe() for engine in self._backends.engines.values()))
+        return pb.ListBackbonesResponse(backbones=[messages.backbone_to_proto(spec) for spec in specs])
+
+    async def DescribeBackbone(
+        self, request: pb.DescribeBackboneRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeBackboneResponse:
+        """Describe one backbone at an input size."""
+        name = request.backbone or self._backends.default_backbone
+        spec = await self._backends.engine(name).describe(request.input_size)
+        return pb.DescribeBackboneResponse(backbone=messages.backbone_to_proto(spec))
+
+    async def FetchStem(
+        self, request: pb.FetchStemRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.FetchStemResponse]:
+        """Send a stem's file: a header, its bytes in order, an end message."""
+        name = request.backbone or self._backends.default_backbone
+        stem = await self._backends.engine(name).stem(request.cut, request.input_size)
+        data = await asyncio.to_thread(self._backends.blobs.get, stem.path)
+        if hashlib.sha256(data).hexdigest() != stem.sha256:
+            raise WireError(
+                ErrorCode.CORRUPT_DATA, "the stored stem is damaged; restart the backbone to export it again"
+            )
+        yield pb.FetchStemResponse(
+            seq=0,
+            header=pb.StemHeader(
+                space=messages.space_to_proto(stem.space),
+                preprocessing=messages.preprocessing_to_proto(stem.preprocessing),
+                feature_shape=stem.feature_shape,
+                size_bytes=len(data),
+                sha256=stem.sha256,
+            ),
+        )
+        seq = 0
+        for start in range(0, len(data), STEM_CHUNK_BYTES):
+            seq += 1
+            yield pb.FetchStemResponse(seq=seq, chunk=data[start : start + STEM_CHUNK_BYTES])
+        yield pb.FetchStemResponse(seq=seq + 1, end=error_pb2.EndOfStream(num_messages=seq + 1))

@@ -1,0 +1,121 @@
+"""Rows in, predictions or embeddings out: one call, or a stream with several batches in flight."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import grpc
+import numpy as np
+from trunkline_wire import codecs, messages
+from trunkline_wire.errors import WireError
+from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
+from trunkline_wire.v1 import inference_pb2 as pb
+
+from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.boundary import current_call, public_error
+from trunkline_worker.serving.models import ModelLookup
+from trunkline_worker.serving.streams import pipelined
+
+STREAM_WINDOW = 8
+"""Batches of one stream that are worked on at a time."""
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """See ``InferenceService`` in inference.proto."""
+
+    def __init__(self, backends: Backends) -> None:
+        """Keep what the servicer stands on."""
+        self._backends = backends
+        self._models = ModelLookup(backends.metadata)
+
+    async def Predict(self, request: pb.PredictRequest, context: grpc.aio.ServicerContext) -> pb.PredictResponse:
+        """Run trunk and head on one batch."""
+        return await self._predict(request)
+
+    async def Extract(self, request: pb.ExtractRequest, context: grpc.aio.ServicerContext) -> pb.ExtractResponse:
+        """Run the trunk on one batch."""
+        return await self._extract(request)
+
+    async def StreamPredict(
+        self, request_iterator: AsyncIterator[pb.StreamPredictRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.StreamPredictResponse]:
+        """Predict batch after batch. A batch that fails is answered with its error; the stream goes on."""
+
+        async def handle(message: pb.StreamPredictRequest) -> pb.StreamPredictResponse:
+            try:
+                return pb.StreamPredictResponse(seq=message.seq, result=await self._predict(message.predict))
+            except Exception as error:
+                return pb.StreamPredictResponse(seq=message.seq, error=_error(error, "StreamPredict"))
+
+        count = 0
+        async for reply in pipelined(request_iterator, handle, window=STREAM_WINDOW):
+            count += 1
+            yield reply
+        yield pb.StreamPredictResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
+
+    async def StreamExtract(
+        self, request_iterator: AsyncIterator[pb.StreamExtractRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.StreamExtractResponse]:
+        """Extract batch after batch. A batch that fails is answered with its error; the stream goes on."""
+
+        async def handle(message: pb.StreamExtractRequest) -> pb.StreamExtractResponse:
+            try:
+                return pb.StreamExtractResponse(seq=message.seq, result=await self._extract(message.extract))
+            except Exception as error:
+                return pb.StreamExtractResponse(seq=message.seq, error=_error(error, "StreamExtract"))
+
+        count = 0
+        async for reply in pipelined(request_iterator, handle, window=STREAM_WINDOW):
+            count += 1
+            yield reply
+        yield pb.StreamExtractResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
+
+    async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        call = current_call()
+        remaining = call.remaining_s(request.timeout_s)
+        rows = codecs.decode(request.features)
+        space = messages.space_from_proto(request.space)
+        model = await self._models.find(call.tenant, request.model)
+        prediction = await self._backends.engine(space.backbone).predict(space, rows, model, timeout_s=remaining)
+        labels: list[str] = []
+        if model.class_names:
+            # A failed row is NaN throughout; argmax of NaN is 0, so it must be told apart.
+            best = np.argmax(prediction.outputs_BK, axis=1)
+            labels = [
+                "" if row in prediction.row_errors else model.class_names[index] for row, index in enumerate(best)
+            ]
+        return pb.PredictResponse(
+            model=model.reference,
+            outputs=codecs.encode_array(prediction.outputs_BK),
+            labels=labels,
+            row_errors=_row_errors(prediction.row_errors),
+            timings=messages.timings_to_proto(prediction.timings),
+        )
+
+    async def _extract(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
+        call = current_call()
+        remaining = call.remaining_s(request.timeout_s)
+        rows = codecs.decode(request.features)
+        space = messages.space_from_proto(request.space)
+        extraction = await self._backends.engine(space.backbone).extract(
+            space, rows, tuple(request.slices), timeout_s=remaining
+        )
+        return pb.ExtractResponse(
+            embedding=codecs.encode_array(extraction.embedding_BD),
+            slices=messages.slices_to_proto(extraction.slices),
+            row_errors=_row_errors(extraction.row_errors),
+            timings=messages.timings_to_proto(extraction.timings),
+        )
+
+
+def _row_errors(errors: Mapping[int, WireError]) -> list[error_pb2.RowError]:
+    request_id = current_call().request_id
+    return [
+        error_pb2.RowError(row=row, error=messages.error_to_proto(error, request_id))
+        for row, error in sorted(errors.items())
+    ]
+
+
+def _error(error: Exception, what: str) -> error_pb2.Error:
+    request_id = current_call().request_id
+    return messages.error_to_proto(public_error(error, what, request_id), request_id)

@@ -1,0 +1,70 @@
+"""Records to and from the JSON text that the tables keep. ASCII, so that no database chokes on a character."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+import sqlalchemy as sa
+from trunkline_wire.specs import FeatureSpace
+
+from trunkline_worker.store.records import JobSpec, ModelRecord
+
+_MODEL_COLUMNS = ("tenant", "name", "version", "job_id", "create_time")
+
+
+def dumps(value: Any) -> str:
+    """Return canonical JSON: equal values, equal text. NaN and infinities are kept."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def loads(text: str) -> Any:
+    """Read what ``dumps`` wrote."""
+    return json.loads(text)
+
+
+def space_to_text(space: FeatureSpace) -> str:
+    """Return a feature space as JSON."""
+    return dumps(asdict(space))
+
+
+def space_from_text(text: str) -> FeatureSpace:
+    """Read what ``space_to_text`` wrote."""
+    return FeatureSpace(**json.loads(text))
+
+
+def spec_to_text(spec: JobSpec) -> str:
+    """Return a job's specification as JSON."""
+    return dumps(asdict(spec))
+
+
+def spec_from_text(text: str) -> JobSpec:
+    """Read what ``spec_to_text`` wrote."""
+    values = json.loads(text)
+    return JobSpec(**{**values, "slices": tuple(values["slices"]), "hidden": tuple(values["hidden"])})
+
+
+def manifest_to_text(model: ModelRecord) -> str:
+    """Return as JSON what the columns of the models' table do not say."""
+    names = [one.name for one in fields(model) if one.name not in _MODEL_COLUMNS]
+    values = {name: getattr(model, name) for name in names}
+    values["space"] = asdict(model.space)
+    for name in ("metrics", "versions"):
+        values[name] = dict(values[name])
+    return dumps(values)
+
+
+def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
+    """Read what ``manifest_to_text`` wrote, the columns of the models' table beside it."""
+    values = json.loads(text)
+    values["space"] = FeatureSpace(**values["space"])
+    for name in ("class_names", "slices"):
+        values[name] = tuple(values[name])
+    return ModelRecord(**values, **{name: columns[name] for name in _MODEL_COLUMNS})
+
+
+def public_text(text: str, limit: int) -> str:
+    """Return ``text`` as any database can keep it: no NUL, no lone surrogate, ``limit`` characters at most."""
+    clean = text.replace("\0", "").encode("utf-8", "replace").decode()
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

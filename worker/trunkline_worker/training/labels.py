@@ -1,0 +1,146 @@
+"""Labels of a dataset, and every check that can be made before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from trunkline_wire.errors import ErrorCode, WireError
+
+from trunkline_worker.heads.model import CLASSIFICATION, REGRESSION
+
+# Shape suffix legend: N = rows, D = columns of the embedding, M = regression targets
+
+_CHECK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes or numbers, one row each; the other kind stays empty.
+
+    Attributes:
+        class_names: In the order of the model's outputs.
+        class_indices: (N,), into ``class_names``.
+        targets: (N, M), float32.
+    """
+
+    class_names: tuple[str, ...] = ()
+    class_indices: npt.NDArray[np.integer] | None = None
+    targets: npt.NDArray[np.float32] | None = None
+
+    @property
+    def task(self) -> str:
+        """``classification`` or ``regression``."""
+        return CLASSIFICATION if self.class_names else REGRESSION
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns that the model puts out."""
+        if self.class_names:
+            return len(self.class_names)
+        return 0 if self.targets is None or self.targets.ndim != 2 else self.targets.shape[1]
+
+
+def check_labels(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
+    """Check that a head can be trained on these labels.
+
+    Args:
+        labels: What the user gave.
+        num_rows: N.
+        hold_out: Whether some of the rows will be set aside to measure the model.
+
+    Raises:
+        WireError: EMPTY_BATCH, BAD_LABELS or NOT_FINITE.
+    """
+    if num_rows == 0:
+        raise WireError(ErrorCode.EMPTY_BATCH, "the dataset has no rows; upload some first")
+    if labels.class_names:
+        _check_classes(labels, num_rows, hold_out=hold_out)
+    else:
+        _check_targets(labels, num_rows, hold_out=hold_out)
+
+
+def _check_classes(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
+    if labels.targets is not None and labels.targets.size:
+        raise _bad("the dataset has both classes and numbers as labels; give one kind")
+    indices = labels.class_indices
+    if indices is None:
+        raise _bad("the dataset has class names but no class per row")
+    if indices.shape != (num_rows,):
+        raise _bad(f"{num_rows} rows but labels of shape {indices.shape}; one label per row is needed")
+    names = labels.class_names
+    if indices.dtype.kind not in "iu":
+        raise _bad(f"class indices must be whole numbers; got {indices.dtype}")
+    if int(indices.min()) < 0 or int(indices.max()) >= len(names):
+        bad = int(np.argmax((indices < 0) | (indices >= len(names))))
+        raise _bad(f"row {bad} is of class {int(indices[bad])}; the dataset names classes 0 to {len(names) - 1}")
+    counts = np.bincount(indices.astype(np.int64), minlength=len(names))
+    if int((counts > 0).sum()) < 2:
+        only = names[int(counts.argmax())]
+        raise _bad(f"every row is of class {only[:80]!r}; a classifier needs rows of at least two classes")
+    if not counts.all():
+        missing = names[int(counts.argmin())]
+        raise _bad(
+            f"{int((counts == 0).sum())} classes have no row, the first is {missing[:80]!r}; add rows of it, or leave "
+            "its name out"
+        )
+    if hold_out and int(counts.min()) < 2:
+        single = names[int(counts.argmin())]
+        raise _bad(
+            f"class {single[:80]!r} has a single row; holding rows out needs at least 2 per class. Add rows of it, or "
+            "set the validation fraction to 0"
+        )
+
+
+def _check_targets(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
+    targets = labels.targets
+    if targets is None or targets.size == 0:
+        raise _bad("the dataset has no labels; upload it with labels to train on it")
+    if targets.ndim != 2 or targets.shape[0] != num_rows:
+        raise _bad(f"{num_rows} rows but targets of shape {targets.shape}; (rows, outputs) is needed")
+    finite = np.isfinite(targets).all(axis=1)
+    if not finite.all():
+        raise WireError(
+            ErrorCode.NOT_FINITE,
+            f"{int((~finite).sum())} of {num_rows} targets are NaN or infinite, the first is row "
+            f"{int(finite.argmin())}",
+        )
+    needed = 3 if hold_out else 2
+    if num_rows < needed:
+        raise _bad(f"{num_rows} rows; regression needs at least {needed}")
+
+
+def check_embedding(embedding_ND: torch.Tensor, num_rows_expected: int, num_columns_expected: int) -> None:
+    """Check shape and finiteness, a piece at a time.
+
+    Raises:
+        WireError: SHAPE_MISMATCH or NOT_FINITE, naming the first bad row.
+    """
+    if embedding_ND.ndim != 2 or not embedding_ND.is_floating_point():
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"an embedding is (rows, columns) of floating-point numbers; got {tuple(embedding_ND.shape)}, "
+            f"{embedding_ND.dtype}",
+        )
+    if embedding_ND.shape[1] < num_columns_expected:
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"slices reach column {num_columns_expected}; the embedding has {embedding_ND.shape[1]} columns",
+        )
+    if embedding_ND.shape[0] != num_rows_expected:
+        raise _bad(f"{embedding_ND.shape[0]} rows but {num_rows_expected} labels; one label per row is needed")
+    step = max(1, _CHECK_BYTES // max(1, 4 * embedding_ND.shape[1]))
+    for start in range(0, embedding_ND.shape[0], step):
+        finite = torch.isfinite(embedding_ND[start : start + step]).all(dim=1)
+        if not bool(finite.all()):
+            raise WireError(
+                ErrorCode.NOT_FINITE,
+                f"row {start + int((~finite).int().argmax())} of the embedding holds NaN or infinity; it could not be "
+                "embedded. Leave that row out, or send it again",
+            )
+
+
+def _bad(message: str) -> WireError:
+    return WireError(ErrorCode.BAD_LABELS, message)

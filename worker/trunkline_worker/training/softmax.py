@@ -1,0 +1,263 @@
+"""Linear heads with softmax and cross-entropy, solved to convergence.
+
+The objective is scikit-learn's: the sum of the rows' losses plus ``l2 / 2`` times the squared weights, intercepts free,
+``l2 = 1 / C``. Two classes have one weight vector there and two here, of opposite sign, so the penalty is doubled to
+give the same classifier.
+
+With fewer rows than columns the optimum is a combination of the rows, whatever the loss (the representer theorem:
+Schölkopf, Herbrich and Smola 2001, "A Generalized Representer Theorem", theorem 1): any part of the weights across the
+rows' span adds to the penalty and changes no logit. So the problem is solved, exactly, in a basis of that span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trunkline_worker.training.lbfgs import minimise
+
+# Shape suffix legend: N = rows, D = columns, R = columns of the basis in use, P = problems, K = classes
+
+MAX_BASIS = 2048
+"""Largest basis worth an eigendecomposition: beyond it, the solver's plain steps are cheaper."""
+
+_MAX_ROTATED_CELLS = 16_000_000
+_SKETCH_ROWS = 1024
+_FLOAT64_CELLS = 8_000_000
+
+_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-6, 1e-5
+"""Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """Standardised rows in the coordinates in which the problem is solved, with their curvature.
+
+    Attributes:
+        x_NR: The rows. In their own columns (R = D), or in a basis of their span.
+        back_DR: From the basis to the columns; None where there is no basis.
+        directions_RQ: Orthonormal directions of known curvature; None where they are the axes themselves.
+        curvature_Q: Sum over the rows of the squared coordinate along each direction.
+        rest: The same for any other direction.
+    """
+
+    x_NR: Tensor
+    back_DR: Tensor | None
+    directions_RQ: Tensor | None
+    curvature_Q: Tensor
+    rest: float
+
+    def weights(self, coordinates_RK: Tensor) -> Tensor:
+        """Return weights on the columns, (D, K)."""
+        return coordinates_RK if self.back_DR is None else self.back_DR @ coordinates_RK
+
+    def coordinates(self, weights_DK: Tensor) -> Tensor:
+        """Return the coordinates, (R, K), of the part of weights on the columns that lies in the basis."""
+        weights_DK = weights_DK.to(self.x_NR)
+        return weights_DK if self.back_DR is None else self.back_DR.T @ weights_DK
+
+
+def prepare(x_ND: Tensor) -> Design:
+    """Choose coordinates for standardised rows."""
+    num_rows, num_columns = x_ND.shape
+    if num_rows < num_columns and num_rows <= MAX_BASIS:
+        x_ND = x_ND.double()
+        values_N, vectors_NN = torch.linalg.eigh(x_ND @ x_ND.T)
+        kept_N = values_N > values_N[-1] * num_columns * torch.finfo(torch.float64).eps
+        values_R, vectors_NR = values_N[kept_N], vectors_NN[:, kept_N]
+        root_R = values_R.sqrt()
+        return Design(vectors_NR * root_R, x_ND.T @ (vectors_NR / root_R), None, values_R, 0.0)
+    if num_columns <= MAX_BASIS and x_ND.numel() <= _MAX_ROTATED_CELLS:
+        x_ND = x_ND.double()
+        values_D, vectors_DD = torch.linalg.eigh(x_ND.T @ x_ND)
+        return Design(x_ND @ vectors_DD, vectors_DD, None, values_D.clamp(min=0.0), 0.0)
+    x_ND = x_ND.double() if x_ND.numel() <= _FLOAT64_CELLS else x_ND.float()
+    # The curvature is only a preconditioner here: evenly spaced rows are enough to estimate it.
+    sketch_SD = x_ND[:: max(1, num_rows // _SKETCH_ROWS)][:_SKETCH_ROWS].double()
+    share = num_rows / sketch_SD.shape[0]
+    if num_columns <= sketch_SD.shape[0]:
+        values_Q, directions_DQ = torch.linalg.eigh(sketch_SD.T @ sketch_SD)
+    else:
+        values_Q, vectors_SQ = torch.linalg.eigh(sketch_SD @ sketch_SD.T)
+        kept_Q = values_Q > values_Q[-1] * 1e-8
+        values_Q = values_Q[kept_Q]
+        directions_DQ = sketch_SD.T @ (vectors_SQ[:, kept_Q] / values_Q.sqrt())
+    rest = float(values_Q.min().clamp(min=0.0)) * share if values_Q.numel() else 0.0
+    return Design(x_ND, None, directions_DQ.to(x_ND), (values_Q.clamp(min=0.0) * share).to(x_ND), rest)
+
+
+@dataclass(frozen=True)
+class SoftmaxFit:
+    """A solved problem. ``converged`` is False if the steps ran out first."""
+
+    weights_DK: Tensor
+    bias_K: Tensor
+    num_iterations: int
+    converged: bool
+
+
+def fit_softmax(
+    design: Design,
+    classes_N: Tensor,
+    num_classes: int,
+    l2: float,
+    *,
+    start_from: SoftmaxFit | None = None,
+    on_step: Callable[[int, float], None],
+) -> SoftmaxFit:
+    """Solve one problem on all rows.
+
+    Args:
+        design: What ``prepare`` returned.
+        classes_N: Class of each row.
+        num_classes: K.
+        l2: scikit-learn's 1 / C.
+        start_from: A solution of nearly the same problem; saves steps.
+        on_step: Called before each step with its number and the mean objective; may raise to stop.
+    """
+    num_rows = design.x_NR.shape[0]
+    weights_PN = torch.ones((1, num_rows), dtype=design.x_NR.dtype, device=design.x_NR.device)
+    start = design.x_NR.new_zeros((1, design.x_NR.shape[1] + 1, num_classes))
+    if start_from is None:
+        start[0, -1] = _log_shares(classes_N, num_classes).to(start)
+    else:
+        start[0, :-1], start[0, -1] = design.coordinates(start_from.weights_DK), start_from.bias_K.to(start)
+    tolerance = _TIGHT if design.x_NR.dtype == torch.float64 else _FLOAT32_TIGHT
+    solution, iterations, converged = _solve(
+        design,
+        classes_N,
+        weights_PN,
+        start,
+        l2,
+        tolerance,
+        lambda step, value_P: on_step(step, float(value_P[0]) / num_rows),
+    )
+    return SoftmaxFit(design.weights(solution[0, :-1]), solution[0, -1], iterations, converged)
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Cross-entropy of rows that the fit had not seen, in nats per row, and its standard error."""
+
+    mean: float
+    error: float
+
+
+def cross_validate_l2(
+    x_ND: Tensor,
+    classes_N: Tensor,
+    num_classes: int,
+    folds_N: Tensor,
+    grid: Sequence[float],
+    *,
+    check: Callable[[], None],
+) -> dict[float, HeldOutLoss]:
+    """Return the held-out cross-entropy of each strength tried.
+
+    From the strongest on, each started where the last one ended, all folds side by side; stops once two in a row were
+    worse than the best.
+
+    Args:
+        x_ND: Standardised rows.
+        classes_N: Class of each row.
+        num_classes: K.
+        folds_N: Fold of each row.
+        grid: Strengths to try.
+        check: Called between steps; may raise to stop.
+    """
+    design = prepare(x_ND)
+    fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
+    training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR)
+    solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
+    solution[:, -1] = _log_shares(classes_N, num_classes).to(solution)
+    scores: dict[float, HeldOutLoss] = {}
+    worse = 0
+    for l2 in sorted(grid, reverse=True):
+        solution, _, _ = _solve(design, classes_N, training_PN, solution, l2, _LOOSE, lambda step, value_P: check())
+        loss_PN, _ = _losses(design.x_NR, classes_N, solution)
+        loss_N = (loss_PN * (1 - training_PN)).sum(dim=0)
+        scores[l2] = HeldOutLoss(float(loss_N.mean()), float(loss_N.std()) / len(loss_N) ** 0.5)
+        worse = worse + 1 if scores[l2].mean > min(one.mean for one in scores.values()) else 0
+        if worse == 2:
+            break
+    return scores
+
+
+def _solve(
+    design: Design,
+    classes_N: Tensor,
+    weights_PN: Tensor,
+    start_PRK: Tensor,
+    l2: float,
+    tolerance: float,
+    on_step: Callable[[int, Tensor], None],
+) -> tuple[Tensor, int, bool]:
+    """Solve problems that differ in their rows' weights. The last row of (R + 1, K) holds the intercepts."""
+    x_NR = design.x_NR
+    num_problems, _, num_classes = start_PRK.shape
+    shape = start_PRK.shape
+    l2 = l2 * 2 if num_classes == 2 else l2
+    onehot_NK = torch.nn.functional.one_hot(classes_N, num_classes).to(x_NR)
+
+    def objective(flat_PV: Tensor) -> tuple[Tensor, Tensor]:
+        b_PRK = flat_PV.view(shape)
+        loss_PN, probability_PNK = _losses(x_NR, classes_N, b_PRK)
+        residual_PNK = (probability_PNK - onehot_NK) * weights_PN[:, :, None]
+        gradient_PRK = torch.empty_like(b_PRK)
+        residual_NPK = residual_PNK.transpose(0, 1).reshape(x_NR.shape[0], -1)
+        gradient_PRK[:, :-1] = (x_NR.T @ residual_NPK).view(-1, num_problems, num_classes).transpose(0, 1)
+        gradient_PRK[:, :-1] += l2 * b_PRK[:, :-1]
+        gradient_PRK[:, -1] = residual_PNK.sum(dim=1)
+        value_P = (loss_PN * weights_PN).sum(dim=1) + 0.5 * l2 * b_PRK[:, :-1].square().sum(dim=(1, 2))
+        return value_P, gradient_PRK.view(num_problems, -1)
+
+    # Near the start every class has probability 1 / K, which makes the losses' curvature about 1 / K of the rows'.
+    inverse_Q = 1.0 / (design.curvature_Q / num_classes + l2 + _floor(design))
+    inverse_rest = 1.0 / (design.rest / num_classes + l2 + _floor(design))
+    inverse_bias = num_classes / x_NR.shape[0]
+
+    def precondition(flat_PV: Tensor) -> Tensor:
+        b_PRK = flat_PV.view(shape)
+        result_PRK = torch.empty_like(b_PRK)
+        if design.directions_RQ is None:
+            result_PRK[:, :-1] = inverse_Q[:, None] * b_PRK[:, :-1]
+        else:
+            along_PQK = design.directions_RQ.T @ b_PRK[:, :-1]
+            along_PQK = along_PQK * (inverse_Q - inverse_rest)[:, None]
+            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest * b_PRK[:, :-1]
+        result_PRK[:, -1] = inverse_bias * b_PRK[:, -1]
+        return result_PRK.view(num_problems, -1)
+
+    minimum = minimise(
+        objective,
+        start_PRK.reshape(num_problems, -1),
+        precondition=precondition,
+        on_step=on_step,
+        tolerance=tolerance,
+    )
+    return minimum.x_PV.view(shape), minimum.num_iterations, minimum.converged
+
+
+def _losses(x_NR: Tensor, classes_N: Tensor, b_PRK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy, (P, N), and the probabilities, (P, N, K)."""
+    num_problems, _, num_classes = b_PRK.shape
+    logits_NPK = x_NR @ b_PRK[:, :-1].transpose(0, 1).reshape(x_NR.shape[1], -1)
+    logits_PNK = logits_NPK.view(-1, num_problems, num_classes).transpose(0, 1) + b_PRK[:, -1:]
+    log_PNK = logits_PNK.log_softmax(dim=2)
+    index_PN1 = classes_N[None, :, None].expand(num_problems, -1, 1)
+    return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK.exp()
+
+
+def _floor(design: Design) -> float:
+    """Keep directions without rows from getting endless steps when there is no penalty."""
+    return 1e-8 * float(design.curvature_Q.max()) if design.curvature_Q.numel() else 1.0
+
+
+def _log_shares(classes_N: Tensor, num_classes: int) -> Tensor:
+    """Return the intercepts that fit the classes' shares without any features: where every fit starts."""
+    counts_K = torch.bincount(classes_N, minlength=num_classes).double().clamp(min=0.5)
+    log_K = counts_K.log()
+    return log_K - log_K.mean()
