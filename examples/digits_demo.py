@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from trunkline_wire.local import STATE_DIR_VARIABLE, LocalCluster, read_local_cluster
+from trunkline_wire.local import STATE_DIR_VARIABLE, read_local_cluster
 
 # Shape suffix legend: N = rows, H = height, W = width
 
@@ -68,8 +68,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down all the same
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="trunkline-demo-") as folder:
-        _use_state_of_its_own(Path(folder))
-        with _cluster() as up_s:
+        state = Path(folder) / "state"
+        _use_state_of_its_own(state)
+        with _cluster(state) as up_s:
             report = _run(arguments.per_class, arguments.seed, up_s)
     write(report, arguments.report)
     _print_table(report, arguments.per_class)
@@ -98,12 +99,13 @@ def _run(per_class: int, seed: int, up_s: float) -> DigitsReport:
         upload_s, data = _timed(lambda: client.upload(images, labels, name="digits", stem=stem))
         auto_s, model = _timed(lambda: client.train(data, name="digits", embedding="auto", seed=seed).result())
         last_s, last = _timed(lambda: client.train(data, name="digits-last", embedding="pooled", seed=seed).result())
+        again = client.upload(images, labels, name="digits", stem=stem)
         predict_s, prediction = _timed(lambda: model.predict(test_images, stem=stem))
         last_prediction = last.predict(test_images, stem=stem)
         (backbone,) = (one for one in client.backbones() if one.name == BACKBONE)
 
     class_names = model.class_names
-    predicted_N = np.array([class_names.index(label) for label in prediction.labels])
+    predicted_N = prediction.indices
     row_bytes = int(np.prod(stem.feature_shape)) * np.dtype(stem.dtype).itemsize
     return DigitsReport(
         methods=[
@@ -123,7 +125,8 @@ def _run(per_class: int, seed: int, up_s: float) -> DigitsReport:
             "Labelled pictures": f"{len(images)}, {per_class} per class, drawn with seed {seed}",
             "Slices chosen": ", ".join(model.slices),
             "Cluster up": f"{up_s:.1f} s",
-            "Stem and upload": f"{upload_s:.2f} s for {len(images)} rows",
+            "Stem and upload": f"{upload_s:.2f} s for {len(images)} rows; {_bytes_sent(data)} sent",
+            "The same upload again": f"{_bytes_sent(again)} sent",
             "Training, slices chosen": f"{auto_s:.2f} s from submit to model",
             "Training, last layer": f"{last_s:.2f} s; its features were on the cluster already",
             "Prediction": f"{predict_s:.2f} s for {len(test_images)} rows, {len(test_images) / predict_s:.0f} a second",
@@ -143,8 +146,12 @@ def _raw_pixels(
     return predicted
 
 
-def _accuracy(labels: Sequence[str], truth_N: npt.NDArray[np.int64]) -> float:
+def _accuracy(labels: Sequence[str | None], truth_N: npt.NDArray[np.int64]) -> float:
     return float(np.mean([label == str(one) for label, one in zip(labels, truth_N, strict=True)]))
+
+
+def _bytes_sent(data: trunkline.Dataset) -> str:
+    return f"{data.report.feature_bytes_sent / 1024:.0f} KiB" if data.report else "nothing"
 
 
 def _timed(call: Callable[[], T]) -> tuple[float, T]:
@@ -156,35 +163,50 @@ def _timed(call: Callable[[], T]) -> tuple[float, T]:
 # --- the cluster ------------------------------------------------------------------------------------------------------
 
 
-def _use_state_of_its_own(folder: Path) -> None:
+def _use_state_of_its_own(state: Path) -> None:
     """Keep the demo apart from the settings and the cluster that the user may have."""
     for name in [name for name in os.environ if name.startswith("TRUNKLINE_") and name != "TRUNKLINE_CACHE_DIR"]:
         del os.environ[name]
-    os.environ[STATE_DIR_VARIABLE] = str(folder / "state")
+    os.environ[STATE_DIR_VARIABLE] = str(state)
     os.environ["TRUNKLINE_PORT"] = "0"
 
 
 @contextmanager
-def _cluster() -> Iterator[float]:
+def _cluster(state: Path) -> Iterator[float]:
     """Bring a cluster up, yield how many seconds that took, and end it whatever happens."""
     command = str(Path(sys.executable).parent / "trunkline")
     started = time.monotonic()
-    cluster: LocalCluster | None = None
+    marks = [str(state)]
     try:
-        subprocess.run([command, "up", "--backbone", BACKBONE, "--json"], check=True, stdout=subprocess.PIPE)
+        _bring_up([command, "up", "--backbone", BACKBONE, "--json"])
         cluster = read_local_cluster()
+        marks += [cluster.id] if cluster else []
         yield time.monotonic() - started
     finally:
-        cluster = cluster or read_local_cluster()
-        subprocess.run([command, "down", "--json"], check=True, stdout=subprocess.PIPE)
-        if cluster is not None and (left := _wait_for_end(cluster.id)):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave half a cluster behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.run([command, "down", "--json"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if left := _wait_for_end(marks):
             raise RuntimeError(f"processes of the cluster are left: {left}")
 
 
-def _wait_for_end(cluster_id: str) -> list[int]:
-    """Wait until every process of a cluster has ended, and return those that have not."""
+def _bring_up(command: list[str]) -> None:
+    """Run ``trunkline up``. Where this is interrupted, it is told so, and takes back what it has started."""
+    # In a session of its own, so that Ctrl-C reaches it once, through us.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            raise  # leaving the block waits for the process
+    if status != 0:
+        raise SystemExit("the cluster could not be brought up; see above")
+
+
+def _wait_for_end(marks: Sequence[str]) -> list[int]:
+    """Wait until no process carries one of the marks in its environment, and return those that still do."""
     deadline = time.monotonic() + END_PATIENCE_S
-    while (left := _processes_of(cluster_id)) and time.monotonic() < deadline:
+    while (left := _processes_with(marks)) and time.monotonic() < deadline:
         for pid in left:
             try:
                 descriptor = os.pidfd_open(pid)
@@ -197,15 +219,16 @@ def _wait_for_end(cluster_id: str) -> list[int]:
     return left
 
 
-def _processes_of(cluster_id: str) -> list[int]:
-    """Return the processes that carry a cluster's id in their environment. Ended ones have no environment."""
+def _processes_with(marks: Sequence[str]) -> list[int]:
+    """Return the processes that were started with one of the marks in their environment. Ended ones have none."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if cluster_id.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
+            environment = path.read_bytes()
         except OSError:
             continue
+        if any(mark.encode() in environment for mark in marks):
+            found.append(int(path.parent.name))
     return found
 
 

@@ -183,8 +183,10 @@ def _chosen_rows(report: DigitsReport) -> tuple[list[int], list[int]]:
     is_wrong = report.true_N != report.predicted_N
     wrong = [int(row) for row in by_confidence[::-1] if is_wrong[row]][:MAX_MISTAKES]
     candidates = [int(row) for row in by_confidence if not is_wrong[row]]
-    positions = np.unique(np.linspace(0, max(len(candidates) - 1, 0), NUM_RIGHT).round().astype(int))
-    return wrong, [candidates[position] for position in positions if candidates]
+    # Half of them the least confident, where there is something to see; the others spread over the rest.
+    unsure, rest = candidates[: NUM_RIGHT // 2], candidates[NUM_RIGHT // 2 :]
+    positions = np.unique(np.linspace(0, max(len(rest) - 1, 0), NUM_RIGHT // 2).round().astype(int))
+    return wrong, unsure + [rest[position] for position in positions if rest]
 
 
 def _card(report: DigitsReport, row: int) -> _Card:

@@ -1,12 +1,12 @@
 """Trunkline: use a heavy pretrained model from a light client.
 
-import trunkline
+The whole of it::
 
-client = trunkline.connect()
-stem = client.stem("efficientnet_lite0", cut="blocks.2")
-data = client.upload(images, labels, name="digits", stem=stem)
-model = client.train(data, name="digits-head").result()
-model.predict(images).labels
+    client = trunkline.connect()
+    stem = client.stem("efficientnet_lite0", cut="blocks.2")
+    data = client.upload(images, labels, name="digits", stem=stem)
+    model = client.train(data, name="digits-head").result()
+    model.predict(images).labels
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("trunkline")
+    if name == "errors":
+        return import_module("trunkline.errors")
     if name not in __all__:
         raise AttributeError(f"module 'trunkline' has no attribute {name!r}")
     value = getattr(import_module(_MODULES.get(name, "trunkline.errors")), name)

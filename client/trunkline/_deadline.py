@@ -59,5 +59,5 @@ def retry_delay(attempt: int, asked_s: float = 0.0, *, random_float: Callable[[]
         asked_s: What the cluster asked for: never less than this.
         random_float: Draws from 0 to 1.
     """
-    ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempt - 1, 10))
+    ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(max(attempt - 1, 0), 10))
     return asked_s + ceiling * (0.5 + 0.5 * random_float())

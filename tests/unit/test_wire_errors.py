@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from trunkline_wire.errors import (
+    REQUEST_ID_METADATA,
+    RETRY_DELAY_METADATA,
     RETRYABLE_CODES,
     STATUS_BY_CODE,
     ErrorCode,
@@ -86,3 +88,9 @@ def test_texts_that_are_not_ours_have_no_code(details: str) -> None:
 def test_details_without_a_request_id_keep_the_whole_message() -> None:
     assert parse_details("[NOT_FOUND] gone\n").message == "gone\n"
     assert parse_details(None).code is None  # type: ignore[arg-type]  # grpc gives None where there are no details
+
+
+def test_metadata_names_are_part_of_the_wire() -> None:
+    # gRPC's retry policy honours its own name for the delay, and no other.
+    assert RETRY_DELAY_METADATA == "grpc-retry-pushback-ms"
+    assert REQUEST_ID_METADATA == "trunkline-request-id"

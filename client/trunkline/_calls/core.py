@@ -185,12 +185,11 @@ class Caller:
         """Match a reply with its request. None where the request is to be sent again."""
         if kind == "error":
             error = error_from_message(reply.error, request_id)
-            if retry_item(error) and reply.seq in exchange.pending():
-                attempt = exchange.count_attempt(reply.seq)
-                delay_s = retry_delay(attempt, error.retry_delay_s)
-                if attempt < MAX_BATCH_ATTEMPTS and deadline.allows(delay_s):
-                    exchange.put_off(reply.seq, delay_s)
-                    return None
+            attempt = exchange.count_attempt(reply.seq) if retry_item(error) else 0
+            delay_s = retry_delay(attempt, error.retry_delay_s)
+            if 0 < attempt < MAX_BATCH_ATTEMPTS and deadline.allows(delay_s):
+                exchange.put_off(reply.seq, delay_s)
+                return None
         elif kind != result:
             raise InternalError(f"the cluster answered with {kind!r}, not {result!r}", request_id=request_id)
         item = exchange.answered(reply.seq)

@@ -93,9 +93,9 @@ class DatasetCalls:
             pending = exchange.pending()
             row_ids = [one for chunk in pending.values() for one in chunk.row_ids]
             missing = {row_ids[index] for index in self.find_missing(row_ids, deadline)}
-            for seq, chunk in pending.items():
+            for key, chunk in pending.items():
                 if missing.isdisjoint(chunk.row_ids):
-                    exchange.answered(seq)
+                    exchange.drop(key)
                     arrived.append(chunk)
 
         answers = self._caller.stream(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
         RuntimeError: A deployment did not come up.
     """
     settings.listener.check()
+    if settings.port == 0:
+        # Chosen once and for all replicas: one that is started again must be found where the last one was.
+        settings = settings.model_copy(update={"port": free_port(settings.host)})
     on_phase("checking storage")
     shared, note = check_storage(settings.storage_url)
     if not shared:
@@ -62,6 +66,14 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
         build_gateway(settings, storage_shared=shared, storage_note=note), name=GATEWAY_APP, route_prefix=None
     )
     return Deployed(handle.port.remote().result(timeout_s=30), shared, note)
+
+
+def free_port(host: str) -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def check_storage(url: str) -> tuple[bool, str]:

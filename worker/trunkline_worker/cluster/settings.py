@@ -1,6 +1,6 @@
-"""What an operator may set, by environment (``TRUNKLINE_...``), by a TOML file or on the command line.
+"""What an operator may set, by environment (``TRUNKLINE_CLUSTER_...``), by a TOML file or on the command line.
 
-The command line wins over the environment, the environment over the file named by ``TRUNKLINE_CONFIG``.
+The command line wins over the environment, the environment over the file named by ``TRUNKLINE_CLUSTER_CONFIG``.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from trunkline_wire.errors import WireError
 from trunkline_wire.local import state_dir
 from trunkline_wire.names import check_name
 
 from trunkline_worker.serving.gateway import Listener
 
-CONFIG_VARIABLE = "TRUNKLINE_CONFIG"
+CONFIG_VARIABLE = "TRUNKLINE_CLUSTER_CONFIG"
 """Names the TOML file."""
 
 
 class Settings(BaseSettings):
     """All settings of a cluster. Every field is documented in ``docs/operations.md``; a test compares the two."""
 
-    model_config = SettingsConfigDict(env_prefix="TRUNKLINE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TRUNKLINE_CLUSTER_", extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     port: int = Field(50051, ge=0, le=65535, description="Port of the gateway; 0 takes a free one.")
@@ -81,7 +82,10 @@ class Settings(BaseSettings):
         if not names or len(set(names)) != len(names):
             raise ValueError("name one backbone or more, each once")
         for name in names:
-            check_name(name, "backbone")
+            try:
+                check_name(name, "backbone")
+            except WireError as error:  # pydantic reports ValueError with the setting's name
+                raise ValueError(error.message) from error
         return names
 
     @model_validator(mode="after")

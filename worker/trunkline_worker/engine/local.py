@@ -138,10 +138,16 @@ class LocalEngine:
         self._runtimes: OrderedDict[Key, asyncio.Task[Prepared]] = OrderedDict()
         self._stems: dict[str, asyncio.Task[StoredExport]] = {}
 
-    async def start(self) -> None:
-        """Choose the runtime for images of the backbone's own size and begin to answer."""
+    async def start(self, *, prepare: bool = True) -> None:
+        """Begin to answer.
+
+        Args:
+            prepare: Whether to choose the runtime for images of the backbone's own size now: seconds the first time,
+                read from storage later. Otherwise, as for every other cut and size, when it is first used.
+        """
         self._batcher.start()
-        await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size), None)
+        if prepare:
+            await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size), None)
 
     async def close(self) -> None:
         """Take nothing new, finish what waits, end the threads."""

@@ -112,8 +112,7 @@ def _shell(metadata: dict[str, Any]) -> TrainedHead:
     if num_outputs < 1 or not widths or min(widths) < 1:
         raise _corrupt("a width is below 1")
     config = HeadConfig(metadata["kind"], hidden, float(metadata["dropout"]))
-    with torch.device("meta"):
-        head = Head(config, sum(widths), num_outputs)
+    head = Head(config, sum(widths), num_outputs, device="meta")
     return TrainedHead(head, metadata["task"], names[0], names[1], widths)
 
 

@@ -63,21 +63,24 @@ class Head(nn.Module):
         config: What the head is made of.
         num_features: D.
         num_outputs: K.
+        device: Where the tensors lie. ``meta``: nowhere yet.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, config: HeadConfig, num_features: int, num_outputs: int) -> None:
+    def __init__(
+        self, config: HeadConfig, num_features: int, num_outputs: int, *, device: torch.device | str = "cpu"
+    ) -> None:
         """Build the layers."""
         super().__init__()
         self.config = config
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("scale", torch.ones(num_features))
+        self.register_buffer("mean", torch.zeros(num_features, device=device))
+        self.register_buffer("scale", torch.ones(num_features, device=device))
         widths = (num_features, *config.hidden, num_outputs)
         self.layers = nn.ModuleList(
             # skip_init: the usual draw comes from the process-wide generator, which others may be using.
-            nn.utils.skip_init(nn.Linear, inputs, outputs)
+            nn.utils.skip_init(nn.Linear, inputs, outputs, device=device)
             for inputs, outputs in pairwise(widths)
         )
         with torch.no_grad():

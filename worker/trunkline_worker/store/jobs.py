@@ -279,6 +279,12 @@ class Jobs:
 
     # What the controller does.
 
+    def has_queued(self) -> bool:
+        """Return whether a job waits for a lane."""
+        query = sa.select(_table.c.id).where(_table.c.state == JobState.QUEUED.value).limit(1)
+        with self._context.database.read() as connection:
+            return connection.execute(query).first() is not None
+
     def expire(self) -> builtins.list[str]:
         """Take back every job whose lease has run out, and return their ids.
 

@@ -22,7 +22,6 @@ from trunkline_worker.training.split import FOLDS, SUBSAMPLE, Indices, folds, ra
 MLP_L2 = 0.1
 """For MLPs, where cross-validating a strength would cost as many trainings."""
 
-RULE=1.0
 _L2_ROWS = 512
 _L2_PER_COLUMN = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _RIDGE_STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-10, 3))
@@ -105,10 +104,7 @@ def choose_l2(
             [num_columns * one for one in _L2_PER_COLUMN],
             check=progress.check,
         )
-        best = min(scores.values(), key=lambda one: one.mean)
-        # The strongest penalty that is as good, within a standard error: a simpler head, and sooner fitted.
-        # Source: Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3, the 1 SE rule.
-        return max(l2 for l2, one in scores.items() if one.mean <= best.mean + RULE * best.error)
+        return min(scores, key=lambda one: scores[one])
     name = "all"
     (scored,) = selection.score_sets(
         [(name,)],

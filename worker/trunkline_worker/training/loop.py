@@ -110,7 +110,9 @@ def train_head(
     """
     progress = Progress(on_event, should_stop)
     config = check_spec(spec)
-    embedding_ND = torch.as_tensor(embedding_ND)
+    if isinstance(embedding_ND, np.ndarray):
+        # Rows read from storage cannot be written to, and torch will not have such memory.
+        embedding_ND = torch.from_numpy(np.require(embedding_ND, requirements=["C", "W"]))
     num_rows = int(embedding_ND.shape[0]) if embedding_ND.ndim else 0
     check_labels(labels, num_rows, hold_out=spec.validation_fraction > 0)
     check_embedding(embedding_ND, num_rows, max((one.stop for one in slices), default=0))

@@ -240,10 +240,11 @@ class LaneDriver:
         # Ray Train looks after its workers only this often, in seconds; read when the run starts.
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         config = self._config
-        trainer = TorchTrainer(
+        # Not TorchTrainer: its process group, of no use to one worker, listens on every interface without a password.
+        trainer = DataParallelTrainer(
             lane_loop,
             train_loop_config=dict(config.__dict__),
             scaling_config=ScalingConfig(

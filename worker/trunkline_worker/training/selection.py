@@ -24,7 +24,7 @@ from trunkline_worker.training.ridge import held_out_predictions
 # Shape suffix legend: N = rows, D = columns, M = outputs, A = kernels, S = strengths, F = repetitions of the folds,
 # T = temperatures
 
-MAX_ROWS = 400
+MAX_ROWS = 320
 MAX_CLASSES = 64
 """What stands for the whole in the selection: its differences are far above the noise of that many rows."""
 

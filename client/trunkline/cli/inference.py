@@ -1,0 +1,164 @@
+"""``trunkline models``, ``predict``, ``evaluate`` and ``extract``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trunkline.cli.data import Images, InputSize, StemOption, find_stem
+from trunkline.cli.output import EXIT_FAILED, GateNotMetError, Session, columns, command, facts
+from trunkline.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from trunkline.models import Model
+    from trunkline.predictions import Prediction
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="NAME or NAME@VERSION.")]
+Files = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, folders of them, or CSV files.")]
+SendImages = Annotated[bool, typer.Option("--send-images", help="Send images even if a stem could run here.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows that travel together.", min=1)]
+
+
+@command(missing="trunkline models")
+def models(
+    session: Session,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One model: NAME or NAME@VERSION.")] = None,
+) -> None:
+    """List the models, or describe one."""
+    with session.connect() as client:
+        if name is not None:
+            one = client.model(name)
+            session.emit(one.to_dict(), _detail(one), hint=f"trunkline predict {one.reference} IMAGE ...")
+            return
+        found = client.models()
+    rows = [(one.reference, one.task, _metrics(one), one.space.backbone, one.record.dataset) for one in found]
+    table = columns(("MODEL", "TASK", "METRICS", "BACKBONE", "DATASET"), rows)
+    session.emit([one.to_dict() for one in found], table, hint="trunkline predict MODEL IMAGE ...")
+
+
+@command(missing="trunkline models")
+def predict(
+    session: Session,
+    model: ModelName,
+    images: Files,
+    send_images: SendImages = False,
+    batch_size: BatchSize = None,
+) -> None:
+    """Predict pictures. Those that cannot be read fail alone; the exit code is 1 then."""
+    paths = _paths(images)
+    with session.connect() as client:
+        chosen = client.model(model)
+        found = chosen.predict(paths, stem=False if send_images else None, batch_size=batch_size)
+    data = found.to_dict()
+    for row, path in zip(data["rows"], paths, strict=True):
+        row["path"] = str(path)
+    session.emit(data, _predictions(found, paths))
+    if found.errors:
+        for row, error in sorted(found.errors.items()):
+            print(f"error: {paths[row]}: {error.message}", file=sys.stderr)
+        print(f"next:  leave out the {len(found.errors)} of {len(paths)} pictures that failed", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+
+
+@command(missing="trunkline models")
+def evaluate(
+    session: Session,
+    model: ModelName,
+    images: Images,
+    min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy.", min=0, max=1)] = None,
+    min_r2: Annotated[float | None, typer.Option(help="Exit with 3 below this R2.", max=1)] = None,
+    send_images: SendImages = False,
+    batch_size: BatchSize = None,
+) -> None:
+    """Measure a model on labelled pictures."""
+    with session.connect() as client:
+        chosen = client.model(model)
+        if min_accuracy is not None and chosen.task != "classification":
+            raise InvalidArgumentError(f"--min-accuracy fits classifiers; {chosen.reference} predicts numbers")
+        if min_r2 is not None and chosen.task != "regression":
+            raise InvalidArgumentError(f"--min-r2 fits models that predict numbers; {chosen.reference} is a classifier")
+        report = chosen.evaluate(images, stem=False if send_images else None, batch_size=batch_size)
+    session.emit(report.to_dict(), report.summary())
+    reached = getattr(report, "accuracy", None) if min_accuracy is not None else getattr(report, "r2", None)
+    wanted = min_accuracy if min_accuracy is not None else min_r2
+    if wanted is not None and reached is not None and reached < wanted:
+        what = "accuracy" if min_accuracy is not None else "R2"
+        raise GateNotMetError(f"{what} is {reached:.4f}; at least {wanted:g} was asked for")
+
+
+@command(missing="trunkline backbones")
+def extract(
+    session: Session,
+    images: Files,
+    out: Annotated[Path, typer.Option("--out", help="File to write the embedding to, .npy.")],
+    stem: StemOption = None,
+    backbone: Annotated[str | None, typer.Option(help="Without a stem: who reads the images.")] = None,
+    input_size: InputSize = None,
+    slices: Annotated[list[str] | None, typer.Option("--slice", help="Only these slices; may be repeated.")] = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Write the embedding of pictures to a file, to train elsewhere."""
+    import numpy as np
+
+    paths = _paths(images)
+    with session.connect() as client:
+        local = find_stem(client, stem, input_size)
+        embedding = client.extract(
+            paths, stem=local, backbone=backbone, input_size=input_size, slices=slices, batch_size=batch_size
+        )
+    try:
+        np.save(out, embedding, allow_pickle=False)
+    except OSError as error:
+        raise InvalidArgumentError(f"{out} cannot be written: {error.strerror}") from None
+    num_rows, width = embedding.shape
+    session.emit(
+        {"out": str(out), "num_rows": num_rows, "width": width, "paths": [str(one) for one in paths]},
+        f"{out}: {num_rows} rows, {width} columns, float32",
+    )
+
+
+def _paths(images: list[Path]) -> list[Path]:
+    """Return the pictures of files, folders and tables, in order."""
+    from trunkline.images import picture_paths
+
+    return [path for one in images for path in picture_paths(one)]
+
+
+def _predictions(found: Prediction, paths: list[Path]) -> str:
+    rows: list[tuple[object, ...]] = []
+    for path, one in zip(paths, found, strict=True):
+        if one.error is not None:
+            rows.append((path, "-", "failed"))
+        elif found.class_names:
+            rows.append((path, one.label, f"{float(one.outputs_K.max()):.3f}"))
+        else:
+            rows.append((path, " ".join(f"{value:.4g}" for value in one.outputs_K), ""))
+    return columns(("IMAGE", "LABEL" if found.class_names else "VALUES", "PROBABILITY"), rows)
+
+
+def _metrics(model: Model) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(model.metrics.items())[:2]) or "-"
+
+
+def _detail(model: Model) -> str:
+    record = model.record
+    return facts(
+        [
+            ("model", model.reference),
+            ("task", model.task),
+            ("classes", ", ".join(model.class_names)),
+            ("outputs", None if model.class_names else record.num_outputs),
+            *((name, f"{value:.4f}") for name, value in sorted(record.metrics.items())),
+            ("backbone", model.space.backbone),
+            ("cut", model.space.cut),
+            ("input size", model.space.input_size),
+            ("slices", ", ".join(model.slices)),
+            ("dataset", record.dataset),
+            ("job", record.job_id),
+            ("head sha256", record.head_sha256),
+            ("created", record.create_time),
+        ]
+    )

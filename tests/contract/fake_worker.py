@@ -1,0 +1,670 @@
+# ruff: noqa: N802
+"""A small, honest cluster in this process: the contract's services in memory, and faults on demand.
+
+Jobs train for real, by nearest class mean or least squares. The one contract suite runs against this and against the
+real thing, so that it cannot drift.
+"""
+
+import functools
+import hashlib
+import inspect
+import threading
+import time
+import uuid
+from collections import Counter
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import fake_backbone
+import grpc
+import numpy as np
+from trunkline_wire import WIRE_VERSION, codecs, messages
+from trunkline_wire.errors import (
+    REQUEST_ID_METADATA,
+    RETRY_DELAY_METADATA,
+    STATUS_BY_CODE,
+    ErrorCode,
+    WireError,
+    format_details,
+)
+from trunkline_wire.limits import (
+    MAX_BATCH_ROWS,
+    MAX_CONCURRENT_STREAMS,
+    MAX_DATASET_ROWS,
+    MAX_FIND_ROWS,
+    MAX_MESSAGE_BYTES,
+)
+from trunkline_wire.names import check_name, parse_reference
+from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
+from trunkline_wire.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    dataset_pb2,
+    dataset_pb2_grpc,
+    error_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    registry_pb2,
+    registry_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+
+TOKEN = "the-token-of-the-tests-0123456789"
+OTHER_TOKEN = "the-token-of-another-tenant-0123"
+TENANTS = {f"Bearer {TOKEN}": "default", f"Bearer {OTHER_TOKEN}": "other"}
+ENDED = (training_pb2.JOB_STATE_SUCCEEDED, training_pb2.JOB_STATE_FAILED, training_pb2.JOB_STATE_CANCELLED)
+
+
+@dataclass
+class Faults:
+    """What goes wrong, and how often. Counters count down."""
+
+    drop_upload_after: list = field(default_factory=list)  # acknowledged chunks before each break
+    drop_predict_after: list = field(default_factory=list)
+    drop_watch_after: list = field(default_factory=list)
+    lose_answer: Counter = field(default_factory=Counter)  # method -> how often the answer is lost after the effect
+    overload_calls: Counter = field(default_factory=Counter)  # method -> refusals
+    overload_batches: int = 0
+    batch_error: WireError | None = None
+    damage_chunks: int = 0
+    damage_stems: int = 0
+    cut_stems: int = 0
+    wrong_seq: bool = False
+    storage_full: bool = False
+    raise_internally: bool = False
+    job_error: WireError | None = None
+    hold_jobs: threading.Event | None = None
+    wire_version: int = WIRE_VERSION
+    clock_offset_s: float = 0.0
+    storage_shared: bool = True
+    delay: threading.Event | None = None  # unary calls wait for it
+
+
+class _Dropped(Exception):
+    """The connection breaks here: not one of our errors."""
+
+
+def _boundary(method):
+    """Check the token, count the call, and let nothing out but public errors."""
+    name = method.__name__
+
+    def enter(worker, context):
+        metadata = dict(context.invocation_metadata())
+        request_id = metadata.get(REQUEST_ID_METADATA, "none")
+        context.request_id = request_id
+        worker.request_ids.append(request_id)
+        worker.calls[name] += 1
+        tenant = TENANTS.get(metadata.get("authorization", ""))
+        if tenant is None:
+            raise WireError(ErrorCode.UNAUTHENTICATED, "no token, or one that is not known here")
+        if worker.faults.overload_calls[name] > 0:
+            worker.faults.overload_calls[name] -= 1
+            raise WireError(ErrorCode.OVERLOADED, "the queues are full", retry_delay_s=0.05)
+        if worker.faults.raise_internally:
+            raise RuntimeError("/secret/path in a traceback")
+        context.tenant = tenant
+
+    def leave(context, error):
+        if isinstance(error, _Dropped):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
+        if not isinstance(error, WireError):
+            error = WireError(ErrorCode.INTERNAL, "something went wrong in the cluster")
+        if error.retry_delay_s:
+            context.set_trailing_metadata(((RETRY_DELAY_METADATA, str(int(error.retry_delay_s * 1000))),))
+        context.abort(getattr(grpc.StatusCode, STATUS_BY_CODE[error.code]), format_details(error, context.request_id))
+
+    @functools.wraps(method)
+    def unary(self, request, context):
+        try:
+            enter(self.worker, context)
+            if self.worker.faults.delay is not None:
+                self.worker.faults.delay.wait(30)
+            answer = method(self, request, context)
+            if self.worker.faults.lose_answer[name] > 0:
+                self.worker.faults.lose_answer[name] -= 1
+                raise _Dropped
+            return answer
+        except Exception as error:
+            leave(context, error)
+
+    @functools.wraps(method)
+    def stream(self, request, context):
+        try:
+            enter(self.worker, context)
+            yield from method(self, request, context)
+        except Exception as error:
+            leave(context, error)
+
+    return stream if inspect.isgeneratorfunction(method) else unary
+
+
+def _check_stated(timeout_s):
+    if timeout_s < 0:
+        raise WireError(ErrorCode.DEADLINE_EXCEEDED, "the deadline had passed when the call was sent")
+
+
+def _numbered(requests, kind):
+    """Yield the messages of a stream, checked as the gateway does."""
+    last, count = -1, 0
+    for request in requests:
+        if request.WhichOneof("kind") == "end":
+            if request.end.num_messages != count:
+                raise WireError(ErrorCode.INVALID_ARGUMENT, f"{request.end.num_messages} announced, {count} arrived")
+            return
+        if request.WhichOneof("kind") != kind or request.seq <= last:
+            raise WireError(ErrorCode.INVALID_ARGUMENT, f"seq {request.seq} after {last}: numbers must grow")
+        last, count = request.seq, count + 1
+        yield request
+    raise WireError(ErrorCode.INVALID_ARGUMENT, "the stream ended without its end message")
+
+
+class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
+    def __init__(self, worker):
+        self.worker = worker
+
+    @_boundary
+    def GetServerInfo(self, request, context):
+        return catalog_pb2.GetServerInfoResponse(
+            version="0.0-fake",
+            wire_version=self.worker.faults.wire_version,
+            versions={"numpy": np.__version__},
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_batch_rows=MAX_BATCH_ROWS,
+            time_s=time.time() + self.worker.faults.clock_offset_s,
+            tenant=context.tenant,
+            storage_shared=self.worker.faults.storage_shared,
+            storage_note="in memory",
+        )
+
+    @_boundary
+    def ListBackbones(self, request, context):
+        return catalog_pb2.ListBackbonesResponse(backbones=[messages.backbone_to_proto(fake_backbone.spec())])
+
+    @_boundary
+    def DescribeBackbone(self, request, context):
+        self.worker.check_backbone(request.backbone)
+        spec = fake_backbone.spec(request.input_size)
+        return catalog_pb2.DescribeBackboneResponse(backbone=messages.backbone_to_proto(spec))
+
+    @_boundary
+    def FetchStem(self, request, context):
+        self.worker.check_backbone(request.backbone)
+        spec = fake_backbone.spec(request.input_size)
+        cut = spec.cut(request.cut)
+        if cut is None or cut.name == "input":
+            raise WireError(ErrorCode.NOT_FOUND, f"there is no stem at {request.cut!r}")
+        data = fake_backbone.stem_onnx(spec.preprocessing.input_size)
+        header = catalog_pb2.StemHeader(
+            space=messages.space_to_proto(spec.space(cut)),
+            preprocessing=messages.preprocessing_to_proto(spec.preprocessing),
+            feature_shape=cut.feature_shape,
+            size_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        faults = self.worker.faults
+        if faults.damage_stems > 0:
+            faults.damage_stems -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        pieces = [data[start : start + 100] for start in range(0, len(data), 100)]
+        yield catalog_pb2.FetchStemResponse(seq=0, header=header)
+        for seq, piece in enumerate(pieces, 1):
+            if faults.cut_stems > 0 and seq == len(pieces):
+                faults.cut_stems -= 1
+                return
+            yield catalog_pb2.FetchStemResponse(seq=seq, chunk=piece)
+        end = error_pb2.EndOfStream(num_messages=len(pieces) + 1)
+        yield catalog_pb2.FetchStemResponse(seq=len(pieces) + 1, end=end)
+
+
+class _Datasets(dataset_pb2_grpc.DatasetServiceServicer):
+    def __init__(self, worker):
+        self.worker = worker
+
+    @_boundary
+    def FindMissingRows(self, request, context):
+        if not 0 < len(request.row_ids) <= MAX_FIND_ROWS:
+            raise WireError(ErrorCode.INVALID_ARGUMENT, f"{len(request.row_ids)} row ids")
+        known = self.worker.rows[context.tenant]
+        return dataset_pb2.FindMissingRowsResponse(
+            missing=[index for index, one in enumerate(request.row_ids) if one not in known]
+        )
+
+    @_boundary
+    def UploadRows(self, requests, context):
+        faults, count = self.worker.faults, 0
+        for request in _numbered(requests, "chunk"):
+            if faults.drop_upload_after and count >= faults.drop_upload_after[0]:
+                faults.drop_upload_after.pop(0)
+                raise _Dropped
+            count += 1
+            try:
+                added = self.worker.store(context.tenant, request.chunk)
+                ack = dataset_pb2.ChunkAck(num_new_rows=added)
+                seq = request.seq + 1000 if faults.wrong_seq else request.seq
+                yield dataset_pb2.UploadRowsResponse(seq=seq, ack=ack)
+            except WireError as error:
+                message = messages.error_to_proto(error, context.request_id)
+                yield dataset_pb2.UploadRowsResponse(seq=request.seq, error=message)
+        yield dataset_pb2.UploadRowsResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
+
+    @_boundary
+    def CommitDataset(self, request, context):
+        if not request.idempotency_key:
+            raise WireError(ErrorCode.INVALID_ARGUMENT, "an idempotency key is needed")
+        with self.worker.lock:
+            done = self.worker.answers.get((context.tenant, request.idempotency_key))
+            if done is None:
+                done = self.worker.commit(context.tenant, request)
+                self.worker.answers[context.tenant, request.idempotency_key] = done
+        return dataset_pb2.CommitDatasetResponse(dataset=done)
+
+    @_boundary
+    def GetDataset(self, request, context):
+        message, _ = self.worker.find("dataset", context.tenant, request.dataset)
+        return dataset_pb2.GetDatasetResponse(dataset=message)
+
+    @_boundary
+    def ListDatasets(self, request, context):
+        found = [message for message, _ in self.worker.things("dataset", context.tenant)]
+        return dataset_pb2.ListDatasetsResponse(datasets=found)
+
+
+class _Inference(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, worker):
+        self.worker = worker
+
+    def _row_errors(self, errors, context):
+        return [
+            error_pb2.RowError(row=row, error=messages.error_to_proto(error, context.request_id))
+            for row, error in errors.items()
+        ]
+
+    def _tensor(self, matrix):
+        return codecs.encode_array(matrix.astype(np.float32))
+
+    def _embed(self, request, slices):
+        _check_stated(request.timeout_s)
+        rows = codecs.decode(request.features)
+        embedding, errors = fake_backbone.embed(messages.space_from_proto(request.space), rows)
+        self.worker.trunk_rows += len(rows)
+        columns, found = fake_backbone.columns(slices)
+        return embedding[:, columns], found, errors
+
+    def _predict(self, request, context):
+        model, head = self.worker.find("model", context.tenant, request.model)
+        embedding, _, errors = self._embed(request, model.slices)
+        outputs = head(embedding)
+        labels = [model.class_names[k] for k in np.nan_to_num(outputs).argmax(axis=1)] if model.class_names else []
+        for row in errors:
+            outputs[row] = np.nan
+            if labels:
+                labels[row] = ""
+        return inference_pb2.PredictResponse(
+            model=f"{model.name}@{model.version}",
+            outputs=self._tensor(outputs),
+            labels=labels,
+            row_errors=self._row_errors(errors, context),
+            timings=inference_pb2.trunkline__wire_dot_v1_dot_tensor__pb2.Timings(trunk_s=0.001, total_s=0.002),
+        )
+
+    def _extract(self, request, context):
+        embedding, found, errors = self._embed(request, request.slices)
+        return inference_pb2.ExtractResponse(
+            embedding=self._tensor(embedding),
+            slices=messages.slices_to_proto(found),
+            row_errors=self._row_errors(errors, context),
+        )
+
+    @_boundary
+    def Predict(self, request, context):
+        return self._predict(request, context)
+
+    @_boundary
+    def Extract(self, request, context):
+        return self._extract(request, context)
+
+    def _stream(self, requests, context, kind, answer, response):
+        faults, count = self.worker.faults, 0
+        for request in _numbered(requests, kind):
+            if faults.drop_predict_after and count >= faults.drop_predict_after[0]:
+                faults.drop_predict_after.pop(0)
+                raise _Dropped
+            count += 1
+            try:
+                if faults.overload_batches > 0:
+                    faults.overload_batches -= 1
+                    raise WireError(ErrorCode.OVERLOADED, "the queues are full", retry_delay_s=0.02)
+                if faults.batch_error is not None and count == 2:
+                    raise faults.batch_error
+                seq = request.seq + 1000 if faults.wrong_seq else request.seq
+                yield response(seq=seq, result=answer(getattr(request, kind), context))
+            except WireError as error:
+                yield response(seq=request.seq, error=messages.error_to_proto(error, context.request_id))
+        yield response(seq=count, end=error_pb2.EndOfStream(num_messages=count))
+
+    @_boundary
+    def StreamPredict(self, requests, context):
+        yield from self._stream(requests, context, "predict", self._predict, inference_pb2.StreamPredictResponse)
+
+    @_boundary
+    def StreamExtract(self, requests, context):
+        yield from self._stream(requests, context, "extract", self._extract, inference_pb2.StreamExtractResponse)
+
+
+class _Training(training_pb2_grpc.TrainingServiceServicer):
+    def __init__(self, worker):
+        self.worker = worker
+
+    @_boundary
+    def SubmitJob(self, request, context):
+        if not request.idempotency_key:
+            raise WireError(ErrorCode.INVALID_ARGUMENT, "an idempotency key is needed")
+        with self.worker.lock:
+            key = (context.tenant, request.idempotency_key)
+            if key not in self.worker.answers:
+                self.worker.answers[key] = self.worker.submit(context.tenant, request.spec)
+            return training_pb2.SubmitJobResponse(job=self.worker.answers[key].message)
+
+    @_boundary
+    def GetJob(self, request, context):
+        return training_pb2.GetJobResponse(job=self.worker.job(context.tenant, request.id).message)
+
+    @_boundary
+    def ListJobs(self, request, context):
+        jobs = [job.message for (tenant, _), job in self.worker.jobs.items() if tenant == context.tenant]
+        return training_pb2.ListJobsResponse(jobs=jobs)
+
+    @_boundary
+    def CancelJob(self, request, context):
+        job = self.worker.job(context.tenant, request.id)
+        with job.changed:
+            if job.message.state in ENDED:
+                raise WireError(ErrorCode.JOB_STATE, f"job {request.id} has ended")
+            job.cancelled.set()
+            return training_pb2.CancelJobResponse(job=job.message)
+
+    @_boundary
+    def WatchJob(self, request, context):
+        job = self.worker.job(context.tenant, request.id)
+        faults, after, count = self.worker.faults, request.after_seq, 0
+        while True:
+            with job.changed:
+                while len(job.events) <= after and job.message.state not in ENDED:
+                    job.changed.wait(30)
+                fresh, ended = job.events[after:], job.message.state in ENDED
+            for event in fresh:
+                if faults.drop_watch_after and count >= faults.drop_watch_after[0]:
+                    faults.drop_watch_after.pop(0)
+                    raise _Dropped
+                count, after = count + 1, event.seq
+                yield training_pb2.WatchJobResponse(seq=count, event=event)
+            if ended and not fresh:
+                yield training_pb2.WatchJobResponse(seq=count + 1, job=job.message)
+                end = error_pb2.EndOfStream(num_messages=count + 1)
+                yield training_pb2.WatchJobResponse(seq=count + 2, end=end)
+                return
+
+
+class _Registry(registry_pb2_grpc.RegistryServiceServicer):
+    def __init__(self, worker):
+        self.worker = worker
+
+    @_boundary
+    def GetModel(self, request, context):
+        return registry_pb2.GetModelResponse(model=self.worker.find("model", context.tenant, request.model)[0])
+
+    @_boundary
+    def ListModels(self, request, context):
+        found = [message for message, _ in self.worker.things("model", context.tenant)]
+        return registry_pb2.ListModelsResponse(models=found)
+
+
+class _Job:
+    def __init__(self, message):
+        self.message = message
+        self.events = []
+        self.changed = threading.Condition()
+        self.cancelled = threading.Event()
+
+    def add(self, phase, progress=0.0, metrics=(), message=""):
+        with self.changed:
+            event = training_pb2.JobEvent(
+                seq=len(self.events) + 1, phase=phase, progress=progress, metrics=dict(metrics), message=message
+            )
+            event.time.GetCurrentTime()
+            self.events.append(event)
+            self.changed.notify_all()
+
+    def end(self, state, model="", error=None):
+        self.add("end", 1.0)
+        with self.changed:
+            self.message.state = state
+            self.message.model = model
+            self.message.end_time.GetCurrentTime()
+            if error is not None:
+                self.message.error.CopyFrom(messages.error_to_proto(error, "job"))
+            self.changed.notify_all()
+
+
+class FakeWorker:
+    """The server. ``address`` once it is started; a context manager."""
+
+    def __init__(self, *, port=0, tls=None, health=True):
+        """Prepare.
+
+        Args:
+            port: 0 takes a free one.
+            tls: (key, certificate) in PEM, or None.
+            health: Whether ``grpc.health.v1`` is served.
+        """
+        self.faults = Faults()
+        self.calls = Counter()
+        self.request_ids = []
+        self.rows = {tenant: {} for tenant in TENANTS.values()}
+        self.answers = {}
+        self.jobs = {}
+        self.kept = {}
+        self.trunk_rows = 0
+        self.received_chunks = 0
+        self.lock = threading.RLock()
+        self._port, self._tls, self._health = port, tls, health
+        self._threads = []
+
+    def __enter__(self):
+        """Start."""
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(16),
+            options=[
+                ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(_Catalog(self), self._server)
+        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(_Datasets(self), self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(self), self._server)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(_Training(self), self._server)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), self._server)
+        if self._health:
+            from grpc_health.v1 import health, health_pb2_grpc
+
+            health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), self._server)
+        where = f"127.0.0.1:{self._port}"
+        if self._tls:
+            credentials = grpc.ssl_server_credentials([self._tls])
+            self._port = self._server.add_secure_port(where, credentials)
+        else:
+            self._port = self._server.add_insecure_port(where)
+        self._server.start()
+        self.address, self.token, self.ca_file = f"127.0.0.1:{self._port}", TOKEN, ""
+        return self
+
+    def __exit__(self, *_):
+        """Stop."""
+        for event in (self.faults.hold_jobs, self.faults.delay):
+            if event is not None:
+                event.set()
+        for thread in self._threads:
+            thread.join(10)
+        self._server.stop(0).wait(10)
+
+    def check_backbone(self, name):
+        """Check that there is such a backbone."""
+        if name not in ("", fake_backbone.NAME):
+            raise WireError(ErrorCode.NOT_FOUND, f"there is no backbone {name!r}; there is {fake_backbone.NAME}")
+
+    def things(self, kind, tenant):
+        """Return every version of every dataset or model of a tenant."""
+        return [thing for (k, t, _), versions in self.kept.items() if (k, t) == (kind, tenant) for thing in versions]
+
+    def find(self, kind, tenant, text):
+        """Return a dataset or model, or raise NOT_FOUND."""
+        reference = parse_reference(text, kind)
+        versions = self.kept.get((kind, tenant, reference.name), [])
+        number = reference.version or len(versions)
+        if not 1 <= number <= len(versions):
+            raise WireError(ErrorCode.NOT_FOUND, f"there is no {kind} {text!r}")
+        return versions[number - 1]
+
+    def keep(self, kind, tenant, message, content):
+        """Keep a new version."""
+        versions = self.kept.setdefault((kind, tenant, message.name), [])
+        message.version = len(versions) + 1
+        message.create_time.GetCurrentTime()
+        versions.append((message, content))
+        return message
+
+    def store(self, tenant, chunk):
+        """Store the rows of a chunk. Returns how many were new."""
+        self.received_chunks += 1
+        if self.faults.storage_full:
+            raise WireError(ErrorCode.STORAGE_FULL, "the disk is full")
+        digest = hashlib.sha256(chunk.rows.data)
+        for one in chunk.rows.encoded:
+            digest.update(one)
+        if self.faults.damage_chunks > 0:
+            self.faults.damage_chunks -= 1
+            digest.update(b"bit flip")
+        if digest.digest() != chunk.sha256:
+            raise WireError(ErrorCode.CORRUPT_DATA, "the chunk's bytes do not match its sha256")
+        rows = codecs.decode(chunk.rows)
+        if len(rows) != len(chunk.row_ids) or any(len(one) != ROW_ID_BYTES for one in chunk.row_ids):
+            raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(chunk.row_ids)} row ids for {len(rows)} rows")
+        space = messages.space_from_proto(chunk.space)
+        if space.backbone:
+            cut = fake_backbone.spec(space.input_size).cut(space.cut)
+            if cut is None or cut.fingerprint != space.fingerprint:
+                raise WireError(ErrorCode.INCOMPATIBLE, "these features were made with other weights")
+            if rows.shape[1:] != cut.feature_shape:
+                raise WireError(ErrorCode.SHAPE_MISMATCH, f"rows of {rows.shape[1:]}; {cut.feature_shape} is needed")
+        known = self.rows[tenant]
+        new = [(one, row) for one, row in zip(chunk.row_ids, rows, strict=True) if one not in known]
+        known.update(new)
+        return len(new)
+
+    def commit(self, tenant, request):
+        """Make a dataset."""
+        check_name(request.name, "dataset")
+        ids, known = list(request.row_ids), self.rows[tenant]
+        if not 0 < len(ids) <= MAX_DATASET_ROWS:
+            raise WireError(ErrorCode.EMPTY_BATCH, "no row is named")
+        missing = sum(one not in known for one in ids)
+        if missing:
+            raise WireError(ErrorCode.NOT_FOUND, f"{missing} of {len(ids)} rows are not there")
+        names, indices, targets = list(request.classes.names), list(request.classes.indices), None
+        if request.WhichOneof("labels") == "targets":
+            targets = codecs.decode(request.targets.values, max_rows=MAX_DATASET_ROWS)
+            if len(targets) != len(ids):
+                raise WireError(ErrorCode.BAD_LABELS, f"{len(targets)} targets for {len(ids)} rows")
+        elif len(indices) != len(ids) or len(set(indices)) < 2:
+            raise WireError(ErrorCode.BAD_LABELS, f"{len(indices)} labels for {len(ids)} rows, of two classes at least")
+        digest = dataset_digest(ids, names, indices, targets)
+        for message, _ in self.kept.get(("dataset", tenant, request.name), [])[-1:]:
+            if message.digest == digest:
+                return message
+        message = dataset_pb2.Dataset(
+            name=request.name,
+            num_rows=len(ids),
+            digest=digest,
+            space=request.space,
+            class_names=names,
+            num_targets=0 if targets is None else targets.shape[1],
+        )
+        return self.keep("dataset", tenant, message, (ids, np.array(indices), targets))
+
+    def job(self, tenant, job_id):
+        """Return a job, or raise NOT_FOUND."""
+        found = self.jobs.get((tenant, job_id))
+        if found is None:
+            raise WireError(ErrorCode.NOT_FOUND, f"there is no job {job_id[:80]!r}")
+        return found
+
+    def submit(self, tenant, spec):
+        """Check a job and start it."""
+        check_name(spec.model, "model")
+        dataset, content = self.find("dataset", tenant, spec.dataset)
+        self.check_backbone(spec.backbone)
+        fake_backbone.columns(spec.slices)
+        job = _Job(training_pb2.Job(id=uuid.uuid4().hex, state=training_pb2.JOB_STATE_QUEUED, spec=spec))
+        job.message.create_time.GetCurrentTime()
+        self.jobs[tenant, job.message.id] = job
+        job.add("queued")
+        thread = threading.Thread(target=self._train, args=(tenant, job, dataset, content), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return job
+
+    def _train(self, tenant, job, dataset, content):
+        with job.changed:
+            job.message.state = training_pb2.JOB_STATE_RUNNING
+            job.message.start_time.GetCurrentTime()
+        job.add("embed", 0.5)
+        if self.faults.hold_jobs is not None:
+            while not self.faults.hold_jobs.wait(0.01) and not job.cancelled.is_set():
+                pass
+        try:
+            if job.cancelled.is_set():
+                job.end(training_pb2.JOB_STATE_CANCELLED)
+                return
+            if self.faults.job_error is not None:
+                raise self.faults.job_error
+            model, head = self._fit(tenant, job, dataset, content)
+            self.keep("model", tenant, model, head)
+            job.end(training_pb2.JOB_STATE_SUCCEEDED, f"{model.name}@{model.version}")
+        except WireError as error:
+            job.end(training_pb2.JOB_STATE_FAILED, error=error)
+
+    def _fit(self, tenant, job, dataset, content):
+        ids, indices, targets = content
+        rows = [self.rows[tenant][one] for one in ids]
+        space = messages.space_from_proto(dataset.space)
+        if not space.backbone:
+            spec = fake_backbone.spec(job.message.spec.input_size)
+            space = spec.space(spec.cut("input"))
+        rows = np.stack(rows) if isinstance(rows[0], np.ndarray) else rows
+        embedding, errors = fake_backbone.embed(space, rows)
+        if errors:
+            raise WireError(ErrorCode.CORRUPT_IMAGE, f"{len(errors)} images cannot be decoded")
+        mode, slices = job.message.spec.embedding, list(job.message.spec.slices)
+        slices = slices or (["pooled"] if mode == training_pb2.EMBEDDING_MODE_POOLED else ["grid"])
+        x = embedding[:, fake_backbone.columns(slices)[0]]
+        job.add("fit", 1.0, {"loss": 0.5})
+        head, metrics = fake_backbone.fit(x, indices, targets, len(dataset.class_names))
+        model = registry_pb2.Model(
+            name=job.message.spec.model,
+            task=registry_pb2.TASK_CLASSIFICATION if targets is None else registry_pb2.TASK_REGRESSION,
+            class_names=dataset.class_names,
+            num_outputs=len(dataset.class_names) if targets is None else targets.shape[1],
+            space=messages.space_to_proto(space),
+            embedding_fingerprint=fake_backbone.spec(space.input_size).embedding_fingerprint,
+            slices=slices,
+            metrics=metrics,
+            dataset=f"{dataset.name}@{dataset.version}",
+            dataset_digest=dataset.digest,
+            head_sha256="0" * 64,
+            versions={"numpy": np.__version__},
+            job_id=job.message.id,
+        )
+        return model, head

@@ -1,0 +1,96 @@
+"""An embedded cluster for tests, brought up and down by the commands that users type."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import trunkline
+from trunkline_wire.local import LocalCluster
+from trunkline_worker.cluster.processes import processes_of
+
+
+def trunkline_command(*arguments):
+    """Return the command line of ``trunkline``, in this interpreter."""
+    return [sys.executable, "-c", "from trunkline.cli import main; main()", *arguments]
+
+
+class EmbeddedCluster:
+    """A cluster of its own: state folder, cache, port."""
+
+    def __init__(self, folder, **settings):
+        self.folder = Path(folder)
+        self.state_dir = self.folder / "state"
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TRUNKLINE_")},
+            "TRUNKLINE_STATE_DIR": str(self.state_dir),
+            "TRUNKLINE_CACHE_DIR": str(self.folder / "cache"),
+            **{f"TRUNKLINE_CLUSTER_{name.upper()}": value for name, value in settings.items()},
+        }
+        self.address = self.token = self.ca_file = self.id = None
+
+    def run(self, *arguments, check=True, timeout=240):
+        """Run a ``trunkline`` command against this cluster."""
+        return subprocess.run(
+            trunkline_command(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=timeout,
+        )
+
+    def up(self, *arguments):
+        """Bring it up."""
+        done = self.run("up", "--port", "0", "--json", *arguments, check=False)
+        log = self.state_dir / "cluster.log"
+        assert done.returncode == 0, done.stderr + (log.read_text()[-5000:] if log.exists() else "")
+        answer = json.loads(done.stdout)
+        record = LocalCluster(**json.loads((self.state_dir / "cluster.json").read_text()))
+        self.address, self.id, self.holder = record.address, record.id, record.pid
+        self.token = Path(record.token_file).read_text().strip()
+        self.ray_address = answer["ray_address"]
+        self.dashboard = answer["dashboard"]
+        return self
+
+    def down(self):
+        """End it, and return the processes that are left: there must be none."""
+        self.run("down", "--json")
+        return processes_of(self.id)
+
+    def connect(self):
+        """Return a client of it."""
+        return trunkline.connect(self.address, token=self.token)
+
+    def pid_of(self, title):
+        """Return the process whose title starts so, for example ``ray::RayTrainWorker``."""
+        for pid in processes_of(self.id):
+            try:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").startswith(title):
+                    return pid
+            except OSError:
+                continue
+        raise AssertionError(f"no process {title!r} in {self.titles()}")
+
+    def titles(self):
+        """Return the titles of all its processes."""
+        found = []
+        for pid in processes_of(self.id):
+            try:
+                found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:60])
+            except OSError:
+                continue
+        return found
+
+
+def digits(count=None):
+    """Return real 8x8 digits as uint8 pictures, and their labels."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    pictures = (loaded.images * (255 / 16)).round().astype("uint8")
+    # The data set is sorted by writer: mixed, so that every part of it holds all of them.
+    order = np.random.default_rng(0).permutation(len(pictures))[:count]
+    return pictures[order], loaded.target[order]

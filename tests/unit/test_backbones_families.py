@@ -1,0 +1,161 @@
+"""Every torchvision classification network: described, cut, run, and its input sizes stated truthfully."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import INPUT_CUT
+from trunkline_worker.backbones.backbone import Backbone
+from trunkline_worker.backbones.catalogue import available_backbones, load_backbone
+from trunkline_worker.backbones.export import sample_images
+
+# One of each family; the rest of their families under the marker `slow`.
+ONE_PER_FAMILY = {
+    "alexnet": 4096,
+    "convnext_tiny": 768,
+    "densenet121": 1024,
+    "googlenet": 1024,
+    "inception_v3": 2048,
+    "maxvit_t": 512,
+    "mnasnet0_5": 1280,
+    "mobilenet_v2": 1280,
+    "mobilenet_v3_small": 1024,
+    "regnet_y_400mf": 440,
+    "shufflenet_v2_x0_5": 1024,
+    "squeezenet1_1": 512,
+    "swin_t": 768,
+    "swin_v2_t": 768,
+    "vgg11_bn": 4096,
+    "vit_b_32": 768,
+}
+FIXED = {"maxvit_t", "vit_b_32"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _smallest(backbone: Backbone) -> int:
+    """Return a small input size that the network takes."""
+    if not backbone.architecture.resizable:
+        return backbone.preprocessing.input_size
+    for size in (64, 96, 128):
+        try:
+            backbone.describe(size)
+        except WireError:
+            continue
+        return size
+    raise AssertionError("takes no small picture")
+
+
+@torch.inference_mode()
+def _check(name: str) -> Backbone:
+    backbone = load_backbone(name, allow_untrained=True)
+    size = _smallest(backbone)
+    spec = backbone.describe(size)
+    images = sample_images(1, size)
+    embedding = backbone.trunk(INPUT_CUT)(images)
+    assert embedding.shape == (1, spec.slices[-1].stop)
+    assert torch.isfinite(embedding).all()
+    assert spec.slices[-1].name == "pooled"
+    assert spec.cuts[0].feature_shape == (size, size, 3)
+    assert spec.cuts[0].slices == tuple(one.name for one in spec.slices)
+    logits = backbone.whole()(images)
+    assert logits.shape == (1, 1000)
+    if name not in ("inception_v3", "efficientnet_lite0"):  # torchvision counts the former's head for training too
+        assert spec.num_parameters == torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+    return backbone
+
+
+def _options(name: str) -> dict[str, object]:
+    if name in ("inception_v3", "googlenet"):
+        return {"aux_logits": False, "init_weights": False}
+    if name.startswith("vit_"):
+        return {"image_size": _own_size(name)}
+    return {}
+
+
+def _own_size(name: str) -> int:
+    return int(torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"])
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_one_of_each_family(name: str) -> None:
+    backbone = _check(name)
+    assert backbone.describe().slices[-1].width == ONE_PER_FAMILY[name]
+    _check_other_sizes(backbone)
+
+
+def _check_other_sizes(backbone: Backbone) -> None:
+    """Compare what is said about other input sizes with what the network itself says to one."""
+    own = backbone.preprocessing.input_size
+    assert backbone.architecture.resizable == (backbone.name not in FIXED)
+    if backbone.architecture.resizable:
+        assert backbone.describe(own + 64).cuts[0].feature_shape == (own + 64, own + 64, 3)
+        return
+    images = torch.zeros(1, own + 64, own + 64, 3, dtype=torch.uint8)
+    with pytest.raises((RuntimeError, AssertionError)), torch.inference_mode():
+        backbone.trunk(INPUT_CUT)(images)
+    with pytest.raises(WireError, match=f"takes pictures of {own} pixels only"):
+        backbone.describe(own + 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", available_backbones())
+def test_every_network(name: str) -> None:
+    _check(name)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["vit_b_32", "alexnet", "squeezenet1_1", "inception_v3"])
+def test_pooled_is_what_enters_the_classifier(name: str) -> None:
+    backbone = load_backbone(name, allow_untrained=True)
+    size = _smallest(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options = {**_options(name), **({"transform_input": True} if name == "inception_v3" else {})}
+        network = torchvision.models.get_model(name, weights=None, **options).eval()
+    kind = nn.Conv2d if name == "squeezenet1_1" else nn.Linear
+    entering: list[torch.Tensor] = []
+    last = [module for module in network.modules() if isinstance(module, kind)][-1]
+    last.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0]))
+    images = sample_images(2, size)
+    mean, std = (torch.tensor(one)[:, None, None] for one in (backbone.preprocessing.mean, backbone.preprocessing.std))
+    logits = network((images.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+    expected = entering[0].mean((2, 3)) if entering[0].ndim == 4 else entering[0]
+    torch.testing.assert_close(backbone.trunk(INPUT_CUT)(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(backbone.whole()(images), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 31, 1025, 10**9])
+def test_sizes_out_of_bounds_are_refused(size: int) -> None:
+    with pytest.raises(WireError, match="32 to 1024") as caught:
+        load_backbone("squeezenet1_1", allow_untrained=True).describe(size)
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+
+
+def test_a_picture_too_small_for_a_network_is_found_out_quietly_and_before_any_batch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backbone = load_backbone("inception_v3", allow_untrained=True)
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG), pytest.raises(WireError, match="cannot take pictures of 64 pixels") as caught:
+        backbone.describe(64)
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_cut_that_is_not_there_is_refused_with_those_that_are() -> None:
+    backbone = load_backbone("resnet18", allow_untrained=True)
+    for call in (backbone.stem, backbone.trunk, backbone.rest):
+        with pytest.raises(WireError, match="input, maxpool, layer1, layer2, layer3, layer4") as caught:
+            call("layer9")
+        assert caught.value.code is ErrorCode.NOT_FOUND
+    with pytest.raises(WireError, match="has no stem"):
+        backbone.stem(INPUT_CUT)

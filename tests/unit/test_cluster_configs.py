@@ -1,0 +1,124 @@
+"""The files that operators start from are accepted by Ray itself, and hold no key that Ray would ignore."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from trunkline_worker.cluster import apps
+from trunkline_worker.cluster.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def launcher():
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def serve_config():
+    return yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+
+
+def validate_launcher(config):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(config))
+
+
+def test_ray_accepts_the_cluster_file(launcher):
+    validate_launcher(launcher)
+
+
+def test_ray_refuses_the_cluster_file_with_a_misspelt_key(launcher):
+    launcher["min_wokers"] = 1
+    with pytest.raises(Exception, match="min_wokers"):
+        validate_launcher(launcher)
+
+
+def test_the_start_commands_never_stop_other_rays_and_ask_for_tokens(launcher):
+    commands = launcher["head_start_ray_commands"] + launcher["worker_start_ray_commands"]
+    assert commands
+    assert all("ray stop" not in command for command in commands)
+    assert all("RAY_AUTH_MODE=token" in command for command in commands)
+
+
+def unknown_keys(config):
+    """Return the keys that Serve's schema would take without a word and ignore."""
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+    found = [key for key in config if key not in ServeDeploySchema.model_fields]
+    for app in config.get("applications", []):
+        found += [key for key in app if key not in ServeApplicationSchema.model_fields]
+        for deployment in app.get("deployments", []):
+            found += [key for key in deployment if key not in DeploymentSchema.model_fields]
+    return found
+
+
+def test_serve_accepts_its_file_and_knows_every_key(serve_config):
+    from ray.serve.schema import ServeDeploySchema
+
+    parsed = ServeDeploySchema.model_validate(copy.deepcopy(serve_config))
+    assert [app.name for app in parsed.applications] == ["trunkline-backbone-efficientnet_lite0", apps.GATEWAY_APP]
+    assert unknown_keys(serve_config) == []
+
+
+def test_a_key_that_serve_would_ignore_is_found(serve_config):
+    serve_config["proxy_locatoin"] = "Disabled"
+    serve_config["applications"][0]["importpath"] = "x"
+    assert unknown_keys(serve_config) == ["proxy_locatoin", "importpath"]
+
+
+def test_the_serve_file_builds_applications_of_the_names_it_gives_them(serve_config):
+    backbone, gateway = serve_config["applications"]
+    assert backbone["name"] == apps.backbone_app_name(backbone["args"]["name"])
+    assert gateway["name"] == apps.GATEWAY_APP
+    for app in (backbone, gateway):
+        module, _, builder = app["import_path"].partition(":")
+        assert module == apps.__name__
+        assert getattr(apps, builder)(app["args"]) is not None
+
+
+def test_a_setting_that_does_not_exist_is_refused(serve_config):
+    args = {**serve_config["applications"][1]["args"], "prot": 1}
+    with pytest.raises(ValueError, match="prot"):
+        apps.gateway(args)
+
+
+def test_settings_come_from_arguments_then_environment_then_file(tmp_path, monkeypatch):
+    path = tmp_path / "cluster.toml"
+    path.write_text('port = 1001\nlanes = 2\nbackbones = ["resnet18"]\n[weights]\nresnet18 = "/w.safetensors"\n')
+    monkeypatch.setenv("TRUNKLINE_CLUSTER_CONFIG", str(path))
+    monkeypatch.setenv("TRUNKLINE_CLUSTER_PORT", "1002")
+    settings = Settings()
+    assert (settings.port, settings.lanes, settings.backbones) == (1002, 2, ("resnet18",))
+    assert Settings(port=1003).port == 1003
+    monkeypatch.setenv("TRUNKLINE_CLUSTER_CONFIG", str(tmp_path / "nothing.toml"))
+    with pytest.raises(ValueError, match="not a file"):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"port": 70000}, "port"),
+        ({"backbones": ()}, "one backbone or more"),
+        ({"backbones": ("a", "a")}, "each once"),
+        ({"backbones": ("../x",)}, "not a backbone name"),
+        ({"weights": {"vgg16": "/w"}}, "not among the backbones"),
+        ({"lease_s": 0}, "lease_s"),
+        ({"log_level": "LOUD"}, "log_level"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(given, what):
+    with pytest.raises(ValueError, match=what):
+        Settings(**given)
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    missing = [name for name in Settings.model_fields if f"| `{name}` |" not in text]
+    assert missing == []
+    assert "TRUNKLINE_CLUSTER_PORT" in text
+    assert all(field.description for field in Settings.model_fields.values())

@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from trunkline_worker.training import softmax
+from trunkline_worker.training.lbfgs import minimise
+from trunkline_worker.training.ridge import fit_ridge, held_out_predictions
+
+# N = rows, D = columns, K = classes
+
+
+def nothing(*ignored: object) -> None:
+    """Take anything."""
+
+
+def problem(num_rows: int, num_columns: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return standardised rows around class centres, overlapping, columns correlated."""
+    draw = np.random.default_rng(seed)
+    classes = np.arange(num_rows) % num_classes
+    x = draw.normal(size=(num_rows, num_columns)) + 0.4 * draw.normal(size=(num_classes, num_columns))[classes]
+    x = x @ (np.eye(num_columns) + 0.3 * draw.normal(size=(num_columns, num_columns)) / num_columns**0.5)
+    return (x - x.mean(axis=0)) / x.std(axis=0), classes
+
+
+def fit(x: np.ndarray, classes: np.ndarray, l2: float) -> softmax.SoftmaxFit:
+    num_classes = int(classes.max()) + 1
+    return softmax.fit_softmax(
+        softmax.prepare(torch.from_numpy(x)), torch.from_numpy(classes), num_classes, l2, on_step=nothing
+    )
+
+
+@pytest.mark.parametrize("l2", [0.3, 30.0])
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns"),
+    [pytest.param(60, 200, id="fewer rows than columns"), pytest.param(300, 20, id="fewer columns than rows")],
+)
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_weights_are_those_of_scikit_learn(
+    num_rows: int, num_columns: int, num_classes: int, l2: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax, "_TIGHT", 1e-12)
+    x, classes = problem(num_rows, num_columns, num_classes)
+    ours = fit(x, classes, l2)
+    theirs = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=20_000).fit(x, classes)
+    assert ours.converged
+    weights, bias = ours.weights_DK.numpy(), ours.bias_K.numpy()
+    if num_classes == 2:
+        weights, bias = weights[:, 1:] - weights[:, :1], bias[1:] - bias[:1]
+    else:
+        bias = bias - bias.mean()
+    np.testing.assert_allclose(weights.T, theirs.coef_, atol=2e-4 * np.abs(theirs.coef_).max())
+    np.testing.assert_allclose(bias, theirs.intercept_ - (theirs.intercept_.mean() if num_classes > 2 else 0), atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(60, 200), (300, 20)])
+def test_every_way_to_prepare_gives_the_same_weights(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_TIGHT", 1e-11)
+    x, classes = problem(*shape, 3)
+    reduced = fit(x, classes, 1.0)
+    monkeypatch.setattr(softmax, "MAX_BASIS", 0)
+    plain = fit(x, classes, 1.0)
+    monkeypatch.setattr(softmax, "_SKETCH_ROWS", 8)
+    sketched = fit(x, classes, 1.0)
+    monkeypatch.setattr(softmax, "_FLOAT64_CELLS", 0)
+    single = fit(x, classes, 1.0)
+    assert single.weights_DK.dtype == torch.float32
+    for other, tolerance in ((plain, 1e-4), (sketched, 1e-4), (single, 2e-2)):
+        scale = float(reduced.weights_DK.abs().max())
+        torch.testing.assert_close(other.weights_DK.double(), reduced.weights_DK, atol=tolerance * scale, rtol=0.0)
+
+
+def test_the_preconditioner_saves_steps() -> None:
+    x, classes = problem(300, 40, 3)
+    x = x @ np.diag(np.logspace(0, -3, 40)) @ np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0]
+    design = softmax.prepare(torch.from_numpy(x))
+    blind = softmax.Design(
+        design.x_NR, design.back_DR, design.directions_RQ, torch.full_like(design.curvature_Q, 100.0), 100.0
+    )
+    steps = [
+        softmax.fit_softmax(one, torch.from_numpy(classes), 3, 1e-3, on_step=nothing).num_iterations
+        for one in (design, blind)
+    ]
+    assert steps[0] * 1.5 < steps[1], steps
+
+
+def test_starting_from_a_solution_takes_fewer_steps_and_ends_there() -> None:
+    x, classes = problem(80, 200, 4)
+    design, truth = softmax.prepare(torch.from_numpy(x)), torch.from_numpy(classes)
+    cold = softmax.fit_softmax(design, truth, 4, 1.0, on_step=nothing)
+    warm = softmax.fit_softmax(design, truth, 4, 1.0, start_from=cold, on_step=nothing)
+    assert warm.num_iterations <= 2 < cold.num_iterations
+    torch.testing.assert_close(warm.weights_DK, cold.weights_DK, atol=1e-3, rtol=1e-2)
+
+
+def test_cross_validated_losses_are_those_of_separate_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_LOOSE", 1e-10)
+    x, classes = problem(60, 100, 3)
+    fold = np.arange(60) % 4
+    grid = (300.0, 30.0, 3.0)
+    got = softmax.cross_validate_l2(
+        torch.from_numpy(x), torch.from_numpy(classes), 3, torch.from_numpy(fold), grid, check=nothing
+    )
+    for l2, loss in got.items():
+        total = 0.0
+        for one in range(4):
+            inside, outside = fold != one, fold == one
+            model = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=10_000).fit(x[inside], classes[inside])
+            total -= model.predict_log_proba(x[outside])[np.arange(outside.sum()), classes[outside]].sum()
+        assert loss == pytest.approx(total / 60, rel=1e-3)
+
+
+def test_constant_rows_and_no_penalty_end_without_nan() -> None:
+    solved = fit(np.zeros((6, 9)), np.array([0, 1, 0, 1, 0, 0]), 0.0)
+    np.testing.assert_allclose(solved.bias_K.softmax(0).numpy(), [4 / 6, 2 / 6], atol=1e-3)
+    x, classes = problem(20, 50, 2)
+    assert bool(torch.isfinite(fit(x, classes, 0.0).weights_DK).all())
+
+
+def test_problems_side_by_side_do_not_disturb_each_other() -> None:
+    scale = torch.tensor([[1.0], [100.0], [1e-3]], dtype=torch.float64)
+    goal = torch.arange(6.0, dtype=torch.float64).view(3, 2)
+
+    def objective(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        off = x - goal
+        return (scale * (off**2 + off**4)).sum(dim=1) + 1e-9, scale * (2 * off + 4 * off**3)
+
+    done = minimise(
+        objective, torch.full_like(goal, 9.0), precondition=lambda x: x, on_step=nothing, tolerance=1e-10
+    )
+    assert done.converged
+    torch.testing.assert_close(done.x_PV, goal, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("limit", [4096, 4])
+@pytest.mark.parametrize("shape", [(20, 60), (60, 20)])
+def test_ridge_is_that_of_scikit_learn(shape: tuple[int, int], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trunkline_worker.training.ridge._MAX_CLOSED_FORM", limit)
+    x, _ = problem(*shape, 2)
+    targets = np.random.default_rng(1).normal(size=(shape[0], 2)) + 7
+    ours = fit_ridge(torch.from_numpy(x), torch.from_numpy(targets), 3.0, check=nothing)
+    theirs = Ridge(alpha=3.0).fit(x, targets)
+    np.testing.assert_allclose(ours.weights_DM.numpy().T, theirs.coef_, atol=1e-3 if limit == 4 else 1e-8)
+    np.testing.assert_allclose(ours.bias_M.numpy(), theirs.intercept_, atol=1e-8)
+
+
+def test_ridge_without_penalty_on_dependent_columns_stays_finite() -> None:
+    x = np.repeat(problem(10, 3, 2)[0], 4, axis=1)
+    ours = fit_ridge(torch.from_numpy(x), torch.ones(10, 1), 0.0, check=nothing)
+    assert bool(torch.isfinite(ours.weights_DM).all())
+
+
+def test_held_out_predictions_are_those_of_training_without_the_fold() -> None:
+    draw = np.random.default_rng(0)
+    rows = [draw.normal(size=(23, 4)), draw.normal(size=(23, 30))]
+    kernels = torch.stack([torch.from_numpy(one @ one.T / one.shape[1]) for one in rows])
+    targets = draw.normal(size=(23, 2))
+    folds = np.stack([draw.permutation(23) % 5 for _ in range(2)])
+    got = held_out_predictions(kernels, torch.from_numpy(targets), torch.from_numpy(folds), (1e-3, 0.1), check=nothing)
+    for a, kernel in enumerate(kernels.numpy()):
+        for s, strength in enumerate((1e-3, 0.1)):
+            for f, fold in enumerate(folds):
+                for one in range(5):
+                    inside, outside = np.flatnonzero(fold != one), np.flatnonzero(fold == one)
+                    shifted = kernel[np.ix_(inside, inside)] + strength * 23 * np.eye(len(inside))
+                    expected = kernel[np.ix_(outside, inside)] @ np.linalg.solve(shifted, targets[inside])
+                    np.testing.assert_allclose(got[a, s, f, outside].numpy(), expected, atol=1e-7)
