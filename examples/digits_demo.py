@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from trunkline_wire.local import STATE_DIR_VARIABLE, read_local_cluster
+from trunkline_wire.local import STATE_DIR_VARIABLE, LocalCluster, read_local_cluster
 
 # Shape suffix legend: N = rows, H = height, W = width
 
@@ -127,7 +127,7 @@ def _run(per_class: int, seed: int, up_s: float) -> DigitsReport:
             "Cluster up": f"{up_s:.1f} s",
             "Stem and upload": f"{upload_s:.2f} s for {len(images)} rows; {_bytes_sent(data)} sent",
             "The same upload again": f"{_bytes_sent(again)} sent",
-            "Training, slices chosen": f"{auto_s:.2f} s from submit to model",
+            "Training, slices chosen": f"{auto_s:.2f} s from submit to model, the start of the lane included",
             "Training, last layer": f"{last_s:.2f} s; its features were on the cluster already",
             "Prediction": f"{predict_s:.2f} s for {len(test_images)} rows, {len(test_images) / predict_s:.0f} a second",
             "Versions": f"trunkline {trunkline.__version__}, model {model.reference}",
@@ -168,7 +168,6 @@ def _use_state_of_its_own(state: Path) -> None:
     for name in [name for name in os.environ if name.startswith("TRUNKLINE_") and name != "TRUNKLINE_CACHE_DIR"]:
         del os.environ[name]
     os.environ[STATE_DIR_VARIABLE] = str(state)
-    os.environ["TRUNKLINE_PORT"] = "0"
 
 
 @contextmanager
@@ -176,17 +175,16 @@ def _cluster(state: Path) -> Iterator[float]:
     """Bring a cluster up, yield how many seconds that took, and end it whatever happens."""
     command = str(Path(sys.executable).parent / "trunkline")
     started = time.monotonic()
-    marks = [str(state)]
+    cluster = None
     try:
-        _bring_up([command, "up", "--backbone", BACKBONE, "--json"])
+        _bring_up([command, "up", "--port", "0", "--backbone", BACKBONE, "--json"])
         cluster = read_local_cluster()
-        marks += [cluster.id] if cluster else []
         yield time.monotonic() - started
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave half a cluster behind
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.run([command, "down", "--json"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if left := _wait_for_end(marks):
+        if left := _wait_for_end(str(state), cluster):
             raise RuntimeError(f"processes of the cluster are left: {left}")
 
 
@@ -203,10 +201,10 @@ def _bring_up(command: list[str]) -> None:
         raise SystemExit("the cluster could not be brought up; see above")
 
 
-def _wait_for_end(marks: Sequence[str]) -> list[int]:
-    """Wait until no process carries one of the marks in its environment, and return those that still do."""
+def _wait_for_end(state: str, cluster: LocalCluster | None) -> list[int]:
+    """Wait until every process of the cluster has ended, and return those that have not."""
     deadline = time.monotonic() + END_PATIENCE_S
-    while (left := _processes_with(marks)) and time.monotonic() < deadline:
+    while (left := _processes_of(state, cluster)) and time.monotonic() < deadline:
         for pid in left:
             try:
                 descriptor = os.pidfd_open(pid)
@@ -219,16 +217,23 @@ def _wait_for_end(marks: Sequence[str]) -> list[int]:
     return left
 
 
-def _processes_with(marks: Sequence[str]) -> list[int]:
-    """Return the processes that were started with one of the marks in their environment. Ended ones have none."""
+def _processes_of(state: str, cluster: LocalCluster | None) -> list[int]:
+    """Return the processes of a cluster.
+
+    They carry its state folder and its id in their environment, and belong to the session of the process that holds
+    it. Either can be missing: some give themselves a title, which overwrites what they had in their environment.
+    """
+    marks = [state.encode()] + ([cluster.id.encode()] if cluster else [])
     found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environment = path.read_bytes()
+            status, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            environment = (folder / "environ").read_bytes()
         except OSError:
             continue
-        if any(mark.encode() in environment for mark in marks):
-            found.append(int(path.parent.name))
+        is_marked = any(mark in environment for mark in marks)
+        if status not in "ZX" and (is_marked or (cluster is not None and int(session) == cluster.pid)):
+            found.append(int(folder.name))
     return found
 
 
@@ -244,4 +249,7 @@ def _print_table(report: DigitsReport, per_class: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The cluster has ended and left no process behind.")

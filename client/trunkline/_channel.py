@@ -25,9 +25,9 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 IDEMPOTENT_METHODS: dict[str, tuple[str, ...]] = {
     "CatalogService": ("GetServerInfo", "ListBackbones", "DescribeBackbone"),
     "InferenceService": ("Predict", "Extract"),
-    # Commit and submit carry an idempotency key: a repetition has one effect and the same answer.
+    # Commit, submit and cancel carry an idempotency key: a repetition has one effect and the same answer.
     "DatasetService": ("FindMissingRows", "CommitDataset", "GetDataset", "ListDatasets"),
-    "TrainingService": ("SubmitJob", "GetJob", "ListJobs"),
+    "TrainingService": ("SubmitJob", "GetJob", "ListJobs", "CancelJob"),
     "RegistryService": ("GetModel", "ListModels"),
 }
 """Unary calls that gRPC itself may repeat when the connection broke under them."""

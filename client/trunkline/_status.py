@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trunkline_wire.errors import ErrorCode, WireError, parse_details
+from trunkline_wire.errors import RETRYABLE_CODES, WireError, parse_details
 
 from trunkline.errors import (
     AlreadyExistsError,
@@ -108,4 +108,4 @@ def _tls_reason(details: str) -> str:
 
 def is_retryable(error: TrunklineError) -> bool:
     """Whether the same call may succeed without a change by the caller."""
-    return error.code in (ErrorCode.OVERLOADED, ErrorCode.UNAVAILABLE) and not isinstance(error, TlsError)
+    return error.code in RETRYABLE_CODES and not isinstance(error, TlsError)

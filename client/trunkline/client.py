@@ -460,7 +460,7 @@ class Client:
             features: (N, ...), as in ``describe().cuts``; returns (N, D), float32.
         """
         deadline = rows_deadline(timeout_s, len(features))
-        feed = FeatureFeed(check_features(features, self._feature_shape(space, deadline)), space)
+        feed = FeatureFeed(check_features(features, self._feature_shape(space, deadline), space), space)
         return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
 
     def predict_features(

@@ -234,7 +234,7 @@ class FeatureRows(RowSource):
 
     def __init__(self, features: npt.NDArray[np.generic], space: FeatureSpace, feature_shape: tuple[int, ...]) -> None:
         """Check the features and compute the ids from them."""
-        checked = check_features(features, feature_shape)
+        checked = check_features(features, feature_shape, space)
         codec = checked.dtype.name
         super().__init__(space, [row_id(space, codec, content_digest(row)) for row in checked])
         self._features = checked
@@ -247,8 +247,10 @@ class FeatureRows(RowSource):
             yield self._chunk(numbers, self._features[list(numbers)])
 
 
-def check_features(features: Any, feature_shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+def check_features(features: Any, feature_shape: tuple[int, ...], space: FeatureSpace) -> npt.NDArray[np.generic]:
     """Return features as an array that can be sent: float16 as it is, other floats as float32.
+
+    At the cut ``input`` the features are pictures after preprocessing, uint8.
 
     Raises:
         EmptyBatchError, DtypeMismatchError, ShapeMismatchError, NotFiniteError, PayloadTooLargeError: They are not.
@@ -256,7 +258,12 @@ def check_features(features: Any, feature_shape: tuple[int, ...]) -> npt.NDArray
     array: npt.NDArray[np.generic] = np.asarray(features)
     if array.ndim == 0 or array.shape[0] == 0:
         raise EmptyBatchError("there are no features", hint="Give at least one row")
-    if array.dtype.kind != "f":
+    if space.is_input and array.dtype != np.uint8:
+        raise DtypeMismatchError(
+            f"preprocessed pictures must be uint8; got {array.dtype}",
+            hint="Scale and convert: (x * 255).astype('uint8')",
+        )
+    if not space.is_input and array.dtype.kind != "f":
         raise DtypeMismatchError(
             f"features must be {' or '.join(STEM_DTYPES)}; got {array.dtype}", hint="Use features.astype('float32')"
         )
@@ -265,10 +272,12 @@ def check_features(features: Any, feature_shape: tuple[int, ...]) -> npt.NDArray
             f"a row of features must be {feature_shape}; got {array.shape[1:]}",
             hint="Use the stem of that cut and input size",
         )
-    if array.dtype.name not in STEM_DTYPES:
+    if array.dtype.kind == "f" and array.dtype.name not in STEM_DTYPES:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
     rows_per_chunk(array[0].nbytes)
+    if space.is_input:
+        return array
     try:
         check_finite(array)
     except WireError as error:

@@ -155,7 +155,7 @@ class Model:
         where = space or self.space
         deadline = rows_deadline(timeout_s, len(features))
         shape = self._client._feature_shape(where, deadline)
-        feed = FeatureFeed(check_features(features, shape), where)
+        feed = FeatureFeed(check_features(features, shape, where), where)
         return self._predict(feed, batch_size, max_in_flight, deadline, progress)
 
     def evaluate(

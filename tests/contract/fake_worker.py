@@ -203,7 +203,7 @@ class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
             sha256=hashlib.sha256(data).hexdigest(),
         )
         faults = self.worker.faults
-        if faults.damage_stems > 0:
+        if faults.damage_stems > 0 and not faults.cut_stems:
             faults.damage_stems -= 1
             data = data[:-1] + bytes([data[-1] ^ 1])
         pieces = [data[start : start + 100] for start in range(0, len(data), 100)]
@@ -379,8 +379,11 @@ class _Training(training_pb2_grpc.TrainingServiceServicer):
     def CancelJob(self, request, context):
         job = self.worker.job(context.tenant, request.id)
         with job.changed:
+            if request.idempotency_key and request.idempotency_key in job.cancel_keys:
+                return training_pb2.CancelJobResponse(job=job.message)
             if job.message.state in ENDED:
                 raise WireError(ErrorCode.JOB_STATE, f"job {request.id} has ended")
+            job.cancel_keys.add(request.idempotency_key)
             job.cancelled.set()
             return training_pb2.CancelJobResponse(job=job.message)
 
@@ -426,6 +429,7 @@ class _Job:
         self.events = []
         self.changed = threading.Condition()
         self.cancelled = threading.Event()
+        self.cancel_keys = set()
 
     def add(self, phase, progress=0.0, metrics=(), message=""):
         with self.changed:

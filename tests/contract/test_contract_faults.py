@@ -125,6 +125,21 @@ class TestPredict:
         assert prediction.indices.tolist() == labels.tolist()
         assert fake.calls["StreamPredict"] == 4
 
+    @pytest.mark.parametrize("window", [1, 3])
+    def test_bounds_what_is_in_flight(self, model, pictures, monkeypatch, window):
+        from trunkline._calls import inference
+
+        made = []
+
+        class Recorded(inference.Exchange):
+            def __init__(self, source, window):
+                super().__init__(source, window)
+                made.append(window)
+
+        monkeypatch.setattr(inference, "Exchange", Recorded)
+        model.predict(pictures(12)[0], stem=False, batch_size=2, max_in_flight=window)
+        assert made == [window]
+
     def test_overload_is_waited_out(self, fake, model, pictures):
         images, labels = pictures(20)
         fake.faults.overload_batches = 7
@@ -235,6 +250,15 @@ class TestJobs:
         fake.faults.hold_jobs = threading.Event()
         job = fake_client.train(fake_client.upload(*pictures(6), name="d"), name="m")
         job.cancel()
+        with pytest.raises(trunkline.JobCancelledError):
+            job.result(20)
+
+    def test_a_lost_answer_to_cancelling_is_no_error(self, fake, fake_client, pictures):
+        fake.faults.hold_jobs = threading.Event()
+        job = fake_client.train(fake_client.upload(*pictures(6), name="d"), name="m")
+        fake.faults.lose_answer["CancelJob"] = 2
+        job.cancel()
+        assert fake.calls["CancelJob"] == 3
         with pytest.raises(trunkline.JobCancelledError):
             job.result(20)
 

@@ -77,7 +77,11 @@ def test_good_chunk(channel, metadata, chunk):
     replies = upload(channel, metadata, chunk)
     assert [one.WhichOneof("kind") for one in replies] == ["ack", "end"]
     assert replies[0].ack.num_new_rows == 2 and replies[0].seq == 1
-    assert upload(channel, metadata, chunk)[0].ack.num_new_rows == 0
+    # Another chunk with one of the rows and a new one: what is there already does not count.
+    other = changed(chunk, row_ids=[chunk.row_ids[1], np.random.default_rng().bytes(32)])
+    data = chunk.rows.data[len(chunk.rows.data) // 2 :] + chunk.rows.data[: len(chunk.rows.data) // 2]
+    other = changed(other, data=data, sha256=hashlib.sha256(data).digest())
+    assert upload(channel, metadata, other)[0].ack.num_new_rows == 1
 
 
 SPOIL = {

@@ -70,7 +70,7 @@ def head(tmp_path):
         finally:
             holder.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                holder.wait(30)
+                holder.wait(3)
             for pid in processes_of(cluster_id):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

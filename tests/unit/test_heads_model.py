@@ -56,7 +56,9 @@ def test_mlp_prediction_is_what_numpy_computes_and_regression_has_no_softmax() -
     layers = [(one.weight.detach().numpy(), one.bias.detach().numpy()) for one in head.head.linears]
     for weight, bias in layers[:-1]:
         h = np.maximum(h @ weight.T + bias, 0)
-    np.testing.assert_allclose(head.predict(torch.from_numpy(x)).numpy(), h @ layers[-1][0].T + layers[-1][1], rtol=1e-4)
+    np.testing.assert_allclose(
+        head.predict(torch.from_numpy(x)).numpy(), h @ layers[-1][0].T + layers[-1][1], rtol=1e-4
+    )
 
 
 def test_half_precision_rows_give_float32_answers() -> None:

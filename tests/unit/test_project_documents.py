@@ -63,3 +63,10 @@ def test_the_changelog_has_the_version_of_the_project() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "## [Unreleased]" in text or f"## [{version}]" in text
+
+
+def test_every_variable_of_a_client_is_documented() -> None:
+    source = (ROOT / "client/trunkline/config.py").read_text() + (ROOT / "proto/trunkline_wire/local.py").read_text()
+    used = set(re.findall(r'"(TRUNKLINE_[A-Z_]+[A-Z])"', source))
+    rows = table_rows("docs/operations.md", "variable")
+    assert used == {name for row in rows for name in re.findall(r"`(TRUNKLINE_[A-Z_]+)`", row[0])}

@@ -49,7 +49,9 @@ def test_weights_are_those_of_scikit_learn(
     else:
         bias = bias - bias.mean()
     np.testing.assert_allclose(weights.T, theirs.coef_, atol=2e-4 * np.abs(theirs.coef_).max())
-    np.testing.assert_allclose(bias, theirs.intercept_ - (theirs.intercept_.mean() if num_classes > 2 else 0), atol=2e-3)
+    np.testing.assert_allclose(
+        bias, theirs.intercept_ - (theirs.intercept_.mean() if num_classes > 2 else 0), atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("shape", [(60, 200), (300, 20)])
@@ -124,9 +126,7 @@ def test_problems_side_by_side_do_not_disturb_each_other() -> None:
         off = x - goal
         return (scale * (off**2 + off**4)).sum(dim=1) + 1e-9, scale * (2 * off + 4 * off**3)
 
-    done = minimise(
-        objective, torch.full_like(goal, 9.0), precondition=lambda x: x, on_step=nothing, tolerance=1e-10
-    )
+    done = minimise(objective, torch.full_like(goal, 9.0), precondition=lambda x: x, on_step=nothing, tolerance=1e-10)
     assert done.converged
     torch.testing.assert_close(done.x_PV, goal, atol=1e-3, rtol=0.0)
 

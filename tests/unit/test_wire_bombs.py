@@ -19,23 +19,29 @@ from trunkline_wire.codecs import zstd
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.v1 import tensor_pb2 as pb
 
-MEASURE = """
-import resource, sys, warnings
+MEASURE = r"""
+import re, resource, sys, warnings
 from pathlib import Path
 from trunkline_wire import codecs, preprocess
 from trunkline_wire.errors import WireError
 from trunkline_wire.v1 import tensor_pb2 as pb
 
+
+def peak_kib():
+    # Not getrusage: its peak is inherited from the process that started this one.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 warnings.simplefilter("ignore")
 data = Path(sys.argv[1]).read_bytes()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_kib()
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
 try:
     {call}
     answer = "accepted"
 except WireError as error:
     answer = error.code.name
-print(answer, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(answer, peak_kib() - before)
 """
 
 
@@ -107,10 +113,9 @@ def test_a_frame_of_a_gibibyte_yields_one_byte_more_than_the_shape_allows(tmp_pa
 
 
 def test_the_measurement_sees_a_gibibyte(tmp_path: Path) -> None:
-    code, growth = measure("print(end='', *[bytearray(2**29)[:0].decode()])", b"", tmp_path)
+    code, growth = measure("bytes(1) * 2**30", b"", tmp_path)
     assert code == "accepted"
-    code, growth = measure("b'x' * 2**29", b"", tmp_path)
-    assert growth > 400 * 1024
+    assert growth > 1000 * 1024
 
 
 def test_a_frame_cannot_ask_for_a_large_window(tmp_path: Path) -> None:

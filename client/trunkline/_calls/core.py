@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
-from trunkline_wire.errors import REQUEST_ID_METADATA, RETRY_DELAY_METADATA, WireError
+from trunkline_wire.errors import REQUEST_ID_METADATA, RETRY_DELAY_METADATA, ErrorCode, WireError
 from trunkline_wire.messages import error_from_proto
 
 from trunkline._calls.exchange import Exchange
@@ -84,7 +84,9 @@ class Caller:
                 error = self.error(rpc_error, request_id)
             attempt += 1
             delay_s = retry_delay(attempt, error.retry_delay_s)
-            if not retry or not is_retryable(error) or attempt >= MAX_ATTEMPTS or not deadline.allows(delay_s):
+            # gRPC itself has repeated what ended UNAVAILABLE; once more only where the cluster asks for patience.
+            asked = error.code is ErrorCode.OVERLOADED or (is_retryable(error) and error.retry_delay_s > 0)
+            if not retry or not asked or attempt >= MAX_ATTEMPTS or not deadline.allows(delay_s):
                 raise error
             self.sleep(delay_s)
 

@@ -54,10 +54,9 @@ class TrainingCalls:
         return [_job(one) for one in answer.jobs]
 
     def cancel(self, job_id: str, deadline: Deadline) -> JobStatus:
-        """Ask for a job's end. Not repeated: the second of two calls may find it ended, which is an error."""
-        answer: pb.CancelJobResponse = self._caller.unary(
-            TrainingServiceStub, "CancelJob", pb.CancelJobRequest(id=job_id), deadline, retry=False
-        )
+        """Ask for a job's end. The key makes it safe to repeat after a lost reply."""
+        request = pb.CancelJobRequest(id=job_id, idempotency_key=uuid.uuid4().hex)
+        answer: pb.CancelJobResponse = self._caller.unary(TrainingServiceStub, "CancelJob", request, deadline)
         return _job(answer.job)
 
     def watch(self, job_id: str, after_seq: int, deadline: Deadline) -> Iterator[JobEvent | JobStatus]:

@@ -59,7 +59,7 @@ def controller_config(settings: Settings) -> ControllerConfig:
         )
         for index in range(settings.lanes)
     )
-    return ControllerConfig(settings.database_url, lanes, settings.lease_s)
+    return ControllerConfig(settings.database_url, settings.storage_url, lanes, settings.lease_s)
 
 
 def build_backbone(settings: Settings, name: str) -> Application:

@@ -107,15 +107,14 @@ def down(as_json: _Json = False) -> None:
         else:
             _note("No cluster of yours is up.")
         return
-    forced = processes.end(cluster.pid, cluster.id, patience_s=DOWN_PATIENCE_S)
+    ended = processes.end(cluster.pid, cluster.id, patience_s=DOWN_PATIENCE_S)
     remove_local_cluster()
-    left = processes.processes_of(cluster.id)
-    if left:
-        _fail(f"{len(left)} processes could not be ended: {left}")
+    if ended.left:
+        _fail(f"{len(ended.left)} processes could not be ended: {ended.left}")
     if as_json:
-        print(json.dumps({"ended": True, "forced": len(forced)}))
+        print(json.dumps({"ended": True, "forced": len(ended.forced)}))
     else:
-        _note("The cluster has ended." + (f" {len(forced)} processes had to be forced." if forced else ""))
+        _note("The cluster has ended." + (f" {len(ended.forced)} processes had to be forced." if ended.forced else ""))
 
 
 @app.command()

@@ -6,8 +6,10 @@ Everything it knows is in the database, so it can be killed at any moment; Ray s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from typing import Any
 import ray
 from trunkline_wire.errors import ErrorCode, WireError
 
+from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints
@@ -64,6 +67,12 @@ EXPIRE_INTERVAL_S = 1.0
 LANE_INTERVAL_S = 1.0
 """How often lanes are looked after, in seconds."""
 
+SWEEP_INTERVAL_S = 3600.0
+"""How often files that a dead process left half written are removed, in seconds."""
+
+REPLACE_S = 60.0
+"""How long the name of an ended controller may take to become free, in seconds."""
+
 EVENTS_AT_A_TIME = 256
 
 
@@ -72,6 +81,7 @@ class ControllerConfig:
     """What a controller needs to know. ``lanes`` are kept running; with an idle time, only while there is work."""
 
     database_url: str
+    storage_url: str
     lanes: tuple[LaneConfig, ...]
     lease_s: float
 
@@ -97,6 +107,7 @@ class Controller:
         self._tasks = [
             asyncio.ensure_future(self._forever(self._expire, EXPIRE_INTERVAL_S)),
             asyncio.ensure_future(self._forever(self._keep_lanes, LANE_INTERVAL_S)),
+            asyncio.ensure_future(self._forever(self._sweep, SWEEP_INTERVAL_S)),
         ]
 
     async def call(self, name: str, *args: Any) -> Any:
@@ -147,9 +158,9 @@ class Controller:
         except WireError as error:
             return error
 
-    async def ping(self) -> bool:
-        """Answer once the database is open."""
-        return True
+    async def config(self) -> ControllerConfig:
+        """Return what the controller was started with, once the database is open."""
+        return self._config
 
     async def _in_thread(self, name: str, *args: Any) -> Any:
         area, _, method = name.partition(".")
@@ -189,6 +200,12 @@ class Controller:
             logger.warning("job %s was taken back from a lane that gave no sign of life", job_id)
             await self._notify()
 
+    async def _sweep(self) -> None:
+        blobs = BlobStore(self._config.storage_url)
+        removed = await asyncio.to_thread(blobs.sweep, now=SystemClock().now(), older_than_s=SWEEP_INTERVAL_S)
+        if removed:
+            logger.info("%d files that were never finished have been removed", removed)
+
     async def _keep_lanes(self) -> None:
         """Start lanes that are not running. One with an idle time is started only for a job that waits."""
         for lane in self._config.lanes:
@@ -219,7 +236,7 @@ class Controller:
 
 
 def start_controller(config: ControllerConfig) -> Any:
-    """Start the controller, or find the one that runs. Returns its handle."""
+    """Start the controller, or find the one that runs, whatever its configuration. Returns its handle."""
     actor = ray.remote(Controller)
     return actor.options(
         name=CONTROLLER,
@@ -230,3 +247,28 @@ def start_controller(config: ControllerConfig) -> Any:
         max_restarts=-1,
         max_concurrency=1000,
     ).remote(config)
+
+
+def replace_controller(config: ControllerConfig) -> Any:
+    """Start the controller with this configuration; one that runs with another is ended first, and its lanes.
+
+    Nothing is lost: what it knows is in the database, and jobs in progress are taken back by the new lanes.
+    """
+    handle = start_controller(config)
+    running: ControllerConfig = ray.get(handle.config.remote())
+    if running == config:
+        return handle
+    logger.info("the controller is replaced: its settings have changed")
+    ray.kill(handle)
+    for lane in running.lanes:
+        with contextlib.suppress(ValueError):  # it does not run
+            ray.kill(ray.get_actor(lane.name, namespace=NAMESPACE))
+    give_up = time.monotonic() + REPLACE_S
+    while True:
+        handle = start_controller(config)
+        try:
+            if ray.get(handle.config.remote()) == config:
+                return handle
+        except ray.exceptions.RayActorError:  # the old one, not quite gone
+            if time.monotonic() > give_up:
+                raise

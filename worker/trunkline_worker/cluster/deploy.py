@@ -20,7 +20,7 @@ from trunkline_worker.cluster.apps import (
     build_gateway,
     controller_config,
 )
-from trunkline_worker.cluster.controller import start_controller
+from trunkline_worker.cluster.controller import replace_controller
 from trunkline_worker.cluster.settings import Settings
 from trunkline_worker.store.blobs import BlobStore
 
@@ -56,7 +56,7 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
     if not shared:
         raise ValueError(note)
     on_phase("starting the controller")
-    ray.get(start_controller(controller_config(settings)).ping.remote())
+    replace_controller(controller_config(settings))
     serve.start(proxy_location="Disabled", http_options={"location": "NoServer"})
     for name in settings.backbones:
         on_phase(f"loading {name}")

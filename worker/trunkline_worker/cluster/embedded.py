@@ -90,7 +90,13 @@ def _hold(settings: Settings, state: Path, ray_dir: Path, status: IO[str]) -> in
     )
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # Ray put its own handler there
     try:
-        deployed = deploy(settings, lambda phase: _say(status, phase=phase))
+
+        def on_phase(phase: str) -> None:
+            if stop.is_set():
+                raise InterruptedError("told to end before it was ready")
+            _say(status, phase=phase)
+
+        deployed = deploy(settings, on_phase)
         host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "localhost") else settings.host
         address = f"{host}:{deployed.port}"
         write_local_cluster(

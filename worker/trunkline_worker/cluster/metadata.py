@@ -60,5 +60,5 @@ class ActorMetadata:
 async def connect_metadata(config: ControllerConfig) -> ActorMetadata:
     """Start the controller if it does not run, and return the way to it once it answers."""
     controller = await asyncio.to_thread(start_controller, config)
-    await controller.ping.remote()
+    await controller.config.remote()
     return ActorMetadata()

@@ -72,13 +72,18 @@ def check_rows(rows: Payload, cut: CutSpec, *, is_input: bool) -> None:
         return
     _check_dtype(rows, cut, is_input=is_input)
     _check_shape(rows, cut, is_input=is_input)
-    # One sum finds any NaN or infinity; in float64 finite values cannot add up to one.
-    if rows.dtype.kind == "f" and not np.isfinite(rows.sum(dtype=np.float64)):
+    if rows.dtype.kind == "f" and not _sums_up(rows):
         bad = ~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
         raise WireError(
             ErrorCode.NOT_FINITE,
             f"{int(bad.sum())} of {len(rows)} rows hold NaN or infinity, the first is row {int(bad.argmax())}",
         )
+
+
+def _sums_up(rows: npt.NDArray[np.generic]) -> bool:
+    """Find any NaN or infinity with one sum: in float64, finite values of the types allowed cannot add up to one."""
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(np.sum(rows, dtype=np.float64)))
 
 
 def _check_dtype(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool) -> None:

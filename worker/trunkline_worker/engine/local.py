@@ -136,7 +136,7 @@ class LocalEngine:
         )
         self._pipeline = ImagePipeline(self._decoder, self._batcher, clock)
         self._runtimes: OrderedDict[Key, asyncio.Task[Prepared]] = OrderedDict()
-        self._stems: dict[str, asyncio.Task[StoredExport]] = {}
+        self._closed = False
 
     async def start(self, *, prepare: bool = True) -> None:
         """Begin to answer.
@@ -152,8 +152,9 @@ class LocalEngine:
     async def close(self) -> None:
         """Take nothing new, finish what waits, end the threads."""
         await self._batcher.close()
+        self._closed = True
         loop = asyncio.get_running_loop()
-        for task in [*self._runtimes.values(), *self._stems.values()]:
+        for task in self._runtimes.values():
             task.cancel()
         for pool in (self._compute_pool, self._export_pool, self._io_pool):
             await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
@@ -178,23 +179,23 @@ class LocalEngine:
         self._backbone.stem(cut)  # refuses a cut that is unknown or has no stem
         found = spec.cut(cut)
         assert found is not None
-        fingerprint = found.fingerprint
-        if fingerprint not in self._stems:
-            task = asyncio.get_running_loop().create_task(
-                self._in(self._export_pool, self._export_stem, cut, spec.preprocessing.input_size, fingerprint)
-            )
-            self._stems[fingerprint] = task
-            task.add_done_callback(lambda _: self._stems.pop(fingerprint, None))
-        stored = await asyncio.shield(self._stems[fingerprint])
+        # Looked for off the thread that exports: an old stem need not wait for a new one.
+        stored = await self._in(self._io_pool, self._find_stem, found.fingerprint)
+        if stored is None:
+            size = spec.preprocessing.input_size
+            stored = await self._in(self._export_pool, self._export_stem, cut, size, found.fingerprint)
         return StemFile(
             spec.space(found), spec.preprocessing, found.feature_shape, stored.path, stored.size_bytes, stored.sha256
         )
 
-    def _export_stem(self, cut: str, input_size: int, fingerprint: str) -> StoredExport:
+    def _find_stem(self, fingerprint: str) -> StoredExport | None:
         found = self._exports.find(STEMS, fingerprint)
-        if found is not None:
-            return found[0]
-        return self._exports.put(STEMS, fingerprint, export_stem(self._backbone, cut, input_size))
+        return None if found is None else found[0]
+
+    def _export_stem(self, cut: str, input_size: int, fingerprint: str) -> StoredExport:
+        # Again, on the one thread that exports: another caller may have been first.
+        found = self._find_stem(fingerprint)
+        return found or self._exports.put(STEMS, fingerprint, export_stem(self._backbone, cut, input_size))
 
     async def predict(
         self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
@@ -326,6 +327,8 @@ class LocalEngine:
         return prepared
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
+        if self._closed:
+            raise WireError(ErrorCode.UNAVAILABLE, "this replica has shut down; the same call will reach another one")
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
 
 

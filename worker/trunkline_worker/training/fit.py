@@ -98,7 +98,15 @@ def fit_head(
     best_epoch = 0
     if spec.solver == "adam":
         best_epoch = _fit_epochs(
-            head, spec, task, Split(x_ND, training.truth), validation, l2, progress, tell, before.best_epoch if before else 0
+            head,
+            spec,
+            task,
+            Split(x_ND, training.truth),
+            validation,
+            l2,
+            progress,
+            tell,
+            before.best_epoch if before else 0,
         )
         details["best_epoch"] = float(best_epoch)
     elif task == CLASSIFICATION:
@@ -135,7 +143,7 @@ def _fit_epochs(
     seed = int(random_stream(spec.seed, WEIGHTS).integers(2**63))
 
     def split(x_ND: Tensor, truth: Tensor) -> Split:
-        return Split(x_ND, truth if mean_M is None else ((truth.double() - mean_M) / scale_M).float())
+        return Split(x_ND, truth if mean_M is None or scale_M is None else ((truth.double() - mean_M) / scale_M).float())
 
     best_epoch = fit_minibatches(
         head,

@@ -108,7 +108,9 @@ def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
         space = spec.space(cut)
     slices, embedding_ND = _embedding(job.tenant, spec, space, content.row_ids, tools, keeper)
     labels = Labels(content.record.class_names, content.class_indices, content.targets)
+    started = tools.clock.monotonic()
     result = train_head(embedding_ND, slices, labels, job.spec, on_event=keeper.report, should_stop=keeper.should_stop)
+    result.metrics["train_s"] = tools.clock.monotonic() - started
     keeper.report(Event("publish"))
     return _publish(lease, spec, space, content.record, result, tools)
 

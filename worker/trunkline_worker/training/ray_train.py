@@ -263,7 +263,8 @@ def start_lane(config: LaneConfig) -> tuple[Any, Any]:
     Returns:
         The driver actor, and a reference that becomes ready when the lane has ended.
     """
-    driver = LaneDriver.options(
+    actor: Any = LaneDriver
+    driver = actor.options(
         name=config.name,
         namespace=NAMESPACE,
         lifetime="detached",

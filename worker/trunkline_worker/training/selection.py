@@ -34,7 +34,9 @@ REPETITIONS = 5
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 _TEMPERATURES = (2.0, 5.0, 10.0, 20.0, 40.0)
-_TIE = 1e-9
+_TIE = 1e-5
+"""Scores closer than this are equal."""
+
 _NUM_EXTENDED = 2
 """Candidates that the second round extends by one more slice each."""
 
@@ -187,7 +189,7 @@ def select_slices(
 
 def _rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Sort best first; equal scores by width, then as they came."""
-    return sorted(candidates, key=lambda one: (-round(one.score / _TIE) * _TIE, one.width))
+    return sorted(candidates, key=lambda one: (-round(one.score / _TIE), one.width))
 
 
 def slice_kernels(x_ND: Tensor, slices: Sequence[SliceSpec]) -> dict[str, Tensor]:

@@ -198,8 +198,8 @@ def _solve(
         loss_PN, probability_PNK = _losses(x_NR, classes_N, b_PRK)
         residual_PNK = (probability_PNK - onehot_NK) * weights_PN[:, :, None]
         gradient_PRK = torch.empty_like(b_PRK)
-        residual_NPK = residual_PNK.transpose(0, 1).reshape(x_NR.shape[0], -1)
-        gradient_PRK[:, :-1] = (x_NR.T @ residual_NPK).view(-1, num_problems, num_classes).transpose(0, 1)
+        residual_NPK = residual_PNK.transpose(0, 1).reshape(x_NR.shape[0], num_problems * num_classes)
+        gradient_PRK[:, :-1] = (x_NR.T @ residual_NPK).view(x_NR.shape[1], num_problems, num_classes).transpose(0, 1)
         gradient_PRK[:, :-1] += l2 * b_PRK[:, :-1]
         gradient_PRK[:, -1] = residual_PNK.sum(dim=1)
         value_P = (loss_PN * weights_PN).sum(dim=1) + 0.5 * l2 * b_PRK[:, :-1].square().sum(dim=(1, 2))
@@ -235,8 +235,8 @@ def _solve(
 def _losses(x_NR: Tensor, classes_N: Tensor, b_PRK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy, (P, N), and the probabilities, (P, N, K)."""
     num_problems, _, num_classes = b_PRK.shape
-    logits_NPK = x_NR @ b_PRK[:, :-1].transpose(0, 1).reshape(x_NR.shape[1], -1)
-    logits_PNK = logits_NPK.view(-1, num_problems, num_classes).transpose(0, 1) + b_PRK[:, -1:]
+    logits_NPK = x_NR @ b_PRK[:, :-1].transpose(0, 1).reshape(x_NR.shape[1], num_problems * num_classes)
+    logits_PNK = logits_NPK.view(x_NR.shape[0], num_problems, num_classes).transpose(0, 1) + b_PRK[:, -1:]
     log_PNK = logits_PNK.log_softmax(dim=2)
     index_PN1 = classes_N[None, :, None].expand(num_problems, -1, 1)
     return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK.exp()

@@ -58,7 +58,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """End a queued job, or ask a running one to stop."""
         call = current_call()
         job = await self._backends.metadata.call(
-            "jobs.request_cancel", call.tenant, request.id, timeout_s=call.remaining_s()
+            "jobs.request_cancel", call.tenant, request.id, request.idempotency_key, timeout_s=call.remaining_s()
         )
         return pb.CancelJobResponse(job=job_to_proto(job))
 

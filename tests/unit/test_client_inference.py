@@ -1,0 +1,142 @@
+"""How rows become batches, and answers become one: without a server."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from trunkline import errors
+from trunkline._calls import Batch, RawPrediction
+from trunkline._inference import Collector, FeatureFeed, ImageFeed, run
+from trunkline.datasets import FeatureRows, ImageRows, check_features, rows_per_chunk
+from trunkline.images import pictures
+from trunkline_wire.limits import CHUNK_BYTES, MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
+from trunkline_wire.specs import FeatureSpace, Preprocessing, Timings
+
+SPACE = FeatureSpace("net", "half", 8, "ab" * 32)
+PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def answer(batch, error_rows=()):
+    outputs = np.array([[row, 1.0] for row in batch.row_numbers], np.float32)
+    failed = {row: errors.CorruptImageError("bad") for row in error_rows}
+    return RawPrediction("m@1", outputs, tuple(map(str, batch.row_numbers)), failed, Timings(total_s=1.0))
+
+
+def feed(rows=10):
+    return FeatureFeed(np.zeros((rows, 3), np.float16), SPACE)
+
+
+def test_answers_in_any_order_are_put_in_place():
+    def backwards(batches, window):
+        assert window == 4
+        return ((batch, answer(batch)) for batch in reversed(list(batches)))
+
+    found = run(feed(), batch_size=3, max_in_flight=4, one=answer, many=backwards)
+    assert found.matrix_NX[:, 0].tolist() == list(range(10))
+    assert found.labels == [str(row) for row in range(10)] and found.timings.total_s == 4.0
+
+
+def test_one_batch_needs_no_stream():
+    found = run(feed(3), batch_size=None, max_in_flight=4, one=answer, many=None)
+    assert len(found.matrix_NX) == 3
+
+
+def test_failed_rows_have_no_answer():
+    collector = Collector(feed(4))
+    collector.take(Batch(None, (0, 1)), answer(Batch(None, (0, 1)), error_rows=[1]))
+    collector.take(Batch(None, (2, 3)), errors.WorkerOutOfMemoryError("no room"))
+    found = collector.collect()
+    assert sorted(found.errors) == [1, 2, 3] and found.labels == ["0", None, None, None]
+    assert np.isnan(found.matrix_NX[1:]).all() and not np.isnan(found.matrix_NX[0]).any()
+
+
+def test_first_error_is_raised_where_nothing_went_well():
+    collector = Collector(feed(2))
+    collector.take(Batch(None, (1,)), errors.WorkerOutOfMemoryError("second"))
+    collector.take(Batch(None, (0,)), errors.OverloadedError("first"))
+    with pytest.raises(errors.OverloadedError, match="first"):
+        collector.collect()
+
+
+def test_answers_of_the_wrong_size():
+    with pytest.raises(errors.InternalError, match="2 rows; 3 were sent"):
+        Collector(feed(3)).take(Batch(None, (0, 1, 2)), answer(Batch(None, (0, 1))))
+
+
+@pytest.mark.parametrize("size", [4, 400])
+def test_images_travel_in_whichever_form_is_smaller(size, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, size, size, 3)).astype(np.uint8)
+    for row in range(3):
+        Image.fromarray(noise[row]).save(tmp_path / f"{row}.png")
+    for rows in (pictures(noise), pictures(sorted(tmp_path.iterdir()))):
+        image_feed = ImageFeed(rows, SPACE, PREPROCESSING)
+        (batch,) = image_feed.batches(10)
+        as_files = isinstance(batch.rows, list)
+        # A file of 4 x 4 has about 110 bytes and one of 400 x 400 half a million; the network's pixels have 192.
+        assert as_files is (size == 4)
+        assert (sum(map(len, batch.rows)) if as_files else batch.rows.nbytes) <= 3 * 192
+
+
+def test_rows_that_fail_here_are_left_out():
+    rows = pictures([np.zeros((40, 40, 3), np.uint8), b"x" * 9999, np.zeros((40, 40, 3), np.uint8), b"x" * 9999])
+    image_feed = ImageFeed(rows, SPACE, PREPROCESSING)
+    batches = list(image_feed.batches(2))
+    assert [one.row_numbers for one in batches] == [(0,), (2,)]
+    assert sorted(image_feed.errors) == [1, 3]
+
+
+def test_batch_sizes():
+    small, large = feed(100), FeatureFeed(np.zeros((2, CHUNK_BYTES), np.float16), SPACE)
+    assert small.batch_rows(None) == 64 and small.batch_rows(7) == 7 and large.batch_rows(None) == 1
+    assert small.batch_rows(10**6) == 10**6  # more than there is: one batch of a hundred
+    with pytest.raises(errors.PayloadTooLargeError, match=f"batch_size={MAX_BATCH_ROWS}"):
+        feed(MAX_BATCH_ROWS + 1).batch_rows(MAX_BATCH_ROWS + 1)
+    for bad in ({"batch_size": 0}, {"max_in_flight": 0}):
+        with pytest.raises(errors.InvalidArgumentError):
+            run(feed(), **{"batch_size": None, "max_in_flight": 4, "one": answer, "many": None, **bad})
+
+
+def test_row_over_the_limit():
+    with pytest.raises(errors.PayloadTooLargeError, match="one row"):
+        rows_per_chunk(MAX_PAYLOAD_BYTES + 1)
+    with pytest.raises(errors.PayloadTooLargeError):
+        check_features(np.zeros((1, MAX_PAYLOAD_BYTES // 4 + 1), np.float32), (MAX_PAYLOAD_BYTES // 4 + 1,), SPACE)
+
+
+def test_features_at_the_input_are_pixels():
+    space = FeatureSpace("net", "input", 8, "ef" * 32)
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    assert check_features(pixels, (8, 8, 3), space) is pixels
+    with pytest.raises(errors.DtypeMismatchError, match="uint8"):
+        check_features(pixels.astype(np.float32), (8, 8, 3), space)
+    with pytest.raises(errors.DtypeMismatchError, match="float16 or float32"):
+        check_features(pixels, (8, 8, 3), SPACE)
+
+
+def test_chunks_hold_what_was_wanted():
+    features = np.random.default_rng(0).random((9, CHUNK_BYTES // 16)).astype(np.float32)
+    source = FeatureRows(features, SPACE, features.shape[1:])
+    chunks = list(source.chunks([0, 2, 3, 5, 6, 8]))
+    assert [len(one.row_ids) for one in chunks] == [4, 2]
+    assert [one for chunk in chunks for one in chunk.row_ids] == [source.row_ids[n] for n in (0, 2, 3, 5, 6, 8)]
+    np.testing.assert_array_equal(np.concatenate([one.rows for one in chunks]), features[[0, 2, 3, 5, 6, 8]])
+
+
+def test_row_ids_tell_spaces_and_codecs_apart():
+    features = np.ones((1, 4), np.float32)
+    other = FeatureSpace("net", "half", 16, "cd" * 32)
+    ids = {
+        FeatureRows(features, SPACE, (4,)).row_ids[0],
+        FeatureRows(features, other, (4,)).row_ids[0],
+        FeatureRows(features.astype(np.float16), SPACE, (4,)).row_ids[0],
+        FeatureRows(features * 2, SPACE, (4,)).row_ids[0],
+    }
+    assert len(ids) == 4
+    assert FeatureRows(features.astype(np.float64), SPACE, (4,)).row_ids[0] in ids
+
+
+def test_image_chunks_stay_small(monkeypatch):
+    monkeypatch.setattr("trunkline.datasets.CHUNK_BYTES", 1000)
+    noise = np.random.default_rng(0).integers(0, 255, (5, 12, 12, 3)).astype(np.uint8)
+    chunks = list(ImageRows(pictures(noise)).chunks(range(5)))
+    assert all(one.num_bytes <= 1000 for one in chunks) and sum(len(one.row_ids) for one in chunks) == 5
+    assert len(chunks) >= 3

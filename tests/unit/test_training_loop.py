@@ -1,0 +1,282 @@
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import SliceSpec
+from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
+from trunkline_worker.heads.model import Head, HeadConfig
+from trunkline_worker.store.records import Event, JobSpec
+from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
+from trunkline_worker.training.minibatch import Schedule, Split, fit_minibatches
+
+SLICES = (SliceSpec("a/mean", 0, 4), SliceSpec("a/grid", 4, 20), SliceSpec("pooled", 20, 30))
+NAMES = ("cat", "dog", "hen")
+SPEC = JobSpec(model="m", dataset="d", backbone="b", input_size=0, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def rows_and_labels(num_rows: int = 90, seed: int = 0) -> tuple[np.ndarray, Labels]:
+    """Return rows whose class shows in `a/grid` only."""
+    draw = np.random.default_rng(seed)
+    classes = draw.permutation(np.arange(num_rows) % 3)
+    x = draw.normal(size=(num_rows, 30)).astype(np.float32) * 5 + 3
+    centres = np.random.default_rng(99).normal(size=(3, 16))
+    x[:, 4:20] += 6 * centres[classes].astype(np.float32)
+    return x, Labels(NAMES, classes.astype(np.uint32))
+
+
+def numbers(num_rows: int = 90) -> tuple[np.ndarray, Labels]:
+    x, _ = rows_and_labels(num_rows)
+    weights = np.random.default_rng(3).normal(size=(16, 2)).astype(np.float32)
+    return x, Labels((), None, 40 * x[:, 4:20] @ weights + 1000)
+
+
+def train(spec: JobSpec, x: np.ndarray, labels: Labels) -> tuple[TrainingResult, list[Event]]:
+    events: list[Event] = []
+    return train_head(x, SLICES, labels, spec, on_event=events.append, should_stop=lambda: False), events
+
+
+def accuracy(result: TrainingResult, seed: int = 1) -> float:
+    """Return the accuracy on rows that no training saw."""
+    x, labels = rows_and_labels(300, seed)
+    columns = np.concatenate([np.arange(one.start, one.stop) for one in SLICES if one.name in result.head.slices])
+    answer = result.head.predict(torch.from_numpy(x[:, columns])).argmax(dim=1).numpy()
+    return float((answer == labels.class_indices).mean())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"refit": False},
+        {"validation_fraction": 0.0},
+        {"l2": 5.0},
+        {"solver": "adam", "epochs": 30},
+        {"head_kind": "mlp", "solver": "adam", "hidden": (16,), "dropout": 0.3, "epochs": 30},
+    ],
+)
+def test_a_classifier_learns_and_equal_jobs_give_equal_bytes(changes: dict) -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, **changes)
+    result, events = train(spec, x, labels)
+    assert "a/grid" in result.head.slices
+    assert accuracy(result) > 0.9
+    assert result.head.class_names == NAMES
+    assert result.metrics["num_rows"] == 90
+    assert ("accuracy" in result.metrics) == (spec.validation_fraction > 0)
+    assert all(np.isfinite(one) for one in result.metrics.values())
+    if spec.l2 >= 0:
+        assert result.metrics["l2"] == spec.l2
+    assert result.candidates[0].slices == result.head.slices
+    data = head_to_bytes(result.head)
+    assert head_to_bytes(head_from_bytes(data)) == data
+    again, _ = train(spec, x.copy(), labels)
+    assert hashlib.sha256(head_to_bytes(again.head)).digest() == hashlib.sha256(data).digest()
+    assert again.metrics == result.metrics
+    assert 2 < len(events) <= 60
+    assert {one.phase for one in events} == {"select", "fit"}
+    for phase in ("select", "fit"):
+        progress = [one.progress for one in events if one.phase == phase]
+        assert progress == sorted(progress)
+        assert (progress[0], progress[-1]) == (0.0, 1.0)
+
+
+def test_another_seed_gives_another_head() -> None:
+    x, labels = rows_and_labels()
+    one, other = (train(replace(SPEC, seed=seed), x, labels)[0] for seed in (1, 2))
+    assert head_to_bytes(one.head) != head_to_bytes(other.head)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"validation_fraction": 0.0},
+        {"l2": 1.0, "embedding": "slices", "slices": ("pooled", "a/grid")},
+        {"solver": "adam", "epochs": 120},
+        {"head_kind": "mlp", "solver": "adam", "epochs": 120},
+    ],
+)
+def test_regression_learns(changes: dict) -> None:
+    x, labels = numbers()
+    result, _ = train(replace(SPEC, **changes), x, labels)
+    assert result.head.task == "regression"
+    assert result.head.num_outputs == 2
+    kind = changes.get("head_kind", "linear")
+    assert result.metrics.get("r2", 1.0) > (0.7 if kind == "mlp" else 0.95)
+    columns = np.concatenate([np.arange(one.start, one.stop) for one in SLICES if one.name in result.head.slices])
+    off = result.head.predict(torch.from_numpy(x[:, columns])).numpy() - labels.targets
+    assert np.abs(off).mean() < 0.2 * labels.targets.std()
+
+
+def test_what_is_held_out_is_not_seen() -> None:
+    """The scores are those of a head fitted on the training split alone: with labels at random they are chance."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(120, 30)).astype(np.float32)
+    labels = Labels(("a", "b"), draw.integers(0, 2, size=120))
+    result, _ = train(replace(SPEC, embedding="pooled", l2=1e-3, validation_fraction=0.5), x, labels)
+    assert result.metrics["accuracy"] < 0.7
+    assert result.metrics["num_validation_rows"] in (59, 60, 61)
+
+
+def test_standardisation_is_fitted_on_the_training_split_then_on_all() -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, embedding="pooled", l2=1.0)
+    refitted, _ = train(spec, x, labels)
+    np.testing.assert_allclose(refitted.head.head.mean.numpy(), x[:, 20:].mean(0), rtol=1e-5)
+    kept, _ = train(replace(spec, refit=False), x, labels)
+    assert not np.allclose(kept.head.head.mean.numpy(), x[:, 20:].mean(0), rtol=1e-5)
+    assert kept.metrics == refitted.metrics
+
+
+def test_adam_reaches_what_lbfgs_reaches() -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, embedding="slices", slices=("a/grid",), l2=10.0, validation_fraction=0.0)
+    exact, _ = train(spec, x, labels)
+    steps, _ = train(replace(spec, solver="adam", epochs=400, learning_rate=0.01), x, labels)
+    np.testing.assert_allclose(
+        steps.head.head.linears[0].weight.detach().numpy(),
+        exact.head.head.linears[0].weight.detach().numpy(),
+        atol=0.02,
+    )
+
+
+def test_rows_that_cannot_be_written_to_and_a_constant_column_are_fine() -> None:
+    x, labels = rows_and_labels()
+    x[:, 25] = 4.0
+    x.flags.writeable = False
+    result, _ = train(replace(SPEC, embedding="pooled"), x, labels)
+    assert bool(torch.isfinite(result.head.head.linears[0].weight).all())
+    assert float(result.head.head.scale[5]) == 1.0
+
+
+def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, solver="adam", epochs=3)
+    asked = 0
+
+    def count() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    train_head(x, SLICES, labels, spec, on_event=lambda event: None, should_stop=count)
+    assert asked > 20
+    for stop_at in range(1, asked + 1, 5):
+        left = iter(range(stop_at))
+        calls = []
+
+        def stop(left: object = left, calls: list[int] = calls) -> bool:
+            calls.append(1)
+            return next(left, None) is None  # type: ignore[call-overload]
+
+        if stop_at < asked:
+            with pytest.raises(TrainingCancelled):
+                train_head(x, SLICES, labels, spec, on_event=lambda event: None, should_stop=stop)
+            assert len(calls) == stop_at + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"solver": "lbfgs", "head_kind": "mlp"}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
+        ({"solver": "sgd"}, ErrorCode.INVALID_ARGUMENT, "'sgd'"),
+        ({"embedding": "best"}, ErrorCode.INVALID_ARGUMENT, "'best'"),
+        ({"embedding": "slices"}, ErrorCode.INVALID_ARGUMENT, "slices are named"),
+        ({"slices": ("pooled",)}, ErrorCode.INVALID_ARGUMENT, "slices are named"),
+        ({"embedding": "slices", "slices": ("pooled", "pooled")}, ErrorCode.INVALID_ARGUMENT, "twice"),
+        ({"embedding": "slices", "slices": ("b/grid",)}, ErrorCode.NOT_FOUND, "'b/grid'.*a/grid, a/mean, pooled"),
+        ({"validation_fraction": 1.0}, ErrorCode.INVALID_ARGUMENT, "below 1"),
+        ({"validation_fraction": float("nan")}, ErrorCode.INVALID_ARGUMENT, "below 1"),
+        ({"epochs": -1}, ErrorCode.INVALID_ARGUMENT, "epochs"),
+        ({"learning_rate": float("inf")}, ErrorCode.INVALID_ARGUMENT, "learning rate"),
+        ({"l2": float("nan")}, ErrorCode.INVALID_ARGUMENT, "L2"),
+        ({"head_kind": "forest"}, ErrorCode.INVALID_ARGUMENT, "'forest'"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(changes: dict, code: ErrorCode, words: str) -> None:
+    x, labels = rows_and_labels(12)
+    with pytest.raises(WireError, match=words) as caught:
+        train(replace(SPEC, **changes), x, labels)
+    assert caught.value.code is code
+
+
+def test_a_row_that_could_not_be_embedded_is_named() -> None:
+    x, labels = rows_and_labels()
+    x[41, 7] = np.nan
+    with pytest.raises(WireError, match="row 41") as caught:
+        train(replace(SPEC, embedding="pooled"), x, labels)
+    assert caught.value.code is ErrorCode.NOT_FINITE
+
+
+def test_a_class_with_one_row_trains_when_nothing_is_held_out() -> None:
+    x, _ = rows_and_labels(9)
+    labels = Labels(("a", "b"), np.array([0] * 8 + [1]))
+    with pytest.raises(WireError, match="single row") as caught:
+        train(SPEC, x, labels)
+    assert caught.value.code is ErrorCode.BAD_LABELS
+    result, _ = train(replace(SPEC, validation_fraction=0.0), x, labels)
+    assert result.metrics["train_accuracy"] > 0.8
+
+
+def test_too_few_rows_for_auto_say_what_to_do() -> None:
+    x, _ = rows_and_labels(3)
+    with pytest.raises(WireError, match="'pooled'") as caught:
+        train(replace(SPEC, validation_fraction=0.0), x, Labels(NAMES, np.array([0, 1, 2])))
+    assert caught.value.code is ErrorCode.BAD_LABELS
+
+
+def test_a_loss_that_explodes_says_so() -> None:
+    split = Split(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2)
+    with pytest.raises(WireError, match=r"no longer finite.*learning rate below 1e\+30"):
+        fit_minibatches(
+            Head(HeadConfig("mlp", (8, 8)), 3, 2),
+            "classification",
+            split,
+            None,
+            Schedule(epochs=9, batch_size=20, learning_rate=1e30, l2=0.0),
+            seed=0,
+            check=lambda: None,
+            on_epoch=lambda epoch, losses: None,
+        )
+
+
+def test_the_best_epoch_is_kept() -> None:
+    draw = torch.Generator().manual_seed(0)
+    training = Split(torch.randn(24, 40, generator=draw), torch.arange(24) % 2)
+    validation = Split(torch.randn(200, 40, generator=draw), torch.arange(200) % 2)
+    head = Head(HeadConfig("mlp", (64,)), 40, 2)
+    losses: list[float] = []
+    best = fit_minibatches(
+        head,
+        "classification",
+        training,
+        validation,
+        Schedule(epochs=60, batch_size=8, learning_rate=1e-3, l2=0.0),
+        seed=0,
+        check=lambda: None,
+        on_epoch=lambda epoch, metrics: losses.append(metrics["validation_loss"]),
+    )
+    assert len(losses) == 60
+    assert best == 1 + int(np.argmin(losses)) < 60
+    with torch.no_grad():
+        got = torch.nn.functional.cross_entropy(head.forward_standardised(validation.x_ND), validation.truth)
+    assert float(got) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_many_classes_are_subsampled_for_the_selection() -> None:
+    draw = np.random.default_rng(0)
+    classes = np.repeat(np.arange(90), 6)
+    x = draw.normal(size=(540, 30)).astype(np.float32)
+    x[:, 4:20] += 3 * draw.normal(size=(90, 16)).astype(np.float32)[classes]
+    result, _ = train(SPEC, x, Labels(tuple(map(str, range(90))), classes))
+    assert "a/grid" in result.head.slices
+    assert result.head.num_outputs == 90
+    assert result.metrics["accuracy"] > 0.5
