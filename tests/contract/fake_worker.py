@@ -94,6 +94,7 @@ def _boundary(method):
         request_id = metadata.get(REQUEST_ID_METADATA, "none")
         context.request_id = request_id
         worker.request_ids.append(request_id)
+        worker.peers.append(context.peer())
         worker.calls[name] += 1
         tenant = TENANTS.get(metadata.get("authorization", ""))
         if tenant is None:
@@ -465,6 +466,7 @@ class FakeWorker:
         self.faults = Faults()
         self.calls = Counter()
         self.request_ids = []
+        self.peers = []
         self.rows = {tenant: {} for tenant in TENANTS.values()}
         self.answers = {}
         self.jobs = {}

@@ -136,11 +136,13 @@ def test_features_at_hand(client, stem, pictures, unique):
     assert (data.num_rows, data.report.rows_sent, data.space) == (4, 4, stem.space)
 
 
-def test_features_of_other_weights(client, stem, pictures):
+def test_features_of_other_weights(client, server, stem, pictures):
     images, labels = pictures(4)
     other = dataclasses.replace(stem.space, fingerprint="0" * 64)
     with pytest.raises(trunkline.IncompatibleModelError):
         client.upload_features(stem(images), labels, name="d", space=other)
+    if server.fake is not None:
+        assert not server.fake.calls["FindMissingRows"] and not server.fake.calls["UploadRows"]
 
 
 def test_corrupt_image_is_named(client, pictures, tmp_path):

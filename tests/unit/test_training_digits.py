@@ -22,9 +22,9 @@ def test_auto_beats_raw_pixels_and_the_last_layer_on_digits() -> None:
     spec = backbone.describe(INPUT_SIZE)
     pictures = (digits.images * (255 / 16)).round().astype(np.uint8)
     images = np.stack([preprocess_image(image_from_array(one), spec.preprocessing) for one in pictures])
-    whole = torch.nn.Sequential(backbone.stem(INPUT_CUT), backbone.trunk(INPUT_CUT)).eval()
+    trunk = backbone.trunk(INPUT_CUT)
     with torch.inference_mode():
-        embedding = torch.cat([whole(portion) for portion in torch.from_numpy(images).split(64)]).float().numpy()
+        embedding = torch.cat([trunk(portion) for portion in torch.from_numpy(images).split(64)]).float().numpy()
     assert embedding.shape == (len(pictures), spec.slices[-1].stop)
 
     scores: dict[str, list[float]] = {"auto": [], "pooled": [], "pixels": []}

@@ -137,6 +137,8 @@ def _set_environment(state: Path) -> None:
             "RAY_SERVE_LOG_TO_STDERR": "0",
         }
     )
+    # Lanes and backbones share the cores: threads that wait must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop("RAY_ADDRESS", None)
 
 

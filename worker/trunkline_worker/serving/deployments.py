@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Backbone:
             backbone,
             BlobStore(config.storage_url),
             device=config.device,
-            num_threads=config.num_threads or None,
+            # Not what torch says: Ray tells it to use as many threads as the actor reserved CPUs.
+            num_threads=config.num_threads or os.cpu_count(),
             clock=SystemClock(),
             max_queued_rows=config.max_queued_rows,
             head_capacity=config.head_capacity,

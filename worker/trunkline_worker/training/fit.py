@@ -143,7 +143,9 @@ def _fit_epochs(
     seed = int(random_stream(spec.seed, WEIGHTS).integers(2**63))
 
     def split(x_ND: Tensor, truth: Tensor) -> Split:
-        return Split(x_ND, truth if mean_M is None or scale_M is None else ((truth.double() - mean_M) / scale_M).float())
+        return Split(
+            x_ND, truth if mean_M is None or scale_M is None else ((truth.double() - mean_M) / scale_M).float()
+        )
 
     best_epoch = fit_minibatches(
         head,

@@ -24,6 +24,9 @@ from trunkline_worker.training.lbfgs import minimise
 MAX_BASIS = 2048
 """Largest basis worth an eigendecomposition: beyond it, the solver's plain steps are cheaper."""
 
+_MIN_SLOPE = 1e-6
+"""Least curvature of a logit that the preconditioner assumes."""
+
 _MAX_ROTATED_CELLS = 16_000_000
 _SKETCH_ROWS = 1024
 _FLOAT64_CELLS = 8_000_000
@@ -32,32 +35,29 @@ _LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-6, 1e-5
 """Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged."""
 
 
+def _same(coordinates_RK: Tensor) -> Tensor:
+    return coordinates_RK
+
+
 @dataclass(frozen=True)
 class Design:
     """Standardised rows in the coordinates in which the problem is solved, with their curvature.
 
     Attributes:
         x_NR: The rows. In their own columns (R = D), or in a basis of their span.
-        back_DR: From the basis to the columns; None where there is no basis.
         directions_RQ: Orthonormal directions of known curvature; None where they are the axes themselves.
         curvature_Q: Sum over the rows of the squared coordinate along each direction.
         rest: The same for any other direction.
+        weights: From coordinates, (R, K), to weights on the columns, (D, K).
+        coordinates: From weights on the columns to coordinates, of the part that lies in the basis.
     """
 
     x_NR: Tensor
-    back_DR: Tensor | None
     directions_RQ: Tensor | None
     curvature_Q: Tensor
     rest: float
-
-    def weights(self, coordinates_RK: Tensor) -> Tensor:
-        """Return weights on the columns, (D, K)."""
-        return coordinates_RK if self.back_DR is None else self.back_DR @ coordinates_RK
-
-    def coordinates(self, weights_DK: Tensor) -> Tensor:
-        """Return the coordinates, (R, K), of the part of weights on the columns that lies in the basis."""
-        weights_DK = weights_DK.to(self.x_NR)
-        return weights_DK if self.back_DR is None else self.back_DR.T @ weights_DK
+    weights: Callable[[Tensor], Tensor] = _same
+    coordinates: Callable[[Tensor], Tensor] = _same
 
 
 def prepare(x_ND: Tensor) -> Design:
@@ -69,11 +69,27 @@ def prepare(x_ND: Tensor) -> Design:
         kept_N = values_N > values_N[-1] * num_columns * torch.finfo(torch.float64).eps
         values_R, vectors_NR = values_N[kept_N], vectors_NN[:, kept_N]
         root_R = values_R.sqrt()
-        return Design(vectors_NR * root_R, x_ND.T @ (vectors_NR / root_R), None, values_R, 0.0)
+        dual_NR = vectors_NR / root_R
+        return Design(
+            vectors_NR * root_R,
+            None,
+            values_R,
+            0.0,
+            # The basis itself, (D, R), is never needed: two thin products do its work.
+            weights=lambda coordinates_RK: x_ND.T @ (dual_NR @ coordinates_RK),
+            coordinates=lambda weights_DK: dual_NR.T @ (x_ND @ weights_DK),
+        )
     if num_columns <= MAX_BASIS and x_ND.numel() <= _MAX_ROTATED_CELLS:
         x_ND = x_ND.double()
         values_D, vectors_DD = torch.linalg.eigh(x_ND.T @ x_ND)
-        return Design(x_ND @ vectors_DD, vectors_DD, None, values_D.clamp(min=0.0), 0.0)
+        return Design(
+            x_ND @ vectors_DD,
+            None,
+            values_D.clamp(min=0.0),
+            0.0,
+            weights=lambda coordinates_DK: vectors_DD @ coordinates_DK,
+            coordinates=lambda weights_DK: vectors_DD.T @ weights_DK,
+        )
     x_ND = x_ND.double() if x_ND.numel() <= _FLOAT64_CELLS else x_ND.float()
     # The curvature is only a preconditioner here: evenly spaced rows are enough to estimate it.
     sketch_SD = x_ND[:: max(1, num_rows // _SKETCH_ROWS)][:_SKETCH_ROWS].double()
@@ -86,7 +102,7 @@ def prepare(x_ND: Tensor) -> Design:
         values_Q = values_Q[kept_Q]
         directions_DQ = sketch_SD.T @ (vectors_SQ[:, kept_Q] / values_Q.sqrt())
     rest = float(values_Q.min().clamp(min=0.0)) * share if values_Q.numel() else 0.0
-    return Design(x_ND, None, directions_DQ.to(x_ND), (values_Q.clamp(min=0.0) * share).to(x_ND), rest)
+    return Design(x_ND, directions_DQ.to(x_ND), (values_Q.clamp(min=0.0) * share).to(x_ND), rest)
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,7 @@ def fit_softmax(
     if start_from is None:
         start[0, -1] = _log_shares(classes_N, num_classes).to(start)
     else:
-        start[0, :-1], start[0, -1] = design.coordinates(start_from.weights_DK), start_from.bias_K.to(start)
+        start[0, :-1], start[0, -1] = design.coordinates(start_from.weights_DK.to(start)), start_from.bias_K.to(start)
     tolerance = _TIGHT if design.x_NR.dtype == torch.float64 else _FLOAT32_TIGHT
     solution, iterations, converged = _solve(
         design,
@@ -193,9 +209,21 @@ def _solve(
     l2 = l2 * 2 if num_classes == 2 else l2
     onehot_NK = torch.nn.functional.one_hot(classes_N, num_classes).to(x_NR)
 
+    total_P1 = weights_PN.sum(dim=1, keepdim=True)
+    floor = _floor(design)
+
+    def slopes(probability_PNK: Tensor) -> Tensor:
+        """Return the mean over the rows of each logit's curvature, p (1 - p)."""
+        mean_PK = (probability_PNK * (1 - probability_PNK) * weights_PN[:, :, None]).sum(dim=1) / total_P1
+        return mean_PK.clamp(min=_MIN_SLOPE)
+
+    slope_PK = x_NR.new_full((num_problems, num_classes), 1.0 / num_classes)
+
     def objective(flat_PV: Tensor) -> tuple[Tensor, Tensor]:
         b_PRK = flat_PV.view(shape)
         loss_PN, probability_PNK = _losses(x_NR, classes_N, b_PRK)
+        nonlocal slope_PK
+        slope_PK = slopes(probability_PNK)
         residual_PNK = (probability_PNK - onehot_NK) * weights_PN[:, :, None]
         gradient_PRK = torch.empty_like(b_PRK)
         residual_NPK = residual_PNK.transpose(0, 1).reshape(x_NR.shape[0], num_problems * num_classes)
@@ -205,21 +233,19 @@ def _solve(
         value_P = (loss_PN * weights_PN).sum(dim=1) + 0.5 * l2 * b_PRK[:, :-1].square().sum(dim=(1, 2))
         return value_P, gradient_PRK.view(num_problems, -1)
 
-    # Near the start every class has probability 1 / K, which makes the losses' curvature about 1 / K of the rows'.
-    inverse_Q = 1.0 / (design.curvature_Q / num_classes + l2 + _floor(design))
-    inverse_rest = 1.0 / (design.rest / num_classes + l2 + _floor(design))
-    inverse_bias = num_classes / x_NR.shape[0]
-
     def precondition(flat_PV: Tensor) -> Tensor:
+        # As if every row had the average row's curvature: exact along directions that no class has learnt yet, and
+        # close to the penalty's own where the rows are already right.
         b_PRK = flat_PV.view(shape)
         result_PRK = torch.empty_like(b_PRK)
+        inverse_PQK = 1.0 / (design.curvature_Q[:, None] * slope_PK[:, None] + (l2 + floor))
         if design.directions_RQ is None:
-            result_PRK[:, :-1] = inverse_Q[:, None] * b_PRK[:, :-1]
+            result_PRK[:, :-1] = inverse_PQK * b_PRK[:, :-1]
         else:
-            along_PQK = design.directions_RQ.T @ b_PRK[:, :-1]
-            along_PQK = along_PQK * (inverse_Q - inverse_rest)[:, None]
-            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest * b_PRK[:, :-1]
-        result_PRK[:, -1] = inverse_bias * b_PRK[:, -1]
+            inverse_rest_P1K = 1.0 / (design.rest * slope_PK + (l2 + floor))[:, None]
+            along_PQK = (design.directions_RQ.T @ b_PRK[:, :-1]) * (inverse_PQK - inverse_rest_P1K)
+            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest_P1K * b_PRK[:, :-1]
+        result_PRK[:, -1] = b_PRK[:, -1] / (total_P1 * slope_PK)
         return result_PRK.view(num_problems, -1)
 
     minimum = minimise(
