@@ -9,8 +9,10 @@ from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
 from trunkline_worker.heads.model import Head, HeadConfig
 from trunkline_worker.store.records import Event, JobSpec
+from trunkline_worker.training.fit import Fit, Rows, fit_head
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
 from trunkline_worker.training.minibatch import Schedule, Split, fit_minibatches
+from trunkline_worker.training.progress import Progress
 
 SLICES = (SliceSpec("a/mean", 0, 4), SliceSpec("a/grid", 4, 20), SliceSpec("pooled", 20, 30))
 NAMES = ("cat", "dog", "hen")
@@ -269,6 +271,51 @@ def test_the_best_epoch_is_kept() -> None:
     with torch.no_grad():
         got = torch.nn.functional.cross_entropy(head.forward_standardised(validation.x_ND), validation.truth)
     assert float(got) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_joined_slices_are_balanced_in_the_head_as_in_the_selection() -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, embedding="slices", slices=("a/mean", "a/grid"), l2=1.0)
+    scaled = train(spec, x, labels)[0].head.head.standardise(torch.from_numpy(x[:, :20]))
+    variance = scaled.var(dim=0, correction=0)
+    assert float(variance[:4].sum()) == pytest.approx(10.0, rel=1e-4)
+    assert float(variance[4:].sum()) == pytest.approx(10.0, rel=1e-4)
+
+
+def test_every_step_asks_whether_to_stop() -> None:
+    split = Split(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2)
+    asked: list[int] = []
+    fit_minibatches(
+        Head(HeadConfig(), 3, 2),
+        "classification",
+        split,
+        None,
+        Schedule(epochs=2, batch_size=5, learning_rate=0.1, l2=0.0),
+        seed=0,
+        check=lambda: asked.append(1),
+        on_epoch=lambda epoch, losses: None,
+    )
+    assert len(asked) == 8
+
+
+def test_the_refit_starts_from_the_fit_before_it() -> None:
+    x, labels = rows_and_labels()
+    assert labels.class_indices is not None
+    rows = Rows(torch.from_numpy(x), torch.from_numpy(labels.class_indices.astype(np.int64)))
+    first = rows.take(torch.arange(85))
+
+    def fit(on: Rows, before: Fit | None) -> Fit:
+        progress = Progress(lambda event: None, lambda: False)
+        return fit_head(
+            HeadConfig(), SPEC, "classification", 3, [30], on, None, 30.0, progress, span=(0.0, 1.0), before=before
+        )
+
+    cold = fit(rows, None)
+    warm = fit(rows, fit(first, None))
+    assert warm.details["num_iterations"] < cold.details["num_iterations"]
+    same = fit(rows, cold)
+    assert same.details["num_iterations"] <= 1
+    np.testing.assert_allclose(warm.head(rows.x_ND).numpy(), cold.head(rows.x_ND).numpy(), atol=0.02)
 
 
 def test_many_classes_are_subsampled_for_the_selection() -> None:

@@ -78,7 +78,7 @@ def build_backbone(settings: Settings, name: str) -> Application:
         name="Backbone",
         num_replicas=settings.backbone_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus_per_backbone},
+        ray_actor_options={"num_cpus": 1, "num_gpus": max(0.0, settings.gpus_per_backbone)},
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=20,

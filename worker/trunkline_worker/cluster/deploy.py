@@ -51,6 +51,8 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
     if settings.port == 0:
         # Chosen once and for all replicas: one that is started again must be found where the last one was.
         settings = settings.model_copy(update={"port": free_port(settings.host)})
+    if settings.gpus_per_backbone < 0:
+        settings = settings.model_copy(update={"gpus_per_backbone": _gpu_share(settings)})
     on_phase("checking storage")
     shared, note = check_storage(settings.storage_url)
     if not shared:
@@ -66,6 +68,15 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
         build_gateway(settings, storage_shared=shared, storage_note=note), name=GATEWAY_APP, route_prefix=None
     )
     return Deployed(handle.port.remote().result(timeout_s=30), shared, note)
+
+
+def _gpu_share(settings: Settings) -> float:
+    """Return how many GPUs each backbone replica gets: without a reservation, Ray hides them all."""
+    if settings.device == "cpu":
+        return 0.0
+    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    share: float = min(1.0, num_gpus / (len(settings.backbones) * settings.backbone_replicas))
+    return share
 
 
 def free_port(host: str) -> int:

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
 
     gateway_replicas: int = Field(1, ge=1, description="Gateway replicas; two or more survive the loss of one.")
     backbone_replicas: int = Field(1, ge=1, description="Replicas of each backbone.")
-    gpus_per_backbone: float = Field(0.0, ge=0, description="GPUs that a backbone replica reserves.")
+    gpus_per_backbone: float = Field(
+        -1.0, ge=-1, description="GPUs that a backbone replica reserves; -1: an equal share of those there are, one at most."
+    )
     lanes: int = Field(1, ge=1, description="Lanes: resident Ray Train runs that train heads, one job at a time each.")
     lane_threads: int = Field(0, ge=0, description="CPU threads of a lane; 0: all that the machine has.")
     lane_idle_s: float = Field(0.0, ge=0, description="Seconds without work after which a lane ends; 0: never.")
