@@ -256,3 +256,30 @@ def test_sweep_removes_old_leftovers_only(tmp_path: Path) -> None:
     assert blobs.sweep(now=written + 61, older_than_s=60) == 1
     assert files_under(tmp_path) == [PATH]
     assert BlobStore("memory://sweep").sweep(now=written) == 0
+
+
+def test_a_cache_reads_each_checked_blob_once_and_forgets_the_oldest(tmp_path):
+    from trunkline_worker.store.blobs import CachedBlobs
+
+    class Counting(CachedBlobs):
+        reads = 0
+
+        def get(self, path):
+            self.reads += 1
+            return super().get(path)
+
+    blobs = Counting(f"file://{tmp_path}", capacity_bytes=25)
+    contents = [bytes([index]) * 10 for index in range(3)]
+    names = [hashlib.sha256(content).hexdigest() for content in contents]
+    for content, name in zip(contents, names, strict=True):
+        blobs.put(f"chunks/{name}", content)
+    for index in (0, 1, 0, 1):
+        assert blobs.get_checked(f"chunks/{names[index]}", names[index]) == contents[index]
+    assert blobs.reads == 2
+    blobs.get_checked(f"chunks/{names[2]}", names[2])  # 30 bytes: the oldest goes
+    blobs.get_checked(f"chunks/{names[1]}", names[1])
+    assert blobs.reads == 3
+    blobs.get_checked(f"chunks/{names[0]}", names[0])
+    assert blobs.reads == 4
+    with pytest.raises(WireError):
+        blobs.get_checked(f"chunks/{names[0]}", "0" * 64)

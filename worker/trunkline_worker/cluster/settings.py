@@ -53,7 +53,7 @@ class Settings(BaseSettings):
         -1.0, ge=-1, description="GPUs that a backbone replica reserves; -1: an equal share of those there are, one at most."
     )
     lanes: int = Field(1, ge=1, description="Lanes: resident Ray Train runs that train heads, one job at a time each.")
-    lane_threads: int = Field(0, ge=0, description="CPU threads of a lane; 0: all that the machine has.")
+    lane_threads: int = Field(1, ge=0, description="CPU threads of a lane; 0: all that the machine has.")
     lane_idle_s: float = Field(0.0, ge=0, description="Seconds without work after which a lane ends; 0: never.")
     lease_s: float = Field(10.0, ge=1, description="Seconds without a sign of life after which a job is taken back.")
 

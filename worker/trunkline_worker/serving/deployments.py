@@ -126,6 +126,7 @@ class HandleEngine:
     def __init__(self, app: str) -> None:
         """Keep the name of the backbone's Serve application."""
         self._app = app
+        self._handle: Any = None
         self._specs: dict[int, tuple[float, BackboneSpec]] = {}
 
     async def describe(self, input_size: int = 0) -> BackboneSpec:
@@ -173,7 +174,14 @@ class HandleEngine:
                 )
             # Without a deadline of the caller's, the batcher is told none: only the wait here is bounded.
             extra = (None if timeout_s is None else remaining,) if takes_timeout else ()
-            response = getattr(serve.get_app_handle(self._app), method).remote(*args, *extra)
+            try:
+                if self._handle is None:  # finding it asks Serve's controller; it stays right when replicas change
+                    self._handle = await asyncio.to_thread(serve.get_app_handle, self._app)
+            except serve.exceptions.RayServeException as error:
+                logger.warning("%s is not there yet: %s", self._app, error)
+                await asyncio.sleep(min(RETRY_S, remaining))
+                continue
+            response = getattr(self._handle, method).remote(*args, *extra)
             try:
                 answer = await asyncio.wait_for(response, remaining)
             except TimeoutError:

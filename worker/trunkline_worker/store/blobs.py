@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -144,6 +145,32 @@ class BlobStore:
         if not isinstance(self._files, LocalFiles):
             return 0
         return self._files.sweep(now - older_than_s)
+
+
+class CachedBlobs(BlobStore):
+    """A store that keeps what it read and checked in memory, up to a number of bytes; the oldest goes first.
+
+    Right for content-addressed blobs only: what lies under a hash never changes. For one thread.
+    """
+
+    def __init__(self, url: str, *, capacity_bytes: int, failpoints: Failpoints | None = None) -> None:
+        """Open the store at ``url``."""
+        super().__init__(url, failpoints=failpoints)
+        self._capacity_bytes = capacity_bytes
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._kept_bytes = 0
+
+    def get_checked(self, path: str, sha256_hex: str) -> bytes:
+        """Read and check a blob, or return it from memory. See ``BlobStore.get_checked``."""
+        data = self._kept.pop(sha256_hex, None)
+        if data is None:
+            data = super().get_checked(path, sha256_hex)
+            self._kept_bytes += len(data)
+        self._kept[sha256_hex] = data
+        while self._kept_bytes > self._capacity_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_bytes -= len(dropped)
+        return data
 
 
 def _reopen(url: str, failpoints: Failpoints, new_id: NewId) -> BlobStore:

@@ -21,7 +21,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import BackboneSpec, FeatureSpace
 
 from trunkline_worker.engine.api import Extraction, Payload
-from trunkline_worker.store.blobs import BlobStore
+from trunkline_worker.store.blobs import CachedBlobs
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.store.ids import random_id
@@ -44,6 +44,9 @@ PATIENCE_S = 300.0
 
 LEASE_WAIT_S = 10.0
 """How long one question for a job waits, in seconds."""
+
+CACHE_BYTES = 512 * 2**20
+"""How much of what it read a lane keeps in memory, in bytes: the next job is often on the same rows."""
 
 _RETRY_S = 0.2
 
@@ -69,6 +72,7 @@ class LaneMetadata:
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         """Keep how long to wait for a controller that is away, in seconds."""
         self._patience_s = patience_s
+        self._controller: Any = None
 
     def __call__(self, name: str, *args: Any) -> Any:
         """Call ``area.method``.
@@ -90,10 +94,12 @@ class LaneMetadata:
         give_up = time.monotonic() + self._patience_s
         while True:
             try:
-                controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-                answer = ray.get(getattr(controller, method).remote(*args))
+                if self._controller is None:
+                    self._controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+                answer = ray.get(getattr(self._controller, method).remote(*args))
                 break
             except (ray.exceptions.RayActorError, ValueError) as error:  # ValueError: no actor of that name
+                self._controller = None
                 if time.monotonic() > give_up:
                     raise WireError(ErrorCode.UNAVAILABLE, "the controller is away") from error
                 time.sleep(_RETRY_S)
@@ -111,20 +117,19 @@ class HandleTrunk:
         """Keep backbone name to Serve application, and how long to wait for one that is away, in seconds."""
         self._apps = apps
         self._patience_s = patience_s
+        self._handles: dict[str, Any] = {}
 
     def describe(self, backbone: str, input_size: int) -> BackboneSpec:
         """Describe the backbone at an input size."""
-        app = self._app(backbone)
-        return self._finish(lambda: serve.get_app_handle(app).describe.remote(input_size), None)
+        return self._finish(lambda: self._handle(backbone).describe.remote(input_size), None)
 
     def extract(self, batches: Iterator[tuple[FeatureSpace, Payload]]) -> Iterator[Extraction]:
         """Return the whole embedding of each batch, in order. A batch whose replica died is sent again."""
         waiting: deque[tuple[Any, Any]] = deque()
         for space, rows in batches:
-            app = self._app(space.backbone)
 
-            def send(app: str = app, space: FeatureSpace = space, rows: Payload = rows) -> Any:
-                return serve.get_app_handle(app).extract.remote(space, rows, (), self._patience_s)
+            def send(space: FeatureSpace = space, rows: Payload = rows) -> Any:
+                return self._handle(space.backbone).extract.remote(space, rows, (), self._patience_s)
 
             waiting.append((send, send()))
             if len(waiting) >= self.IN_FLIGHT:
@@ -132,11 +137,14 @@ class HandleTrunk:
         while waiting:
             yield self._finish(*waiting.popleft())
 
-    def _app(self, backbone: str) -> str:
-        app = self._apps.get(backbone)
-        if app is None:
-            raise WireError(ErrorCode.NOT_FOUND, f"no backbone {backbone!r} is served any more")
-        return app
+    def _handle(self, backbone: str) -> Any:
+        if backbone not in self._handles:
+            app = self._apps.get(backbone)
+            if app is None:
+                raise WireError(ErrorCode.NOT_FOUND, f"no backbone {backbone!r} is served any more")
+            # Finding it asks Serve's controller; it stays right when replicas change.
+            self._handles[backbone] = serve.get_app_handle(app)
+        return self._handles[backbone]
 
     def _finish(self, send: Any, response: Any) -> Any:
         give_up = time.monotonic() + self._patience_s
@@ -170,7 +178,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
     metadata = LaneMetadata()
     tools = JobTools(
         metadata=metadata,
-        blobs=BlobStore(lane.storage_url),
+        blobs=CachedBlobs(lane.storage_url, capacity_bytes=CACHE_BYTES),
         trunk=HandleTrunk(lane.backbone_apps),
         clock=SystemClock(),
         versions=lane.versions,
