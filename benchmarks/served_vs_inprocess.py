@@ -8,35 +8,31 @@ trunk's runtime on batches of the same rows, nothing else.
 from __future__ import annotations
 
 import argparse
-import asyncio
+import os
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import trunkline
 from common import embedded_cluster, report, summary
 from trunkline_wire.specs import FeatureSpace
 from trunkline_worker.backbones.catalogue import DEFAULT_BACKBONE, load_backbone
-from trunkline_worker.engine.local import LocalEngine
+from trunkline_worker.engine.choice import RuntimeChooser
+from trunkline_worker.engine.runtimes import Runtime
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 
 BATCH_ROWS = 32
 
 
-def in_process(
-    engine: LocalEngine, space: FeatureSpace, rows: npt.NDArray[np.generic], loop: asyncio.AbstractEventLoop
-) -> float:
-    """Return rows a second of the engine's trunk, called with full batches one after another."""
-
-    async def run() -> None:
-        for start in range(0, len(rows), BATCH_ROWS):
-            await engine.extract(space, rows[start : start + BATCH_ROWS], ("pooled",))
-
+def in_process(runtime: Runtime, rows: npt.NDArray[np.generic], batch_rows: int) -> float:
+    """Return rows a second of the bare runtime, called with full batches one after another."""
     started = time.perf_counter()
-    loop.run_until_complete(run())
+    for start in range(0, len(rows), batch_rows):
+        runtime.run(rows[start : start + batch_rows])
     return len(rows) / (time.perf_counter() - started)
 
 
@@ -61,10 +57,16 @@ def main() -> None:
     with embedded_cluster() as cluster, cluster.connect() as client:
         backbone = load_backbone(DEFAULT_BACKBONE)
         # The very storage of the cluster: the runtime it chose is the one that is used here.
-        loop = asyncio.new_event_loop()
         blobs = BlobStore(f"file://{Path(cluster.state_dir) / 'data'}")
-        engine = LocalEngine(backbone, blobs, clock=SystemClock())
-        loop.run_until_complete(engine.start())
+        torch.set_num_threads(os.cpu_count() or 1)
+        chooser = RuntimeChooser(
+            backbone,
+            backbone,
+            blobs,
+            device=torch.device("cpu"),
+            num_threads=os.cpu_count() or 1,
+            clock=SystemClock(),
+        )
         for cut, size in (("input", 224), ("blocks.2", 224), ("blocks.2", 96)):
             spec = client.describe(DEFAULT_BACKBONE, input_size=size)
             found = spec.cut(cut)
@@ -78,24 +80,24 @@ def main() -> None:
             data = client.upload_features(rows[:64], labels, name=f"bench-{cut}-{size}", space=space)
             model = client.train(data, name=f"bench-{cut}-{size}", embedding="pooled").result(progress=False)
             ratios, ours, theirs = [], [], []
-            in_process(engine, space, rows[:64], loop)  # both sides warm
-            served(model, space, rows[:64])
+            served(model, space, rows[:64])  # both sides warm; the cluster has chosen its runtime by now
+            chosen = chooser.remembered(cut, size)
+            assert chosen is not None and chosen.runtime.name == client.describe(DEFAULT_BACKBONE).runtime
+            in_process(chosen.runtime, rows[:64], BATCH_ROWS)
             for _ in range(arguments.rounds):
-                theirs.append(in_process(engine, space, rows, loop))
+                theirs.append(in_process(chosen.runtime, rows, BATCH_ROWS))
                 ours.append(served(model, space, rows))
                 ratios.append(ours[-1] / theirs[-1])
-            described = loop.run_until_complete(engine.describe(size))
             table.append(
                 (
                     cut,
                     f"{size} px",
-                    described.runtime,
+                    chosen.runtime.name,
                     f"{statistics.median(theirs):.0f}",
                     f"{statistics.median(ours):.0f}",
                     summary(ratios),
                 )
             )
-        loop.run_until_complete(engine.close())
     report(
         "served_vs_inprocess",
         "Served over gRPC, against the same runtime in-process",
