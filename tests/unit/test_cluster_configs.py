@@ -122,3 +122,11 @@ def test_every_setting_is_documented():
     assert missing == []
     assert "TRUNKLINE_CLUSTER_PORT" in text
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_what_controller_and_gateway_import_is_free_of_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, trunkline_worker.cluster.apps; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

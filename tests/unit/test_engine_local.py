@@ -24,7 +24,8 @@ from trunkline_worker.backbones.onnx_safety import check_onnx
 from trunkline_worker.engine import local
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
-from trunkline_worker.heads.model import Head, HeadConfig, TrainedHead
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import Head, TrainedHead
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import ManualClock, SystemClock
 from trunkline_worker.store.records import ModelRecord

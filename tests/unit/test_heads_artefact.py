@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_worker.heads.artefact import head_from_bytes, head_path, head_to_bytes
-from trunkline_worker.heads.model import Head, HeadConfig, TrainedHead
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import Head, TrainedHead
 
 
 def make_head(kind: str = "linear", task: str = "classification") -> TrainedHead:
@@ -52,7 +53,8 @@ def test_equal_heads_give_equal_bytes_in_another_process() -> None:
     code = (
         "import torch, hashlib\n"
         "from trunkline_worker.heads.artefact import head_to_bytes\n"
-        "from trunkline_worker.heads.model import Head, HeadConfig, TrainedHead\n"
+        "from trunkline_worker.heads.config import HeadConfig\n"
+        "from trunkline_worker.heads.model import Head, TrainedHead\n"
         "head = TrainedHead(Head(HeadConfig(), 3, 2), 'classification', ('a', 'b'), ('x', 'y'), (1, 2))\n"
         "print(hashlib.sha256(head_to_bytes(head)).hexdigest())"
     )

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_worker.heads.model import Head, HeadConfig, TrainedHead
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import Head, TrainedHead
 
 
 def make_head(

@@ -539,3 +539,70 @@ def test_predictions_outlive_the_metadata_store(gateway):
 def test_importing_the_gateway_does_not_load_ray():
     code = "import sys, trunkline_worker.serving.gateway; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_full_disk_fails_the_chunk_with_the_reason_and_the_gateway_goes_on(gateway, channel, monkeypatch):
+    from trunkline_wire.errors import ErrorCode, WireError
+    from trunkline_worker.store.blobs import BlobStore
+
+    put = BlobStore.put
+    full = [True]
+
+    def maybe(self, path, data):
+        if full[0]:
+            raise WireError(ErrorCode.STORAGE_FULL, "no space is left")
+        put(self, path, data)
+
+    monkeypatch.setattr(BlobStore, "put", maybe)
+    spec = fakes.fake_spec()
+    space = spec.space(spec.cut("mid"))
+    one = chunk(ids_of(1, space), np.zeros((1, 3, 2, 2), np.float16), space)
+    assert upload(channel, one)[0].error.code == error_pb2.ERROR_CODE_STORAGE_FULL
+    full[0] = False
+    assert upload(channel, one)[0].ack.num_new_rows == 1
+
+
+def test_an_embedding_that_would_not_fit_a_message_is_refused_before_it_is_computed(gateway, channel, monkeypatch):
+    from trunkline_worker.serving.servicers import inference
+
+    monkeypatch.setattr(inference, "MAX_PAYLOAD_BYTES", 100)
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    assert stub.Extract(extract(images(4)), metadata=USER).embedding.shape[0] == 4  # 4 x 6 x 4 bytes
+    error = refused(lambda: stub.Extract(extract(images(5)), metadata=USER))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 4 rows" in error.details()
+    assert stub.Extract(extract(images(5), slices=["pooled"]), metadata=USER).embedding.shape[0] == 5
+    assert gateway.engine.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ({"head": training_pb2.HeadConfig(kind=training_pb2.HEAD_KIND_LINEAR, hidden=[4])}, "hidden"),
+        ({"head": training_pb2.HeadConfig(kind=99)}, "not known here"),
+        ({"fit": training_pb2.FitConfig(validation_fraction=1.5)}, "validation fraction"),
+        ({"embedding": training_pb2.EMBEDDING_MODE_SLICES}, "slices are named"),
+        ({"embedding": training_pb2.EMBEDDING_MODE_SLICES, "slices": ["nope"]}, "no slice"),
+        ({"dataset": "nothing"}, "nothing"),
+        ({"model": "../x"}, "not a model name"),
+        ({"backbone": "other"}, "cannot read them"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_when_it_is_submitted(gateway, channel, spec, what):
+    space = fakes.images_space(cut="mid")
+    ids = ids_of(4, space)
+    upload(channel, chunk(ids, np.zeros((4, 3, 2, 2), np.float16), space))
+    commit = dataset_pb2.CommitDatasetRequest(
+        name="d",
+        space=messages.space_to_proto(space),
+        row_ids=ids,
+        classes=dataset_pb2.ClassLabels(names=["a", "b"], indices=[0, 0, 1, 1]),
+        idempotency_key="k",
+    )
+    dataset_pb2_grpc.DatasetServiceStub(channel).CommitDataset(commit, metadata=USER)
+    request = training_pb2.SubmitJobRequest(
+        spec=training_pb2.JobSpec(**{"model": "m", "dataset": "d", **spec}), idempotency_key="j"
+    )
+    stub = training_pb2_grpc.TrainingServiceStub(channel)
+    assert what in refused(lambda: stub.SubmitJob(request, metadata=USER)).details()
+    assert not stub.ListJobs(training_pb2.ListJobsRequest(), metadata=USER).jobs

@@ -7,7 +7,8 @@ import torch
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
-from trunkline_worker.heads.model import Head, HeadConfig
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import Event, JobSpec
 from trunkline_worker.training.fit import Fit, Rows, fit_head
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head

@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     gateway_replicas: int = Field(1, ge=1, description="Gateway replicas; two or more survive the loss of one.")
     backbone_replicas: int = Field(1, ge=1, description="Replicas of each backbone.")
     gpus_per_backbone: float = Field(
-        -1.0, ge=-1, description="GPUs that a backbone replica reserves; -1: an equal share of those there are, one at most."
+        -1.0, ge=-1, description="GPUs that a backbone replica reserves; -1: an equal share of all, one at most."
     )
     lanes: int = Field(1, ge=1, description="Lanes: resident Ray Train runs that train heads, one job at a time each.")
     lane_threads: int = Field(1, ge=0, description="CPU threads of a lane; 0: all that the machine has.")

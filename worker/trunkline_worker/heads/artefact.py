@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
 
-from trunkline_worker.heads.model import Head, HeadConfig, TrainedHead
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import Head, TrainedHead
 
 FORMAT_VERSION = 1
 """Raised when an older worker could not read, or would misread, what this one writes."""

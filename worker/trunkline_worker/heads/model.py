@@ -11,46 +11,13 @@ import torch
 from torch import Tensor, nn
 from trunkline_wire.errors import ErrorCode, WireError
 
+from trunkline_worker.heads.config import HeadConfig, invalid
+
 # Shape suffix legend: B = rows, D = columns of the selected slices side by side, H = one layer's width, K = outputs
 
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
 TASKS = (CLASSIFICATION, REGRESSION)
-
-HEAD_KINDS = ("linear", "mlp")
-MAX_HIDDEN_LAYERS = 8
-MAX_HIDDEN_WIDTH = 65_536
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """What a head is made of.
-
-    Attributes:
-        kind: ``linear`` or ``mlp``.
-        hidden: Widths of the MLP's hidden layers, from the embedding on. Empty for a linear head.
-        dropout: Fraction of each hidden layer's units that a training step leaves out. 0 for a linear head.
-
-    Raises:
-        WireError: INVALID_ARGUMENT.
-    """
-
-    kind: str = "linear"
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check that the parts fit each other."""
-        if self.kind not in HEAD_KINDS:
-            raise _invalid(f"head kind {str(self.kind)[:40]!r} is not known; one of {', '.join(HEAD_KINDS)} is needed")
-        if self.kind == "linear" and (self.hidden or self.dropout):
-            raise _invalid("a linear head has neither hidden layers nor dropout; ask for kind 'mlp' to have them")
-        if self.kind == "mlp" and not 1 <= len(self.hidden) <= MAX_HIDDEN_LAYERS:
-            raise _invalid(f"an MLP has 1 to {MAX_HIDDEN_LAYERS} hidden layers; got {len(self.hidden)}")
-        if not all(1 <= width <= MAX_HIDDEN_WIDTH for width in self.hidden):
-            raise _invalid(f"a hidden layer is 1 to {MAX_HIDDEN_WIDTH} wide; got {self.hidden}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise _invalid(f"dropout is at least 0 and below 1; got {self.dropout}")
 
 
 class Head(nn.Module):
@@ -158,17 +125,17 @@ class TrainedHead:
     def __post_init__(self) -> None:
         """Check that the parts fit each other."""
         if self.task not in TASKS:
-            raise _invalid(f"task {str(self.task)[:40]!r} is not known; one of {', '.join(TASKS)} is needed")
+            raise invalid(f"task {str(self.task)[:40]!r} is not known; one of {', '.join(TASKS)} is needed")
         _check_names(self.slices, "slice")
         _check_names(self.class_names, "class")
         if not self.slices or len(self.slices) != len(self.slice_widths) or min(self.slice_widths) < 1:
-            raise _invalid(f"{len(self.slices)} slices do not fit widths {self.slice_widths}")
+            raise invalid(f"{len(self.slices)} slices do not fit widths {self.slice_widths}")
         if sum(self.slice_widths) != self.head.mean.shape[0]:
-            raise _invalid(f"slices of {sum(self.slice_widths)} columns; the head takes {self.head.mean.shape[0]}")
+            raise invalid(f"slices of {sum(self.slice_widths)} columns; the head takes {self.head.mean.shape[0]}")
         if self.task == CLASSIFICATION and (len(self.class_names) < 2 or len(self.class_names) != self.num_outputs):
-            raise _invalid(f"{len(self.class_names)} class names do not fit {self.num_outputs} outputs")
+            raise invalid(f"{len(self.class_names)} class names do not fit {self.num_outputs} outputs")
         if self.task == REGRESSION and self.class_names:
-            raise _invalid("a regression head has no class names")
+            raise invalid("a regression head has no class names")
 
     @property
     def config(self) -> HeadConfig:
@@ -219,10 +186,6 @@ class TrainedHead:
 
 def _check_names(names: Sequence[str], what: str) -> None:
     if not all(isinstance(name, str) and name for name in names):
-        raise _invalid(f"every {what} has a name that is not empty")
+        raise invalid(f"every {what} has a name that is not empty")
     if len(set(names)) != len(names):
-        raise _invalid(f"a {what} name occurs twice")
-
-
-def _invalid(message: str) -> WireError:
-    return WireError(ErrorCode.INVALID_ARGUMENT, message)
+        raise invalid(f"a {what} name occurs twice")

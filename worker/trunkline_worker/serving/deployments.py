@@ -16,7 +16,6 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import BackboneSpec, FeatureSpace
 
 from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
-from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.serving.backends import Backends, Metadata
 from trunkline_worker.serving.gateway import GatewayServer, Listener
 from trunkline_worker.serving.loopback import keep_replica_port_on_loopback
@@ -67,7 +66,9 @@ class Backbone:
 
     async def __init__(self, config: BackboneConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the weights and choose a runtime."""
+        # Here, so that gateways, which unpickle this module too, stay without torch.
         from trunkline_worker.backbones.catalogue import load_backbone
+        from trunkline_worker.engine.local import LocalEngine
 
         backbone = await asyncio.to_thread(
             load_backbone, config.name, weights=config.weights, allow_untrained=config.allow_untrained

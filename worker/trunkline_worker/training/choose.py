@@ -10,7 +10,8 @@ from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION, HeadConfig
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import CLASSIFICATION
 from trunkline_worker.training import selection
 from trunkline_worker.training.fit import Rows
 from trunkline_worker.training.progress import Progress

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trunkline_worker.heads.model import CLASSIFICATION, Head, HeadConfig
+from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.model import CLASSIFICATION, Head
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.minibatch import Split, fit_minibatches, schedule

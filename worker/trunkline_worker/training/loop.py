@@ -12,25 +12,21 @@ from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION, HeadConfig, TrainedHead
+from trunkline_worker.heads.model import CLASSIFICATION, TrainedHead
 from trunkline_worker.store.records import Event, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, measure_head
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.progress import Progress, TrainingCancelled
 from trunkline_worker.training.selection import Candidate
+from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
 
-__all__ = ["Labels", "TrainingCancelled", "TrainingResult", "check_spec", "train_head"]
+__all__ = ["Labels", "TrainingCancelled", "TrainingResult", "train_head"]
 
 # Shape suffix legend: N = rows, D = columns of the embedding
 
-EMBEDDINGS = ("pooled", "auto", "slices")
-SOLVERS = ("lbfgs", "adam")
 POOLED = "pooled"
-DEFAULT_HIDDEN = (256,)
-MAX_EPOCHS = 100_000
-MAX_BATCH_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -49,34 +45,6 @@ class TrainingResult:
     head: TrainedHead
     metrics: dict[str, float]
     candidates: list[Candidate]
-
-
-def check_spec(spec: JobSpec) -> HeadConfig:
-    """Check what a spec says about head, solver and embedding, before any data is touched.
-
-    Raises:
-        WireError: INVALID_ARGUMENT.
-    """
-    if spec.embedding not in EMBEDDINGS:
-        raise _invalid(f"embedding {spec.embedding[:40]!r} is not known; one of {', '.join(EMBEDDINGS)} is needed")
-    if (spec.embedding == "slices") != bool(spec.slices):
-        raise _invalid("slices are named if, and only if, the embedding is 'slices'")
-    if len(set(spec.slices)) != len(spec.slices):
-        raise _invalid("a slice is named twice")
-    if spec.solver not in SOLVERS:
-        raise _invalid(f"solver {spec.solver[:40]!r} is not known; one of {', '.join(SOLVERS)} is needed")
-    if spec.solver == "lbfgs" and spec.head_kind == "mlp":
-        raise _invalid("solver 'lbfgs' is for linear heads; train an MLP with solver 'adam'")
-    if not 0.0 <= spec.validation_fraction < 1.0:
-        raise _invalid(f"the validation fraction is at least 0 and below 1; got {spec.validation_fraction}")
-    if not 0 <= spec.epochs <= MAX_EPOCHS or not 0 <= spec.batch_size <= MAX_BATCH_SIZE:
-        raise _invalid(f"epochs are 0 to {MAX_EPOCHS}, the batch size 0 to {MAX_BATCH_SIZE}; 0 leaves it to us")
-    if not 0.0 <= spec.learning_rate <= 10.0:
-        raise _invalid(f"the learning rate is above 0 and at most 10, or 0 to leave it to us; got {spec.learning_rate}")
-    if not -1e12 < spec.l2 < 1e12:
-        raise _invalid(f"the L2 strength is a number of at least 0, or negative to have it chosen; got {spec.l2}")
-    hidden = spec.hidden or (DEFAULT_HIDDEN if spec.head_kind == "mlp" else ())
-    return HeadConfig(spec.head_kind, hidden, spec.dropout)
 
 
 def train_head(
@@ -217,7 +185,3 @@ def _summary(metrics: dict[str, float], again: bool) -> str:
         return f"fitted on {int(metrics['num_train_rows'])} rows, none held out"
     after = f"; then fitted on all {int(metrics['num_rows'])} rows" if again else ""
     return f"{name} {metrics[name]:.3f} on {rows} held-out rows{after}"
-
-
-def _invalid(message: str) -> WireError:
-    return WireError(ErrorCode.INVALID_ARGUMENT, message)

@@ -26,7 +26,6 @@ from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.store.ids import random_id
 from trunkline_worker.store.records import Lease
-from trunkline_worker.training.job import JobTools, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +169,12 @@ class HandleTrunk:
 
 def lane_loop(config: Mapping[str, Any]) -> None:
     """The train loop of a lane's only worker: lease a job, do it, again. Ends after ``idle_s`` without work."""
-    lane = LaneConfig(**config)
+    # Here, so that the controller and the gateways, which import this module too, stay without torch.
     import torch
+
+    from trunkline_worker.training.job import JobTools, run_job
+
+    lane = LaneConfig(**config)
 
     torch.set_num_threads(lane.num_threads or os.cpu_count() or 1)
     _warm_up()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 import numpy as np
 from trunkline_wire import codecs, messages
-from trunkline_wire.errors import WireError
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.limits import MAX_PAYLOAD_BYTES
+from trunkline_wire.specs import FeatureSpace
 from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
 from trunkline_wire.v1 import inference_pb2 as pb
 
@@ -97,6 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         remaining = call.remaining_s(request.timeout_s)
         rows = codecs.decode(request.features)
         space = messages.space_from_proto(request.space)
+        await self._check_reply_size(space, request.slices, len(rows))
         extraction = await self._backends.engine(space.backbone).extract(
             space, rows, tuple(request.slices), timeout_s=remaining
         )
@@ -106,6 +109,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             row_errors=_row_errors(extraction.row_errors),
             timings=messages.timings_to_proto(extraction.timings),
         )
+
+    async def _check_reply_size(self, space: FeatureSpace, slices: Sequence[str], num_rows: int) -> None:
+        """Refuse, before anything is computed, an embedding that would not fit a message."""
+        spec = await self._backends.engine(space.backbone).describe(space.input_size)
+        cut = spec.cut(space.cut)
+        wanted = set(slices) or set(cut.slices if cut else ())
+        row_bytes = 4 * sum(one.width for one in spec.slices if one.name in wanted)
+        if num_rows * row_bytes > MAX_PAYLOAD_BYTES:
+            raise WireError(
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                f"the embedding of {num_rows} rows has {num_rows * row_bytes} bytes; at most "
+                f"{MAX_PAYLOAD_BYTES // row_bytes} rows of these slices fit one reply",
+            )
 
 
 def _row_errors(errors: Mapping[int, WireError]) -> list[error_pb2.RowError]:

@@ -15,6 +15,7 @@ from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.boundary import current_call
 from trunkline_worker.serving.servicers.records import event_to_proto, job_to_proto, spec_from_proto
 from trunkline_worker.store.records import DatasetRecord, JobSpec
+from trunkline_worker.training.spec import check_spec
 
 WATCH_INTERVAL_S = 10.0
 """How long one question for new events waits, in seconds, before it is asked again."""
@@ -33,6 +34,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         if not request.idempotency_key:
             raise WireError(ErrorCode.INVALID_ARGUMENT, "SubmitJob needs an idempotency_key")
         spec = spec_from_proto(request.spec)
+        check_spec(spec)
         dataset: DatasetRecord = await self._backends.metadata.call(
             "datasets.get", call.tenant, spec.dataset, timeout_s=call.remaining_s()
         )
@@ -107,14 +109,11 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 f"the features of dataset {dataset.name}@{dataset.version} were made with other weights or "
                 f"preprocessing than {name} has now; upload the images again",
             )
-        if spec.embedding == "slices":
-            if not spec.slices:
-                raise WireError(ErrorCode.INVALID_ARGUMENT, "no slice is named")
-            unknown = [one for one in spec.slices if one not in cut.slices]
-            if unknown:
-                raise WireError(
-                    ErrorCode.NOT_FOUND,
-                    f"no slice {unknown[0][:80]!r} behind the cut {cut_name!r} of {name}; there is "
-                    + ", ".join(cut.slices),
-                )
+        unknown = [one for one in spec.slices if one not in cut.slices]
+        if unknown:
+            raise WireError(
+                ErrorCode.NOT_FOUND,
+                f"no slice {unknown[0][:80]!r} behind the cut {cut_name!r} of {name}; there is "
+                + ", ".join(cut.slices),
+            )
         return dataclasses.replace(spec, backbone=name, input_size=described.preprocessing.input_size)
