@@ -18,6 +18,7 @@ from trunkline_wire.specs import (
 )
 from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.gateway import GatewayServer, Listener
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.database import Database
@@ -148,6 +149,7 @@ class GatewayThread:
         self.store = MetadataStore(Database(f"sqlite:///{folder}/metadata.sqlite"))
         self.metadata = LocalMetadata(self.store)
         self.engine = FakeEngine(self.blobs)
+        self.budget = ByteBudget()
         listener = {"port": 0, "token_file": str(tokens), **listener}
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -155,7 +157,7 @@ class GatewayThread:
 
         async def start():
             backends = Backends({"fake": self.engine}, self.metadata, self.blobs, {"numpy": np.__version__})
-            self.server = GatewayServer(Listener(**listener), backends)
+            self.server = GatewayServer(Listener(**listener), backends, budget=self.budget)
             return await self.server.start()
 
         self.port = self.run(start())

@@ -606,3 +606,24 @@ def test_a_job_that_cannot_work_is_refused_when_it_is_submitted(gateway, channel
     stub = training_pb2_grpc.TrainingServiceStub(channel)
     assert what in refused(lambda: stub.SubmitJob(request, metadata=USER)).details()
     assert not stub.ListJobs(training_pb2.ListJobsRequest(), metadata=USER).jobs
+
+
+def test_what_all_callers_together_hold_in_memory_is_bounded(gateway, channel):
+    import asyncio
+
+    async def gate():
+        return asyncio.Event()
+
+    gateway.engine.gate = gateway.run(gate())
+    request = extract(images())
+    gateway.budget.limit = request.ByteSize() + 10
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    first = stub.Extract.future(request, metadata=USER)
+    assert gateway.engine.started.wait(10)
+    error = refused(lambda: stub.Extract(request, metadata=USER))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert ("grpc-retry-pushback-ms", "500") in [tuple(one) for one in error.trailing_metadata()]
+    gateway.loop.call_soon_threadsafe(gateway.engine.gate.set)
+    first.result(timeout=10)
+    stub.Extract(request, metadata=USER)
+    assert gateway.engine.calls == 2

@@ -29,6 +29,7 @@ from trunkline_wire.v1 import (
 from trunkline_worker.serving.auth import Tokens
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.boundary import Boundary
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.servicers.catalog import CatalogServicer
 from trunkline_worker.serving.servicers.datasets import DatasetServicer
 from trunkline_worker.serving.servicers.inference import InferenceServicer
@@ -107,7 +108,7 @@ class Listener:
 class GatewayServer:
     """The gRPC server of a gateway replica."""
 
-    def __init__(self, listener: Listener, backends: Backends) -> None:
+    def __init__(self, listener: Listener, backends: Backends, *, budget: ByteBudget | None = None) -> None:
         """Build the server; ``start`` binds it.
 
         Raises:
@@ -134,9 +135,10 @@ class GatewayServer:
                 ("grpc.max_metadata_size", 16 * 1024),
             ],
         )
+        budget = budget or ByteBudget()
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogServicer(backends), self._server)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(backends), self._server)
-        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(backends), self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(backends, budget), self._server)
+        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(backends, budget), self._server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(backends), self._server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(backends), self._server)
         self._health = HealthServicer()

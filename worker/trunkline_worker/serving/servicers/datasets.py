@@ -19,6 +19,7 @@ from trunkline_wire.v1 import dataset_pb2_grpc, error_pb2
 from trunkline_worker.engine.api import Payload
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.boundary import current_call, public_error
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.servicers.records import dataset_to_proto
 from trunkline_worker.serving.streams import pipelined
 from trunkline_worker.store import chunks
@@ -30,9 +31,10 @@ UPLOAD_WINDOW = 4
 class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
     """See ``DatasetService`` in dataset.proto."""
 
-    def __init__(self, backends: Backends) -> None:
+    def __init__(self, backends: Backends, budget: ByteBudget) -> None:
         """Keep what the servicer stands on."""
         self._backends = backends
+        self._budget = budget
 
     async def FindMissingRows(
         self, request: pb.FindMissingRowsRequest, context: grpc.aio.ServicerContext
@@ -51,7 +53,8 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
 
         async def handle(message: pb.UploadRowsRequest) -> pb.UploadRowsResponse:
             try:
-                added = await self._store(call.tenant, message.chunk)
+                with self._budget.hold(message.ByteSize()):
+                    added = await self._store(call.tenant, message.chunk)
                 return pb.UploadRowsResponse(seq=message.seq, ack=pb.ChunkAck(num_new_rows=added))
             except Exception as error:
                 public = public_error(error, "UploadRows", call.request_id)

@@ -15,6 +15,7 @@ from trunkline_wire.v1 import inference_pb2 as pb
 
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.boundary import current_call, public_error
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.models import ModelLookup
 from trunkline_worker.serving.streams import pipelined
 
@@ -25,9 +26,10 @@ STREAM_WINDOW = 8
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """See ``InferenceService`` in inference.proto."""
 
-    def __init__(self, backends: Backends) -> None:
+    def __init__(self, backends: Backends, budget: ByteBudget) -> None:
         """Keep what the servicer stands on."""
         self._backends = backends
+        self._budget = budget
         self._models = ModelLookup(backends.metadata)
 
     async def Predict(self, request: pb.PredictRequest, context: grpc.aio.ServicerContext) -> pb.PredictResponse:
@@ -73,6 +75,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         yield pb.StreamExtractResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
 
     async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        with self._budget.hold(request.ByteSize()):
+            return await self._predict_held(request)
+
+    async def _extract(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
+        with self._budget.hold(request.ByteSize()):
+            return await self._extract_held(request)
+
+    async def _predict_held(self, request: pb.PredictRequest) -> pb.PredictResponse:
         call = current_call()
         remaining = call.remaining_s(request.timeout_s)
         rows = codecs.decode(request.features)
@@ -94,7 +104,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             timings=messages.timings_to_proto(prediction.timings),
         )
 
-    async def _extract(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
+    async def _extract_held(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
         call = current_call()
         remaining = call.remaining_s(request.timeout_s)
         rows = codecs.decode(request.features)
