@@ -326,5 +326,5 @@ def test_forked_child_has_a_channel_of_its_own(fake, fake_client):
     os.waitpid(child, 0)
     assert fake_client.backbones()
     # connect, parent | child | parent: the child must not write into the parent's socket.
-    *parent, childs, again = fake.peers
-    assert set(parent) == {again} and childs != again
+    *parent, of_child, again = fake.peers
+    assert set(parent) == {again} and of_child != again
