@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trunkline.client import Client, connect
+    from trunkline.client import Client
+    from trunkline.connection import connect
     from trunkline.datasets import Dataset, UploadReport
     from trunkline.errors import (
         AlreadyExistsError,
@@ -121,7 +122,7 @@ _MODULES = {
     "RowPrediction": "trunkline.predictions",
     "Stem": "trunkline.stems",
     "UploadReport": "trunkline.datasets",
-    "connect": "trunkline.client",
+    "connect": "trunkline.connection",
 }
 """Where a name comes from, if not from ``trunkline.errors``. Loaded when it is first used: gRPC and NumPy take time."""
 

@@ -201,7 +201,7 @@ def _health(check: _Within[bool]) -> Check:
 
 
 def _server(settings: Settings, check: _Within[ServerInfo]) -> Iterator[Check]:
-    from trunkline.client import check_wire_version
+    from trunkline.connection import check_wire_version
 
     error = check.outcome(CALL_TIMEOUT_S + 0.2)
     if isinstance(error, AuthenticationError):

@@ -121,8 +121,8 @@ def test_what_passes_stays_under_the_root(path: str) -> None:
         check_path(path)
     except WireError:
         return
-    joined = os.path.normpath(os.path.join("/root/store", path))
-    assert joined == f"/root/store/{path}"
+    joined = os.path.normpath(os.path.join("/srv/store", path))
+    assert joined == f"/srv/store/{path}"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class Session:
 
     def connect(self) -> Client:
         """Connect to the cluster."""
-        from trunkline.client import connect
+        from trunkline.connection import connect
 
         return connect(**self._arguments())
 
