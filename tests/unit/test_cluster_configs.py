@@ -130,3 +130,22 @@ def test_what_controller_and_gateway_import_is_free_of_torch():
 
     code = "import sys, trunkline_worker.cluster.apps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_port_that_another_gateway_listens_on_is_refused_though_it_could_be_shared():
+    import socket
+
+    from trunkline_worker.cluster.deploy import check_port, free_port
+
+    port = free_port("127.0.0.1")
+    check_port("127.0.0.1", port)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ValueError, match="choose another --port"):
+            check_port("127.0.0.1", port)
+        with pytest.raises(ValueError, match="choose another --port"):
+            check_port("0.0.0.0", port)
+    with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1"):
+        check_port("192.0.2.1", port)

@@ -56,6 +56,11 @@ def up(
     running = _running()
     if running is not None:
         _print_up({"address": running.address}, as_json, already=True)
+        given = (host, port, backbone, weights, allow_untrained, token_file, tls_cert, tls_key, tls_client_ca, insecure)
+        if any(one is not None for one in (*given, device)):
+            _note(
+                "It runs as it was started: your options changed nothing. To apply them: trunkline down, then up again"
+            )
         return
     settings = _settings(
         host=host,

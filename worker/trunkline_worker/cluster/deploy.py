@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import ray
 from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from trunkline_wire.errors import WireError
 
@@ -51,6 +54,8 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
     if settings.port == 0:
         # Chosen once and for all replicas: one that is started again must be found where the last one was.
         settings = settings.model_copy(update={"port": free_port(settings.host)})
+    elif GATEWAY_APP not in serve.status().applications:
+        check_port(settings.host, settings.port)
     if settings.gpus_per_backbone < 0:
         settings = settings.model_copy(update={"gpus_per_backbone": _gpu_share(settings)})
     on_phase("checking storage")
@@ -62,12 +67,31 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
     serve.start(proxy_location="Disabled", http_options={"location": "NoServer"})
     for name in settings.backbones:
         on_phase(f"loading {name}")
-        serve.run(build_backbone(settings, name), name=backbone_app_name(name), route_prefix=None)
+        _run(build_backbone(settings, name), backbone_app_name(name))
     on_phase("starting the gateway")
-    handle = serve.run(
-        build_gateway(settings, storage_shared=shared, storage_note=note), name=GATEWAY_APP, route_prefix=None
-    )
+    handle = _run(build_gateway(settings, storage_shared=shared, storage_note=note), GATEWAY_APP)
     return Deployed(handle.port.remote().result(timeout_s=30), shared, note)
+
+
+def _run(app: Application, name: str) -> DeploymentHandle:
+    """Run a Serve application and wait for it.
+
+    Raises:
+        ValueError: It says why it cannot come up.
+        RuntimeError: It does not come up for another reason; the message holds what Serve knows.
+    """
+    try:
+        return serve.run(app, name=name, route_prefix=None)
+    except RuntimeError as error:
+        status = serve.status().applications.get(name)
+        messages = [deployment.message for deployment in status.deployments.values()] if status else []
+        serve.delete(name)
+        for message in messages:
+            # Serve keeps the traceback of the replica's start as text; the last line of ours is for the operator.
+            reason = re.search(r"WireError: \[\w+\] (.*)", message)
+            if reason:
+                raise ValueError(reason[1]) from error
+        raise RuntimeError("\n".join([str(error), *messages])) from error
 
 
 def _gpu_share(settings: Settings) -> float:
@@ -85,6 +109,23 @@ def free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that nothing listens on a port.
+
+    Gateways of one node share theirs, so the kernel would let a gateway of another cluster share it, too, and divide
+    the callers between the two without a word.
+
+    Raises:
+        ValueError: Something does.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
 
 
 def check_storage(url: str) -> tuple[bool, str]:

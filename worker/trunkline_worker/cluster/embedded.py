@@ -52,7 +52,8 @@ def main() -> int:
                 return _hold(settings, state, ray_dir, status)
             except Exception as error:
                 logger.exception("the cluster could not be brought up")
-                _say(status, error=f"{type(error).__name__}: {error}")
+                # A ValueError is meant for the operator; anything else is told with its kind.
+                _say(status, error=str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
                 return 1
             finally:
                 remove_local_cluster()

@@ -110,8 +110,10 @@ class Backbone:
         return await _returned(self._engine.stats())
 
     async def __del__(self) -> None:
-        """Let what is queued finish."""
-        await self._engine.close()
+        """Let what is queued finish. There is no engine where loading failed."""
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            await engine.close()
 
 
 async def _returned(answer: Awaitable[Any]) -> Any:
@@ -223,5 +225,7 @@ class Gateway:
         return self._port
 
     async def __del__(self) -> None:
-        """Drain: no new calls, those in progress finish."""
-        await self._server.stop()
+        """Drain: no new calls, those in progress finish. There is no server where starting failed."""
+        server = getattr(self, "_server", None)
+        if server is not None:
+            await server.stop()
