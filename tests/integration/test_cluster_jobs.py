@@ -16,7 +16,7 @@ import pytest
 import trunkline
 from trunkline_worker.cluster.processes import CLUSTER_ID_VARIABLE, processes_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def free_ports(count):
