@@ -34,8 +34,8 @@ def stem(client):
 @pytest.fixture(scope="module")
 def model(client, stem):
     pictures, labels = digits(300)
-    data = client.upload(pictures, labels, name="digits", stem=stem)
-    return client.train(data, name="digits-head").result(progress=False)
+    data = client.upload(pictures, labels, name="main-digits", stem=stem)
+    return client.train(data, name="main-head").result(progress=False)
 
 
 def test_a_model_trained_from_features_knows_digits_it_has_not_seen(model):
@@ -63,7 +63,7 @@ def test_the_same_model_reads_whole_pictures_of_a_client_without_a_stem(cluster,
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "import trunkline, json\n"
-        f"model = trunkline.connect({cluster.address!r}, token={cluster.token!r}).model('digits-head')\n"
+        f"model = trunkline.connect({cluster.address!r}, token={cluster.token!r}).model('main-head')\n"
         f"found = model.predict(sorted({[str(path) for path in paths]!r}, key=len))\n"
         "print(json.dumps(found.probabilities.tolist()))\n"
     )
@@ -78,7 +78,7 @@ def test_the_same_model_reads_whole_pictures_of_a_client_without_a_stem(cluster,
 
 def test_a_second_upload_sends_no_row_and_a_second_head_costs_no_trunk_call(client, stem, model):
     pictures, labels = digits(300)
-    data = client.upload(pictures, labels, name="digits", stem=stem)
+    data = client.upload(pictures, labels, name="main-digits", stem=stem)
     assert (data.version, data.report.rows_sent, data.report.feature_bytes_sent) == (1, 0, 0)
     job = client.train(data, name="second", embedding="pooled")
     job.result(progress=False)
@@ -145,7 +145,7 @@ def test_wrong_features_are_refused_with_what_to_do(client, model, stem):
     with pytest.raises(trunkline.NotFoundError):
         client.stem(BACKBONE, cut="blocks.99")
     with pytest.raises(trunkline.NotFoundError):
-        client.model("digits-head@99")
+        client.model("main-head@99")
 
 
 def test_wrong_tokens_and_no_tokens_are_refused(cluster):
@@ -158,7 +158,7 @@ def test_the_command_line_finds_the_cluster_by_itself(cluster, model):
     assert backbones[0]["name"] == BACKBONE
     assert "blocks.2" in json.dumps(backbones)
     models = json.loads(cluster.run("models", "--json").stdout)
-    assert "digits-head" in json.dumps(models)
+    assert "main-head" in json.dumps(models)
     status = json.loads(cluster.run("status", "--json").stdout)
     assert status["up"] and status["serving"]
     again = json.loads(cluster.run("up", "--json").stdout)
