@@ -222,7 +222,7 @@ class Controller:
             if now < self._lane_retry_at[lane.name]:
                 continue
             self._lane_retry_at[lane.name] = now + 5.0
-            _, self._lane_refs[lane.name] = start_lane(lane)
+            self._lane_refs[lane.name] = start_lane(lane)
 
     async def _end_lane(self, name: str, ref: Any) -> None:
         try:

@@ -35,7 +35,6 @@ class Deployed:
     """What came up. ``port`` is the gateway's."""
 
     port: int
-    storage_shared: bool
     storage_note: str
 
 
@@ -70,7 +69,7 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
         _run(build_backbone(settings, name), backbone_app_name(name))
     on_phase("starting the gateway")
     handle = _run(build_gateway(settings, storage_shared=shared, storage_note=note), GATEWAY_APP)
-    return Deployed(handle.port.remote().result(timeout_s=30), shared, note)
+    return Deployed(handle.port.remote().result(timeout_s=30), note)
 
 
 def _run(app: Application, name: str) -> DeploymentHandle:

@@ -268,12 +268,8 @@ class LaneDriver:
         trainer.fit()
 
 
-def start_lane(config: LaneConfig) -> tuple[Any, Any]:
-    """Start a lane, or find the one of that name.
-
-    Returns:
-        The driver actor, and a reference that becomes ready when the lane has ended.
-    """
+def start_lane(config: LaneConfig) -> Any:
+    """Start a lane, or find the one of that name. Returns a reference that becomes ready when the lane has ended."""
     actor: Any = LaneDriver
     driver = actor.options(
         name=config.name,
@@ -283,4 +279,4 @@ def start_lane(config: LaneConfig) -> tuple[Any, Any]:
         max_concurrency=16,
         max_restarts=0,
     ).remote(config)
-    return driver, driver.run.remote()
+    return driver.run.remote()
