@@ -106,7 +106,6 @@ def _run(per_class: int, seed: int, up_s: float) -> DigitsReport:
 
     class_names = model.class_names
     predicted_N = prediction.indices
-    row_bytes = int(np.prod(stem.feature_shape)) * np.dtype(stem.dtype).itemsize
     return DigitsReport(
         methods=[
             Method("Raw pixels", float((raw_pixels == truth).mean()), "logistic regression on the 64 pixels"),
@@ -121,7 +120,7 @@ def _run(per_class: int, seed: int, up_s: float) -> DigitsReport:
         facts={
             "Backbone": f"{BACKBONE}: {backbone.weights}, {backbone.num_parameters / 1e6:.1f} million parameters",
             "Runtime on the cluster": f"{backbone.runtime} on {backbone.device}",
-            "Cut": f"{CUT} at {INPUT_SIZE} pixels: features {stem.feature_shape}, {row_bytes / 1024:.1f} KiB a row",
+            "Cut": f"{CUT} at {INPUT_SIZE} px: features {stem.feature_shape}, {stem.row_bytes / 1024:.1f} KiB a row",
             "Labelled pictures": f"{len(images)}, {per_class} per class, drawn with seed {seed}",
             "Slices chosen": ", ".join(model.slices),
             "Cluster up": f"{up_s:.1f} s",

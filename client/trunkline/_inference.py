@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
-from trunkline_wire.specs import FeatureSpace, Preprocessing, SliceSpec, Timings
+from trunkline_wire.specs import CodecUse, FeatureSpace, Preprocessing, SliceSpec, Timings
 
 from trunkline._calls import Batch, RawEmbedding, RawPrediction, Rows
-from trunkline.datasets import row_bytes, rows_per_chunk
+from trunkline._features import Features, rows_per_chunk
 from trunkline.errors import InternalError, InvalidArgumentError, PayloadTooLargeError, TrunklineError
 
 if TYPE_CHECKING:
@@ -88,13 +88,14 @@ class Feed(ABC):
 class FeatureFeed(Feed):
     """Features at hand."""
 
-    def __init__(self, features: npt.NDArray[np.generic], space: FeatureSpace) -> None:
+    def __init__(self, features: Features) -> None:
         """Keep checked features."""
-        super().__init__(space, len(features), features[0].nbytes)
+        super().__init__(features.space, len(features), features.row_bytes)
         self._features = features
 
     def _batch(self, numbers: Sequence[int]) -> Batch:
-        return Batch(self._features[numbers[0] : numbers[-1] + 1], tuple(numbers))
+        some = self._features.take(slice(numbers[0], numbers[-1] + 1))
+        return Batch(some, tuple(numbers), self._features.compress)
 
 
 class StemFeed(Feed):
@@ -102,14 +103,16 @@ class StemFeed(Feed):
 
     def __init__(self, rows: Sequence[Picture], stem: Stem) -> None:
         """Keep rows and stem."""
-        super().__init__(stem.space, len(rows), row_bytes(stem.feature_shape, stem.dtype))
+        super().__init__(stem.space, len(rows), stem.row_bytes)
         self._rows = rows
         self._stem = stem
 
     def _batch(self, numbers: Sequence[int]) -> Batch | None:
         stem = self._stem
         good, pixels = self._try_each(numbers, lambda number: self._rows[number].preprocessed(stem.preprocessing))
-        return Batch(stem.run_pixels(np.stack(pixels)), tuple(good)) if good else None
+        if not good:
+            return None
+        return Batch(stem.pack(stem.run_pixels(np.stack(pixels))), tuple(good), stem.compress)
 
 
 class ImageFeed(Feed):
@@ -135,7 +138,11 @@ class ImageFeed(Feed):
 
 @dataclass
 class Collected:
-    """Answers put together. ``matrix_NX`` is NaN in rows that failed."""
+    """Answers put together.
+
+    ``matrix_NX`` is NaN in rows that failed. ``codec_use`` is that of the batch with the largest error: pictures may
+    travel in one form or another.
+    """
 
     matrix_NX: npt.NDArray[np.float32]
     errors: dict[int, TrunklineError]
@@ -143,6 +150,7 @@ class Collected:
     labels: list[str | None] = field(default_factory=list)
     slices: tuple[SliceSpec, ...] = ()
     timings: Timings = field(default_factory=Timings)
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
 
 class Collector(Generic[Answer]):
@@ -186,6 +194,8 @@ class Collector(Generic[Answer]):
             numbers = list(batch.row_numbers)
             result.matrix_NX[numbers] = matrix
             result.timings = _sum(result.timings, answer.timings)
+            if not result.codec_use.codec or answer.codec_use.embedding_error > result.codec_use.embedding_error:
+                result.codec_use = answer.codec_use
             if isinstance(answer, RawPrediction):
                 result.model = answer.model
                 for number, label in zip(numbers, answer.labels, strict=False):

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, FeatureSpace
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace
 
 from trunkline import _html
+from trunkline._backbones import Backbones
 from trunkline._calls import Calls
+from trunkline._codecs import DEFAULT_CODEC
 from trunkline._deadline import Deadline
-from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, ImageFeed, StemFeed, run
+from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, StemFeed, run
+from trunkline._stem_shelf import StemShelf
 from trunkline.config import Settings
 from trunkline.datasets import (
     Dataset,
@@ -21,7 +24,6 @@ from trunkline.datasets import (
     ImageRows,
     RowSource,
     StemRows,
-    check_features,
     check_upload,
     rows_deadline,
     upload_rows,
@@ -29,24 +31,21 @@ from trunkline.datasets import (
 from trunkline.errors import (
     DeadlineExceededError,
     EmptyBatchError,
-    IncompatibleModelError,
     InvalidArgumentError,
-    NotFoundError,
 )
 from trunkline.models import Model
 from trunkline.predictions import Prediction
 from trunkline.progress import show_progress
 from trunkline.records import MLP, Linear, ServerInfo
-from trunkline.stems import Stem, StemCache, find_cut, open_stem
 from trunkline.training import Job, make_spec
 
 if TYPE_CHECKING:
-    from trunkline._calls import FetchedStem
+    from trunkline.stems import Stem
 
 # Shape suffix legend: N = rows, D = embedding width
 
 STEM_TIMEOUT_S = 600.0
-"""Deadline for fetching a stem that states none: the cluster may have to export it first."""
+"""Deadline for what concerns a stem, where none is stated: the cluster may have to export or measure it first."""
 
 
 class Client:
@@ -62,8 +61,8 @@ class Client:
         self.settings = settings
         self.info = info
         self._calls = calls
-        self._stems: dict[tuple[str, str, int, str, int | None], Stem] = {}
-        self._specs: dict[tuple[str, int], BackboneSpec] = {}
+        self._backbones = Backbones(calls.catalog, info)
+        self._stems = StemShelf(calls.catalog, info, settings.cache_dir, self._backbones)
 
     def __enter__(self) -> Client:
         """Return itself."""
@@ -89,9 +88,27 @@ class Client:
         Raises:
             NotFoundError: The cluster has no such backbone.
         """
-        spec = self._calls.catalog.describe(name, input_size or 0, self._deadline(timeout_s))
-        self._specs[name, input_size or 0] = spec
-        return spec
+        return self._backbones.describe(name, input_size or 0, self._deadline(timeout_s), again=True)
+
+    def cut_cost(
+        self, name: str, cut: str, *, input_size: int | None = None, timeout_s: float | None = None
+    ) -> CutCost:
+        """Return what sending features at a cut costs: bytes and embedding error of every codec and stem there.
+
+        Measured by the cluster on its sample pictures the first time that anybody asks, which takes seconds.
+
+        Args:
+            name: Name of the backbone.
+            cut: Name of the cut; ``input`` has the pictures themselves.
+            input_size: Side of the square that pictures are brought to, in pixels. Default: the backbone's own.
+            timeout_s: Deadline. Default: 600 s.
+
+        Raises:
+            NotFoundError: There is no such backbone or cut.
+            UnsupportedError: The cluster is too old to know.
+        """
+        deadline = Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s)
+        return self._backbones.cost(name, cut, input_size or 0, deadline, again=True)
 
     def stem(
         self,
@@ -99,8 +116,10 @@ class Client:
         *,
         cut: str,
         input_size: int | None = None,
+        precision: str = FLOAT32,
+        codec: str = DEFAULT_CODEC,
+        max_error: float | None = None,
         threads: int | None = None,
-        dtype: str = "float16",
         timeout_s: float | None = None,
         progress: bool | None = None,
     ) -> Stem:
@@ -112,30 +131,36 @@ class Client:
             name: Name of the backbone.
             cut: Where it ends; ``describe`` lists the cuts.
             input_size: Side of the square that pictures are brought to, in pixels. Default: the backbone's own.
-            threads: Threads of ONNX Runtime. Default: its choice.
-            dtype: ``float16`` (half the bytes on the wire) or ``float32``.
+            precision: ``float32``, or ``int8`` for a quantised network: smaller, on most processors faster, and not
+                quite exact. The cluster refuses it where it strays too far.
+            codec: How its features travel: ``float32``, ``float16``, ``bfloat16``, or ``int8`` or ``int4`` with a scale
+                for each row and channel; each also with ``+zstd``, which loses nothing. ``auto`` asks the cluster once
+                and takes what needs the fewest bytes within ``max_error``.
+            max_error: Largest embedding error, codec and stem together. Default: 0.05 for ``auto``; a codec that is
+                named is not held to any.
+            threads: Threads that the network runs on. 1 keeps it on the thread that calls. Default: ONNX Runtime's
+                choice.
             timeout_s: Deadline for everything. Default: 600 s, for the cluster may have to export it first.
             progress: None: show it if somebody can see it. False: never.
 
         Raises:
             MissingExtraError: ONNX Runtime is not installed.
             NotFoundError: There is no such backbone or cut.
+            UnsupportedError: The cluster does not have that precision or codec, here or at all, or none is within
+                ``max_error``.
             CorruptDataError: The file arrived damaged, several times.
         """
-        deadline = Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s)
-        spec = self._describe(name, input_size or 0, deadline)
-        key = (find_cut(spec, cut).fingerprint, cut, spec.preprocessing.input_size, dtype, threads)
-        if key not in self._stems:
-
-            def fetch() -> FetchedStem:
-                with show_progress(f"Fetching the stem of {name} at {cut}", 0.0, progress) as bar:
-                    return self._calls.catalog.fetch_stem(
-                        name, cut, input_size or 0, deadline, on_bytes=lambda done, total: bar.update(done, total=total)
-                    )
-
-            cache = StemCache(self.settings.cache_dir)
-            self._stems[key] = open_stem(spec, cut, cache, fetch, dtype=dtype, threads=threads)
-        return self._stems[key]
+        return self._stems.get(
+            name,
+            cut,
+            input_size or 0,
+            precision=precision,
+            codec=codec,
+            max_error=max_error,
+            threads=threads,
+            deadline=Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s),
+            progress=progress,
+        )
 
     def upload(
         self,
@@ -192,16 +217,18 @@ class Client:
         *,
         name: str,
         space: FeatureSpace,
+        codec: str | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
     ) -> Dataset:
         """Make a dataset of features at hand, sending only what the cluster lacks.
 
         Args:
-            features: Output of a stem, float16 or float32.
+            features: Output of a stem, float16 or float32, or of ``Stem.pack``.
             labels: As in ``upload``.
             name: Of the dataset.
             space: Where the features live: ``stem.space``.
+            codec: In which they travel, as in ``stem``. Default: as they are.
             timeout_s: As in ``upload``.
             progress: As in ``upload``.
 
@@ -217,7 +244,7 @@ class Client:
             raise EmptyBatchError("there are no features", hint="Give at least one row")
         checked = check_upload(name, labels, len(features))
         deadline = rows_deadline(timeout_s, len(features))
-        source = FeatureRows(features, space, self._feature_shape(space, deadline))
+        source = FeatureRows(self._backbones.features(features, space, codec, deadline))
         record, report = upload_rows(self._calls, source, checked, name, deadline=deadline, progress=progress)
         return Dataset(record, None, report)
 
@@ -324,7 +351,7 @@ class Client:
 
     def models(self, *, timeout_s: float | None = None) -> list[Model]:
         """Return every model."""
-        return [Model(self, one) for one in self._calls.registry.list(self._deadline(timeout_s))]
+        return [Model(self, one, is_whole=False) for one in self._calls.registry.list(self._deadline(timeout_s))]
 
     def extract(
         self,
@@ -367,11 +394,8 @@ class Client:
         if stem is not None:
             feed = StemFeed(rows, stem)
         else:
-            spec = self._describe(backbone or self._first_backbone(deadline), input_size or 0, deadline)
-            cut = spec.cut(INPUT_CUT)
-            if cut is None:
-                raise NotFoundError(f"{spec.name} takes no images", hint="Give a stem: client.stem(...)")
-            feed = ImageFeed(rows, spec.space(cut), spec.preprocessing)
+            name = backbone or self._backbones.first(deadline)
+            feed = self._backbones.image_feed(rows, name, input_size or 0, deadline)
         return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
 
     def extract_features(
@@ -379,6 +403,7 @@ class Client:
         features: Any,
         *,
         space: FeatureSpace,
+        codec: str | None = None,
         slices: Sequence[str] | None = None,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
@@ -391,15 +416,21 @@ class Client:
             features: (N, ...), as in ``describe().cuts``; returns (N, D), float32.
         """
         deadline = rows_deadline(timeout_s, len(features))
-        feed = FeatureFeed(check_features(features, self._feature_shape(space, deadline), space), space)
+        feed = FeatureFeed(self._backbones.features(features, space, codec, deadline))
         return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
 
     def predict_features(
-        self, features: Any, *, model: str | Model, space: FeatureSpace | None = None, timeout_s: float | None = None
+        self,
+        features: Any,
+        *,
+        model: str | Model,
+        space: FeatureSpace | None = None,
+        codec: str | None = None,
+        timeout_s: float | None = None,
     ) -> Prediction:
         """Predict features at hand. See ``Model.predict_features``."""
         chosen = model if isinstance(model, Model) else self.model(model, timeout_s=timeout_s)
-        return chosen.predict_features(features, space=space, timeout_s=timeout_s)
+        return chosen.predict_features(features, space=space, codec=codec, timeout_s=timeout_s)
 
     def __repr__(self) -> str:
         """Return address and version."""
@@ -426,37 +457,6 @@ class Client:
             raise DeadlineExceededError(f"timeout_s is {timeout_s:g}: the deadline is past before the call")
         return deadline
 
-    def _describe(self, name: str, input_size: int, deadline: Deadline) -> BackboneSpec:
-        """Return a description, asking once for each backbone and input size."""
-        if (name, input_size) not in self._specs:
-            self._specs[name, input_size] = self._calls.catalog.describe(name, input_size, deadline)
-        return self._specs[name, input_size]
-
-    def _first_backbone(self, deadline: Deadline) -> str:
-        backbones = self._calls.catalog.backbones(deadline)
-        if not backbones:
-            raise NotFoundError("the cluster has no backbone", hint="Start it with `trunkline up --backbone NAME`")
-        return backbones[0].name
-
-    def _feature_shape(self, space: FeatureSpace, deadline: Deadline) -> tuple[int, ...]:
-        """Return the shape of a row in a space, its fingerprint compared with the cluster's.
-
-        Raises:
-            IncompatibleModelError: The cluster has other weights.
-        """
-        spec = self._describe(space.backbone, space.input_size, deadline)
-        cut = spec.cut(space.cut)
-        if cut is None:
-            names = ", ".join(one.name for one in spec.cuts)
-            raise NotFoundError(f"{spec.name} has no cut {space.cut!r}", hint=f"It has {names}")
-        if cut.fingerprint != space.fingerprint:
-            raise IncompatibleModelError(
-                f"the features come from other weights or another preprocessing of {space.backbone} at {space.cut}",
-                hint=f"Compute them with client.stem({space.backbone!r}, cut={space.cut!r}, "
-                f"input_size={space.input_size})",
-            )
-        return cut.feature_shape
-
     def _extract(
         self,
         feed: Feed,
@@ -472,7 +472,7 @@ class Client:
                 feed,
                 batch_size=batch_size,
                 max_in_flight=max_in_flight,
-                one=lambda batch: calls.extract(feed.space, batch.rows, wanted, deadline),
+                one=lambda batch: calls.extract(feed.space, batch, wanted, deadline),
                 many=lambda batches, window: calls.stream_extract(
                     feed.space, batches, wanted, window=window, deadline=deadline
                 ),

@@ -9,36 +9,25 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from trunkline_wire.codecs import check_finite
+from trunkline_wire import quantise
 from trunkline_wire.errors import WireError
-from trunkline_wire.limits import CHUNK_BYTES, MAX_BATCH_ROWS, MAX_DATASET_ROWS, MAX_PAYLOAD_BYTES
+from trunkline_wire.limits import CHUNK_BYTES, MAX_BATCH_ROWS, MAX_DATASET_ROWS
 from trunkline_wire.names import check_name
-from trunkline_wire.rows import content_digest, row_id
+from trunkline_wire.rows import row_id
 from trunkline_wire.specs import IMAGES, FeatureSpace
 
 from trunkline import _html
 from trunkline._deadline import Deadline
-from trunkline.errors import (
-    DtypeMismatchError,
-    EmptyBatchError,
-    PayloadTooLargeError,
-    ShapeMismatchError,
-    from_wire,
-)
+from trunkline._features import Features, rows_per_chunk
+from trunkline.errors import PayloadTooLargeError, from_wire
 from trunkline.labels import ClassLabels, Targets, encode_labels
 from trunkline.progress import show_progress
 from trunkline.records import DatasetRecord
-from trunkline.stems import RUN_ROWS, STEM_DTYPES, Stem
+from trunkline.stems import RUN_ROWS, Stem
 
 if TYPE_CHECKING:
-    from trunkline._calls import Calls, Chunk
+    from trunkline._calls import Calls, Chunk, Rows
     from trunkline.images import Picture
-
-# Shape suffix legend: N = rows
-
-IMAGES_CODEC = "images"
-"""Codec name in the row ids of images."""
 
 BASE_TIMEOUT_S = 60.0
 """Deadline of an operation on many rows that states none: this much ..."""
@@ -59,7 +48,8 @@ class UploadReport:
     Attributes:
         num_rows: Rows of the dataset.
         rows_sent: Rows put on the wire, repetitions after a broken connection included.
-        feature_bytes_sent: Bytes of these rows. 0 if the cluster had everything.
+        feature_bytes_sent: Bytes of these rows on the wire: values, scales and offsets, after zstd where it was asked
+            for. 0 if the cluster had everything.
         chunks_sent: In how many chunks.
         seconds: Wall time.
     """
@@ -121,6 +111,11 @@ class Dataset:
         return self.record.class_names
 
     @property
+    def codec(self) -> str:
+        """How its rows were made and sent: ``float16``, ``images`` ... A quantised stem shows as ``int8@int8``."""
+        return self.record.codec
+
+    @property
     def create_time(self) -> datetime | None:
         """When it was made."""
         return self.record.create_time
@@ -136,6 +131,7 @@ class Dataset:
             "backbone": record.space.backbone,
             "cut": record.space.cut,
             "input_size": record.space.input_size,
+            "codec": record.codec,
             "class_names": list(record.class_names),
             "num_targets": record.num_targets,
             "create_time": record.create_time.isoformat() if record.create_time else None,
@@ -157,6 +153,7 @@ class Dataset:
                 ("labels", labels),
                 ("cut", self.space.cut),
                 ("backbone", self.space.backbone),
+                ("codec", self.codec),
                 ("digest", self.digest[:16]),
                 ("upload", sent),
             ],
@@ -166,19 +163,20 @@ class Dataset:
 class RowSource:
     """Rows to be uploaded: their ids at once, their content when it is asked for."""
 
-    def __init__(self, space: FeatureSpace, row_ids: Sequence[bytes]) -> None:
-        """Keep where the rows live and what they are called."""
+    def __init__(self, space: FeatureSpace, row_ids: Sequence[bytes], *, compress: bool = False) -> None:
+        """Keep where the rows live, what they are called, and whether zstd is applied on the way."""
         self.space = space
         self.row_ids = row_ids
+        self._compress = compress
 
     def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
         """Yield the wanted rows in chunks of about ``CHUNK_BYTES``."""
         raise NotImplementedError
 
-    def _chunk(self, numbers: Sequence[int], rows: npt.NDArray[np.generic] | Sequence[bytes]) -> Chunk:
+    def _chunk(self, numbers: Sequence[int], rows: Rows) -> Chunk:
         from trunkline._calls import Chunk
 
-        return Chunk(tuple(self.row_ids[number] for number in numbers), rows)
+        return Chunk(tuple(self.row_ids[number] for number in numbers), rows, self._compress)
 
 
 class ImageRows(RowSource):
@@ -186,7 +184,7 @@ class ImageRows(RowSource):
 
     def __init__(self, rows: Sequence[Picture]) -> None:
         """Compute the ids."""
-        super().__init__(IMAGES, [row_id(IMAGES, IMAGES_CODEC, row.digest()) for row in rows])
+        super().__init__(IMAGES, [row_id(IMAGES, quantise.IMAGES, row.digest()) for row in rows])
         self._rows = rows
 
     def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
@@ -212,96 +210,38 @@ class StemRows(RowSource):
 
     def __init__(self, rows: Sequence[Picture], stem: Stem) -> None:
         """Compute the ids from the images: no feature is needed for that."""
-        super().__init__(stem.space, [row_id(stem.space, stem.dtype, row.digest()) for row in rows])
+        row_ids = [row_id(stem.space, stem.row_codec, row.digest()) for row in rows]
+        super().__init__(stem.space, row_ids, compress=stem.compress)
         self._rows = rows
         self._stem = stem
 
     def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
-        """Yield features."""
+        """Yield features in the stem's codec."""
         stem = self._stem
-        size = rows_per_chunk(row_bytes(stem.feature_shape, stem.dtype))
+        size = rows_per_chunk(stem.row_bytes)
         for start in range(0, len(wanted), size):
             numbers = wanted[start : start + size]
             parts = [
                 stem.run([self._rows[number] for number in numbers[first : first + RUN_ROWS]])
                 for first in range(0, len(numbers), RUN_ROWS)
             ]
-            yield self._chunk(numbers, np.concatenate(parts))
+            yield self._chunk(numbers, stem.pack(np.concatenate(parts)))
 
 
 class FeatureRows(RowSource):
     """Features at hand."""
 
-    def __init__(self, features: npt.NDArray[np.generic], space: FeatureSpace, feature_shape: tuple[int, ...]) -> None:
-        """Check the features and compute the ids from them."""
-        checked = check_features(features, feature_shape, space)
-        codec = checked.dtype.name
-        super().__init__(space, [row_id(space, codec, content_digest(row)) for row in checked])
-        self._features = checked
+    def __init__(self, features: Features) -> None:
+        """Compute the ids from what is at hand: in whichever codec it travels, nothing is packed for that."""
+        super().__init__(features.space, features.row_ids(), compress=features.compress)
+        self._features = features
 
     def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
-        """Yield slices of the features."""
-        size = rows_per_chunk(self._features[0].nbytes)
+        """Yield some of the features."""
+        size = rows_per_chunk(self._features.row_bytes)
         for start in range(0, len(wanted), size):
             numbers = wanted[start : start + size]
-            yield self._chunk(numbers, self._features[list(numbers)])
-
-
-def check_features(features: Any, feature_shape: tuple[int, ...], space: FeatureSpace) -> npt.NDArray[np.generic]:
-    """Return features as an array that can be sent: float16 as it is, other floats as float32.
-
-    At the cut ``input`` the features are pictures after preprocessing, uint8.
-
-    Raises:
-        EmptyBatchError, DtypeMismatchError, ShapeMismatchError, NotFiniteError, PayloadTooLargeError: They are not.
-    """
-    array: npt.NDArray[np.generic] = np.asarray(features)
-    if array.ndim == 0 or array.shape[0] == 0:
-        raise EmptyBatchError("there are no features", hint="Give at least one row")
-    if space.is_input and array.dtype != np.uint8:
-        raise DtypeMismatchError(
-            f"preprocessed pictures must be uint8; got {array.dtype}",
-            hint="Scale and convert: (x * 255).astype('uint8')",
-        )
-    if not space.is_input and array.dtype.kind != "f":
-        raise DtypeMismatchError(
-            f"features must be {' or '.join(STEM_DTYPES)}; got {array.dtype}", hint="Use features.astype('float32')"
-        )
-    if array.shape[1:] != feature_shape:
-        raise ShapeMismatchError(
-            f"a row of features must be {feature_shape}; got {array.shape[1:]}",
-            hint="Use the stem of that cut and input size",
-        )
-    if array.dtype.kind == "f" and array.dtype.name not in STEM_DTYPES:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-    rows_per_chunk(array[0].nbytes)
-    if space.is_input:
-        return array
-    try:
-        check_finite(array)
-    except WireError as error:
-        raise from_wire(error, hint="Leave these rows out") from None
-    return array
-
-
-def row_bytes(feature_shape: tuple[int, ...], dtype: str) -> int:
-    """Return the size of one row of features, in bytes."""
-    return int(np.prod(feature_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-
-
-def rows_per_chunk(num_bytes: int) -> int:
-    """Return how many rows of that size travel together.
-
-    Raises:
-        PayloadTooLargeError: Not even one fits a message.
-    """
-    if num_bytes > MAX_PAYLOAD_BYTES:
-        raise PayloadTooLargeError(
-            f"one row has {num_bytes} bytes; at most {MAX_PAYLOAD_BYTES} fit a message",
-            hint="Choose a later cut, a smaller input_size or float16",
-        )
-    return max(1, min(MAX_BATCH_ROWS, CHUNK_BYTES // max(1, num_bytes)))
+            yield self._chunk(numbers, self._features.take(numbers))
 
 
 def upload_rows(
@@ -345,9 +285,9 @@ class _Sent:
     def __init__(self) -> None:
         self.rows = self.num_bytes = self.chunks = 0
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk, num_bytes: int) -> None:
         self.rows += len(chunk.row_ids)
-        self.num_bytes += chunk.num_bytes
+        self.num_bytes += num_bytes
         self.chunks += 1
 
 

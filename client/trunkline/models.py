@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from trunkline_wire.specs import INPUT_CUT, FeatureSpace
+from trunkline_wire.specs import FeatureSpace
 
 from trunkline import _html
-from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, ImageFeed, StemFeed, run
-from trunkline.datasets import check_features, rows_deadline
-from trunkline.errors import BadLabelsError, IncompatibleModelError, NotFoundError
+from trunkline._codecs import parse_label
+from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, StemFeed, run
+from trunkline.datasets import rows_deadline
+from trunkline.errors import BadLabelsError, IncompatibleModelError, UnsupportedError
 from trunkline.labels import Targets, encode_labels, label_names
 from trunkline.predictions import Prediction
 from trunkline.progress import show_progress
-from trunkline.records import ModelRecord
+from trunkline.records import Candidate, ModelRecord
 from trunkline.reports import Report, classification_report, regression_report
 from trunkline.stems import Stem, has_onnxruntime
 
 if TYPE_CHECKING:
+    from trunkline._deadline import Deadline
     from trunkline.client import Client
 
 
@@ -31,9 +34,10 @@ class Model:
         record: Everything that the cluster keeps about it.
     """
 
-    def __init__(self, client: Client, record: ModelRecord) -> None:
-        """Keep who asks."""
+    def __init__(self, client: Client, record: ModelRecord, *, is_whole: bool = True) -> None:
+        """Keep who asks, and whether the record has everything: lists leave the candidates out."""
         self._client = client
+        self._is_whole = is_whole
         self.record = record
 
     @property
@@ -76,6 +80,69 @@ class Model:
         """The slices of the embedding that it reads."""
         return self.record.slices
 
+    @property
+    def codec(self) -> str:
+        """How the rows that it was trained on were made and sent: ``float16``, ``int8@int8``, ``images`` ..."""
+        return self.record.codec
+
+    @property
+    def codec_error(self) -> float:
+        """What that does to the embedding: the largest relative error on the cluster's sample pictures."""
+        return self.record.codec_error
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Sets of slices that were tried in cross-validation, best first. Empty unless they were chosen automatically.
+
+        A model out of a list asks the cluster once for them.
+        """
+        if not self._is_whole:
+            self.record = self._client._calls.registry.get(self.reference, self._client._deadline(None))
+            self._is_whole = True
+        return self.record.candidates
+
+    def stem(
+        self,
+        *,
+        precision: str | None = None,
+        codec: str | None = None,
+        max_error: float | None = None,
+        threads: int | None = None,
+        timeout_s: float | None = None,
+        progress: bool | None = None,
+    ) -> Stem:
+        """Return the stem that goes with it.
+
+        Args:
+            precision: ``float32`` or ``int8``. None: as it was trained.
+            codec: As in ``Client.stem``. None: as it was trained.
+            max_error: As in ``Client.stem``.
+            threads: As in ``Client.stem``.
+            timeout_s: As in ``Client.stem``.
+            progress: As in ``Client.stem``.
+
+        Raises:
+            UnsupportedError: It was trained on pictures.
+        """
+        space = self.space
+        if space.is_input:
+            raise UnsupportedError(
+                f"{self.reference} was trained on pictures: no stem goes with it",
+                hint=f"Choose a cut yourself: client.stem({space.backbone!r}, cut=..., input_size={space.input_size})",
+            )
+        own_codec, own_precision = parse_label(self.codec)
+        return self._client.stem(
+            space.backbone,
+            cut=space.cut,
+            input_size=space.input_size,
+            precision=precision or own_precision,
+            codec=codec or own_codec,
+            max_error=max_error,
+            threads=threads,
+            timeout_s=timeout_s,
+            progress=progress,
+        )
+
     def predict(
         self,
         images: Any,
@@ -88,8 +155,9 @@ class Model:
     ) -> Prediction:
         """Predict rows.
 
-        Features are sent if there is a stem: the one given, else the one the model was trained with if ONNX Runtime
-        is installed. Otherwise the images are sent, as files or resized and cropped, whichever is smaller.
+        Features are sent if there is a stem: the one given, else the one the model was trained with, in the same
+        codec, if ONNX Runtime is installed. Otherwise the images are sent, as files or resized and cropped, whichever
+        is smaller. ``Prediction.codec_use`` says what that was.
 
         A row that fails leaves the others alone: see ``Prediction``.
 
@@ -102,7 +170,8 @@ class Model:
             progress: None: show it if somebody can see it. False: never.
 
         Raises:
-            IncompatibleModelError: The stem is not one of the model's backbone and input size.
+            IncompatibleModelError: The stem is not one of the model's backbone and input size, or its features differ
+                by more from what the model was trained on than is allowed.
             TrunklineError: Every row failed: the first row's error.
         """
         from trunkline.images import pictures
@@ -113,16 +182,10 @@ class Model:
         chosen = self._own_stem() if stem is None else stem
         feed: Feed
         if chosen:
-            self._check_stem(chosen)
+            self._check_stem(chosen, deadline)
             feed = StemFeed(rows, chosen)
         else:
-            spec = self._client._describe(self.space.backbone, self.space.input_size, deadline)
-            cut = spec.cut(INPUT_CUT)
-            if cut is None:
-                raise NotFoundError(
-                    f"{spec.name} takes no images", hint=f"Give a stem: client.stem({spec.name!r}, cut=...)"
-                )
-            feed = ImageFeed(rows, spec.space(cut), spec.preprocessing)
+            feed = self._client._backbones.image_feed(rows, self.space.backbone, self.space.input_size, deadline)
         return self._predict(feed, batch_size, max_in_flight, deadline, progress)
 
     def predict_features(
@@ -130,6 +193,7 @@ class Model:
         features: Any,
         *,
         space: FeatureSpace | None = None,
+        codec: str | None = None,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -138,8 +202,9 @@ class Model:
         """Predict features at hand.
 
         Args:
-            features: Output of a stem, float16 or float32.
+            features: Output of a stem, float16 or float32, or of ``Stem.pack``.
             space: Where they live. Default: where the model was trained.
+            codec: In which they travel, as in ``Client.stem``. Default: as they are.
             batch_size: As in ``predict``.
             max_in_flight: As in ``predict``.
             timeout_s: As in ``predict``.
@@ -154,8 +219,7 @@ class Model:
         """
         where = space or self.space
         deadline = rows_deadline(timeout_s, len(features))
-        shape = self._client._feature_shape(where, deadline)
-        feed = FeatureFeed(check_features(features, shape, where), where)
+        feed = FeatureFeed(self._client._backbones.features(features, where, codec, deadline))
         return self._predict(feed, batch_size, max_in_flight, deadline, progress)
 
     def evaluate(
@@ -190,8 +254,10 @@ class Model:
         good = np.array([row not in prediction.errors for row in range(len(prediction))])
         outputs, failed = prediction.outputs_NK[good], int((~good).sum())
         if self.task == "regression":
-            return regression_report(self.reference, truth[good], outputs, num_failed=failed)
-        return classification_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
+            report: Report = regression_report(self.reference, truth[good], outputs, num_failed=failed)
+        else:
+            report = classification_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
+        return replace(report, codec_use=prediction.codec_use, candidates=self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
@@ -209,6 +275,9 @@ class Model:
             "metrics": dict(record.metrics),
             "dataset": record.dataset,
             "dataset_digest": record.dataset_digest,
+            "codec": record.codec,
+            "codec_error": record.codec_error,
+            "candidates": [asdict(one) for one in record.candidates],
             "head_sha256": record.head_sha256,
             "versions": dict(record.versions),
             "job_id": record.job_id,
@@ -232,16 +301,15 @@ class Model:
                 ("input size", self.space.input_size),
                 ("slices", ", ".join(self.slices)),
                 ("dataset", record.dataset),
+                ("codec", f"{self.codec}, embedding error {self.codec_error:.2g}" if self.codec else ""),
                 *((name, f"{value:.4g}") for name, value in sorted(record.metrics.items())),
             ],
-        )
+        ) + _html.candidates(record.candidates)
 
     def _own_stem(self) -> Stem | None:
-        if self.space.is_input or not has_onnxruntime():
-            return None
-        return self._client.stem(self.space.backbone, cut=self.space.cut, input_size=self.space.input_size)
+        return None if self.space.is_input or not has_onnxruntime() else self.stem()
 
-    def _check_stem(self, stem: Stem) -> None:
+    def _check_stem(self, stem: Stem, deadline: Deadline) -> None:
         own, other = self.space, stem.space
         if (own.backbone, own.input_size) != (other.backbone, other.input_size):
             raise IncompatibleModelError(
@@ -249,7 +317,11 @@ class Model:
                 f"the stem is of {other.backbone} at {other.input_size}",
                 hint=f"Use client.stem({own.backbone!r}, cut={own.cut!r}, input_size={own.input_size}), or no stem",
             )
-        if own.cut == other.cut and own.fingerprint != other.fingerprint:
+        if own.cut != other.cut or own.fingerprint == other.fingerprint:
+            return
+        # Two stems of one cut, exact and quantised, have a fingerprint each. All others are of other weights.
+        cut = self._client._backbones.describe(own.backbone, own.input_size, deadline).cut(own.cut)
+        if cut is None or None in (cut.precision_of(own.fingerprint), cut.precision_of(other.fingerprint)):
             raise IncompatibleModelError(
                 f"{self.reference} was trained on other weights of {own.backbone} than the stem has",
                 hint="Fetch the stem once more, or train again",
@@ -264,7 +336,7 @@ class Model:
                 feed,
                 batch_size=batch_size,
                 max_in_flight=max_in_flight,
-                one=lambda batch: calls.predict(feed.space, batch.rows, self.reference, deadline),
+                one=lambda batch: calls.predict(feed.space, batch, self.reference, deadline),
                 many=lambda batches, window: calls.stream_predict(
                     feed.space, batches, self.reference, window=window, deadline=deadline
                 ),
@@ -278,6 +350,7 @@ class Model:
             errors=found.errors,
             timings=found.timings,
             wall_s=time.monotonic() - started,
+            codec_use=found.codec_use,
         )
 
     def _truth(self, labels: Any, num_rows: int) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.specs import Timings
+from trunkline_wire.specs import CodecUse, Timings
 
 from trunkline import _html
 from trunkline.errors import TrunklineError, UnsupportedError
@@ -46,6 +46,8 @@ class Prediction:
         errors: Row number to error.
         timings: Where the time in the cluster went, in seconds, summed over the batches.
         wall_s: Seconds the call took here.
+        codec_use: How the rows were made and sent, what that does to the embedding, and what the model was trained on.
+            Its ``codec`` is empty if the cluster is too old to say.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Prediction:
     errors: Mapping[int, TrunklineError]
     timings: Timings
     wall_s: float
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
@@ -115,12 +118,19 @@ class Prediction:
             else:
                 row["values"] = one.outputs_K.tolist()
             rows.append(row)
-        return {"model": self.model, "rows": rows, "timings": vars(self.timings), "wall_s": self.wall_s}
+        return {
+            "model": self.model,
+            "rows": rows,
+            "timings": vars(self.timings),
+            "wall_s": self.wall_s,
+            "codec_use": vars(self.codec_use),
+        }
 
     def __repr__(self) -> str:
-        """Return model, rows and failures."""
+        """Return model, rows, failures, and how the rows were sent."""
         failed = f", {len(self.errors)} failed" if self.errors else ""
-        return f"Prediction({self.model!r}, {len(self)} rows{failed})"
+        sent = f", sent as {_sent(self.codec_use)}" if self.codec_use.codec else ""
+        return f"Prediction({self.model!r}, {len(self)} rows{failed}{sent})"
 
     def _repr_html_(self) -> str:
         rows: list[Sequence[object]] = []
@@ -134,4 +144,11 @@ class Prediction:
                 rows.append((number, one.label, f"{float(one.outputs_K.max()):.3f}"))
             else:
                 rows.append((number, ", ".join(f"{value:.4g}" for value in one.outputs_K), ""))
-        return _html.facts(f"Prediction of {self.model}", []) + _html.table(("row", "prediction", ""), rows)
+        use = self.codec_use
+        trained = f"{use.trained_codec}, embedding error {use.trained_error:.2g}" if use.trained_codec else ""
+        facts = [("sent as", _sent(use) if use.codec else ""), ("trained on", trained)]
+        return _html.facts(f"Prediction of {self.model}", facts) + _html.table(("row", "prediction", ""), rows)
+
+
+def _sent(use: CodecUse) -> str:
+    return f"{use.codec}, embedding error {use.embedding_error:.2g}"

@@ -14,7 +14,12 @@ from trunkline.errors import TrunklineError
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a cluster says about itself. ``time_s`` is its clock, in seconds since the epoch."""
+    """What a cluster says about itself.
+
+    Attributes:
+        time_s: Its clock, in seconds since the epoch.
+        codecs: Codecs that it reads. Empty if it is too old to say; it reads ``float32`` and ``float16`` then.
+    """
 
     version: str
     wire_version: int
@@ -25,11 +30,12 @@ class ServerInfo:
     tenant: str
     storage_shared: bool
     storage_note: str
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """A version of a dataset."""
+    """A version of a dataset. ``codec`` says how its rows were made and sent. See ``Dataset.codec``."""
 
     name: str
     version: int
@@ -39,6 +45,7 @@ class DatasetRecord:
     class_names: tuple[str, ...]
     num_targets: int
     create_time: datetime | None
+    codec: str = ""
 
     @property
     def reference(self) -> str:
@@ -144,8 +151,32 @@ class JobEvent:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A set of slices of the embedding and how well it did in cross-validation.
+
+    Attributes:
+        slices: Their names.
+        width: Columns in all.
+        score: Higher is better: minus the cross-entropy in nats a row, or R2.
+        accuracy: Fraction of held-out rows that was right; None for numbers.
+    """
+
+    slices: tuple[str, ...]
+    width: int
+    score: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class ModelRecord:
-    """A trained model: immutable."""
+    """A trained model: immutable.
+
+    Attributes:
+        codec: How the rows that it was trained on were made and sent: ``float16``, ``int8@int8``, ``images`` ...
+        codec_error: What that does to the embedding.
+        candidates: Sets of slices that were tried, best first. Empty unless they were chosen automatically, and in
+            lists of models.
+    """
 
     name: str
     version: int
@@ -162,6 +193,9 @@ class ModelRecord:
     versions: Mapping[str, str]
     job_id: str
     create_time: datetime | None
+    codec: str = ""
+    codec_error: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def reference(self) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.specs import CodecUse
 
 from trunkline import _html
+from trunkline.records import Candidate
 
 # Shape suffix legend: N = rows, K = classes, M = outputs
 
@@ -44,6 +46,8 @@ class ClassificationReport:
         calibration_error: Expected calibration error: mean distance between confidence and accuracy.
         classes: Scores of each class.
         confusion_KK: Counts; a row for each true class, a column for each predicted one.
+        codec_use: How the rows were made and sent. See ``Prediction``.
+        candidates: Sets of slices that were tried when the model was trained. See ``Model``.
     """
 
     model: str
@@ -54,6 +58,8 @@ class ClassificationReport:
     calibration_error: float
     classes: tuple[ClassScore, ...]
     confusion_KK: npt.NDArray[np.int64]
+    codec_use: CodecUse = field(default_factory=CodecUse)
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def task(self) -> str:
@@ -72,6 +78,7 @@ class ClassificationReport:
             "calibration_error": self.calibration_error,
             "classes": [vars(one) for one in self.classes],
             "confusion": self.confusion_KK.tolist(),
+            "codec_use": vars(self.codec_use),
         }
 
     def summary(self) -> str:
@@ -80,6 +87,7 @@ class ClassificationReport:
             f"{self.model}: accuracy {self.accuracy:.4f} on {self.num_rows} rows"
             + (f" ({self.num_failed} could not be predicted)" if self.num_failed else ""),
             f"macro F1 {self.macro_f1:.4f}, calibration error {self.calibration_error:.4f}",
+            *([f"rows sent as {_sent(self.codec_use)}"] if self.codec_use.codec else []),
             "",
         ]
         shown = self.classes[:_MAX_TEXT_CLASSES]
@@ -106,13 +114,15 @@ class ClassificationReport:
                 ("calibration error", f"{self.calibration_error:.4f}"),
                 ("rows", self.num_rows),
                 ("could not be predicted", self.num_failed or None),
+                ("sent as", _sent(self.codec_use)),
             ],
         )
         scores = _html.table(
             ("class", "precision", "recall", "F1", "support"),
             [(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support) for c in self.classes],
         )
-        return head + scores + (self._confusion_html() if len(self.classes) <= _MAX_TEXT_CLASSES else "")
+        confusion = self._confusion_html() if len(self.classes) <= _MAX_TEXT_CLASSES else ""
+        return head + scores + confusion + _html.candidates(self.candidates)
 
     def _confusion_html(self) -> str:
         largest = max(1, int(self.confusion_KK.max(initial=0)))
@@ -139,6 +149,8 @@ class RegressionReport:
         r2: Coefficient of determination.
         mae: Mean absolute error.
         rmse: Root of the mean squared error.
+        codec_use: How the rows were made and sent. See ``Prediction``.
+        candidates: Sets of slices that were tried when the model was trained. See ``Model``.
     """
 
     model: str
@@ -147,6 +159,8 @@ class RegressionReport:
     r2: float
     mae: float
     rmse: float
+    codec_use: CodecUse = field(default_factory=CodecUse)
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def task(self) -> str:
@@ -155,7 +169,16 @@ class RegressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
-        return {"task": self.task, **vars(self)}
+        return {
+            "task": self.task,
+            "model": self.model,
+            "num_rows": self.num_rows,
+            "num_failed": self.num_failed,
+            "r2": self.r2,
+            "mae": self.mae,
+            "rmse": self.rmse,
+            "codec_use": vars(self.codec_use),
+        }
 
     def summary(self) -> str:
         """Return it as text."""
@@ -163,6 +186,7 @@ class RegressionReport:
             f"{self.model}: R2 {self.r2:.4f}, mean absolute error {self.mae:.4g}, "
             f"root mean squared error {self.rmse:.4g} on {self.num_rows} rows"
             + (f" ({self.num_failed} could not be predicted)" if self.num_failed else "")
+            + (f"\nrows sent as {_sent(self.codec_use)}" if self.codec_use.codec else "")
         )
 
     def _repr_html_(self) -> str:
@@ -174,8 +198,9 @@ class RegressionReport:
                 ("root mean squared error", f"{self.rmse:.4g}"),
                 ("rows", self.num_rows),
                 ("could not be predicted", self.num_failed or None),
+                ("sent as", _sent(self.codec_use)),
             ],
-        )
+        ) + _html.candidates(self.candidates)
 
 
 Report = ClassificationReport | RegressionReport
@@ -253,6 +278,10 @@ def regression_report(
         mae=float(np.abs(truth - values).mean()),
         rmse=float(np.sqrt((residual / len(truth)).mean())),
     )
+
+
+def _sent(use: CodecUse) -> str:
+    return f"{use.codec}, embedding error {use.embedding_error:.2g}" if use.codec else ""
 
 
 def _ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

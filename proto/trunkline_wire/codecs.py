@@ -1,4 +1,7 @@
-"""numpy <-> Tensor message. Never pickle: what arrives is bounded and checked before anything is allocated."""
+"""numpy <-> Tensor message. Never pickle: what arrives is bounded and checked before anything is allocated.
+
+What codecs do to features is in ``trunkline_wire.quantise``; here is how they lie in a message.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trunkline_wire.compress import compress as zstd_frame
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.finite import check_finite
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_IMAGE_BYTES, MAX_PAYLOAD_BYTES, MAX_RANK
+from trunkline_wire.quantise import BFLOAT16, INT4, INT8, PackedRows, check_packed, num_channels, row_bytes
 from trunkline_wire.v1 import tensor_pb2 as pb
 
 if sys.version_info >= (3, 14):
@@ -31,7 +37,43 @@ DTYPES: dict[int, np.dtype[np.generic]] = {
 _MIN_WINDOW_LOG = 23
 """Every zstd encoder may use a window of 8 MiB (RFC 8878)."""
 
+_SCALE = np.dtype("<f4")
+
 _CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPES.items()}
+_AFFINE_CODECS = {pb.DATA_TYPE_UINT8: INT8, pb.DATA_TYPE_UINT4: INT4}
+_CODE_BY_CODEC = {BFLOAT16: pb.DATA_TYPE_BFLOAT16, INT8: pb.DATA_TYPE_UINT8, INT4: pb.DATA_TYPE_UINT4}
+
+
+def encode_rows(rows: Array | PackedRows, *, compress: bool = False) -> pb.Tensor:
+    """Put rows into a message.
+
+    Args:
+        rows: An array as ``encode_array`` takes it, or packed rows.
+        compress: Whether to apply zstd. Kept only where it makes the data smaller; scales and offsets stay as they are.
+
+    Raises:
+        WireError: As ``encode_array``; and as ``quantise.check_packed``.
+    """
+    if not isinstance(rows, PackedRows):
+        return encode_array(rows, compress=compress)
+    _check_bytes(rows.nbytes)
+    check_packed(rows)
+    data, compression = _compressed(rows.data_BZ.tobytes(), compress)
+    affine = None
+    if rows.codec != BFLOAT16:
+        affine = pb.Affine(
+            channel_axis=rows.channel_axis,
+            scale=rows.scale_BC.astype(_SCALE, copy=False).tobytes(),
+            offset=rows.offset_BC.astype(_SCALE, copy=False).tobytes(),
+        )
+    return pb.Tensor(
+        data_type=_CODE_BY_CODEC[rows.codec],
+        codec=pb.CODEC_RAW if affine is None else pb.CODEC_AFFINE,
+        compression=compression,
+        shape=rows.shape,
+        data=data,
+        affine=affine,
+    )
 
 
 def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
@@ -52,12 +94,7 @@ def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
     if not 1 <= array.ndim <= MAX_RANK:
         raise WireError(ErrorCode.SHAPE_MISMATCH, f"a tensor has 1 to {MAX_RANK} dimensions; got shape {array.shape}")
     _check_bytes(array.nbytes)
-    data = np.ascontiguousarray(array, dtype=little_endian).tobytes()
-    compression = pb.COMPRESSION_NONE
-    if compress:
-        packed = zstd.compress(data, 3)
-        if len(packed) < len(data):
-            data, compression = packed, pb.COMPRESSION_ZSTD
+    data, compression = _compressed(np.ascontiguousarray(array, dtype=little_endian).tobytes(), compress)
     return pb.Tensor(
         data_type=code,  # type: ignore[arg-type]
         codec=pb.CODEC_RAW,
@@ -88,15 +125,21 @@ def num_rows(tensor: pb.Tensor) -> int:
     return tensor.shape[0] if tensor.shape else 0
 
 
-def decode(tensor: pb.Tensor, *, max_rows: int = MAX_BATCH_ROWS) -> Array | list[bytes]:
-    """Take a message apart: an array, or a list of encoded images.
+def encoded_size(tensor: pb.Tensor) -> int:
+    """Return how many bytes the rows take in the message, framing left out."""
+    affine = len(tensor.affine.scale) + len(tensor.affine.offset)
+    return len(tensor.data) + affine + sum(len(image) for image in tensor.encoded)
 
-    An array of uncompressed data shares the message's memory and cannot be written to. Floating-point values are
-    checked for NaN and infinity.
+
+def decode(tensor: pb.Tensor, *, max_rows: int = MAX_BATCH_ROWS) -> Array | PackedRows | list[bytes]:
+    """Take a message apart: an array, packed rows, or a list of encoded images.
+
+    What was not compressed shares the message's memory and cannot be written to. Floating-point values are checked for
+    NaN and infinity, and packed rows as ``quantise.check_packed`` says; they stay packed.
 
     Raises:
-        WireError: EMPTY_BATCH, SHAPE_MISMATCH, DTYPE_MISMATCH, PAYLOAD_TOO_LARGE, NOT_FINITE, CORRUPT_DATA or
-            UNSUPPORTED. Raised before memory is allocated for the result.
+        WireError: EMPTY_BATCH, SHAPE_MISMATCH, DTYPE_MISMATCH, PAYLOAD_TOO_LARGE, NOT_FINITE, CORRUPT_DATA,
+            INVALID_ARGUMENT or UNSUPPORTED. Raised before memory is allocated for the result.
     """
     shape = tuple(tensor.shape)
     if not 1 <= len(shape) <= MAX_RANK:
@@ -107,10 +150,18 @@ def decode(tensor: pb.Tensor, *, max_rows: int = MAX_BATCH_ROWS) -> Array | list
         raise WireError(ErrorCode.EMPTY_BATCH, f"shape {shape} holds no values")
     if shape[0] > max_rows:
         raise WireError(ErrorCode.PAYLOAD_TOO_LARGE, f"{shape[0]} rows in one message; at most {max_rows}")
+    if tensor.HasField("affine") != (tensor.codec == pb.CODEC_AFFINE):
+        raise WireError(ErrorCode.INVALID_ARGUMENT, "`affine` goes with CODEC_AFFINE, and with no other codec")
     if tensor.codec == pb.CODEC_ENCODED_IMAGES:
         return _decode_images(tensor, shape)
-    if tensor.codec != pb.CODEC_RAW:
+    if tensor.codec not in (pb.CODEC_RAW, pb.CODEC_AFFINE):
         raise WireError(ErrorCode.UNSUPPORTED, f"codec {tensor.codec} is not known here")
+    if tensor.encoded:
+        raise WireError(ErrorCode.INVALID_ARGUMENT, "only CODEC_ENCODED_IMAGES carries `encoded`")
+    if tensor.codec == pb.CODEC_AFFINE:
+        return _decode_affine(tensor, shape)
+    if tensor.data_type == pb.DATA_TYPE_BFLOAT16:
+        return _decode_bfloat16(tensor, shape)
     return _decode_raw(tensor, shape)
 
 
@@ -130,10 +181,66 @@ def _decode_images(tensor: pb.Tensor, shape: tuple[int, ...]) -> list[bytes]:
 def _decode_raw(tensor: pb.Tensor, shape: tuple[int, ...]) -> Array:
     dtype = DTYPES.get(tensor.data_type)
     if dtype is None:
-        raise WireError(ErrorCode.DTYPE_MISMATCH, f"data type {tensor.data_type} is not known here")
-    if tensor.encoded:
-        raise WireError(ErrorCode.INVALID_ARGUMENT, "a raw tensor carries no `encoded` images")
-    expected = math.prod(shape) * dtype.itemsize
+        raise WireError(ErrorCode.DTYPE_MISMATCH, f"data type {tensor.data_type} is not known here under CODEC_RAW")
+    data = _data(tensor, math.prod(shape) * dtype.itemsize)
+    array: Array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    if dtype.kind == "f":
+        check_finite(array)
+    return array
+
+
+def _decode_bfloat16(tensor: pb.Tensor, shape: tuple[int, ...]) -> PackedRows:
+    num_rows, *row_shape = _packed_shape(shape)
+    data_BZ = np.frombuffer(_data(tensor, num_rows * row_bytes(row_shape, BFLOAT16)), np.uint8).reshape(num_rows, -1)
+    none_BC = np.empty((num_rows, 0), np.float32)
+    rows = PackedRows(BFLOAT16, tuple(row_shape), 0, data_BZ, none_BC, none_BC)
+    check_packed(rows)
+    return rows
+
+
+def _decode_affine(tensor: pb.Tensor, shape: tuple[int, ...]) -> PackedRows:
+    codec = _AFFINE_CODECS.get(tensor.data_type)
+    if codec is None:
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH, f"data type {tensor.data_type} under CODEC_AFFINE; UINT8 or UINT4 is needed"
+        )
+    num_rows, *row_shape = _packed_shape(shape)
+    axis = tensor.affine.channel_axis
+    if axis >= len(row_shape):
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"channel axis {axis} of rows of shape {tuple(row_shape)}; their axes are 0 to {len(row_shape) - 1}",
+        )
+    channels = num_channels(row_shape, axis)
+    _check_bytes(num_rows * row_bytes(row_shape, codec, axis))
+    for name, content in (("scale", tensor.affine.scale), ("offset", tensor.affine.offset)):
+        expected = num_rows * channels * _SCALE.itemsize
+        if len(content) != expected:
+            raise WireError(
+                ErrorCode.SHAPE_MISMATCH,
+                f"{len(content)} bytes of {name}; {num_rows} rows of {channels} channels need {expected}",
+            )
+    data = _data(tensor, num_rows * (row_bytes(row_shape, codec, axis) - 2 * _SCALE.itemsize * channels))
+    rows = PackedRows(
+        codec,
+        tuple(row_shape),
+        axis,
+        np.frombuffer(data, np.uint8).reshape(num_rows, -1),
+        np.frombuffer(tensor.affine.scale, _SCALE).reshape(num_rows, channels),
+        np.frombuffer(tensor.affine.offset, _SCALE).reshape(num_rows, channels),
+    )
+    check_packed(rows)
+    return rows
+
+
+def _packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        raise WireError(ErrorCode.SHAPE_MISMATCH, f"shape {shape} of packed rows; a row has one dimension or more")
+    return shape
+
+
+def _data(tensor: pb.Tensor, expected: int) -> bytes:
+    """Return the data as it was before compression: ``expected`` bytes, or an error."""
     _check_bytes(expected)
     data = tensor.data
     if tensor.compression == pb.COMPRESSION_ZSTD:
@@ -142,12 +249,19 @@ def _decode_raw(tensor: pb.Tensor, shape: tuple[int, ...]) -> Array:
         raise WireError(ErrorCode.UNSUPPORTED, f"compression {tensor.compression} is not known here")
     if len(data) != expected:
         raise WireError(
-            ErrorCode.SHAPE_MISMATCH, f"{len(data)} bytes of data; shape {shape} of {dtype} needs {expected}"
+            ErrorCode.SHAPE_MISMATCH,
+            f"{len(data)} bytes of data; shape {tuple(tensor.shape)} of {pb.DataType.Name(tensor.data_type)} needs "
+            f"{expected}",
         )
-    array: Array = np.frombuffer(data, dtype=dtype).reshape(shape)
-    if dtype.kind == "f":
-        check_finite(array)
-    return array
+    return data
+
+
+def _compressed(data: bytes, compress: bool) -> tuple[bytes, pb.Compression]:
+    if compress:
+        frame = zstd_frame(data)
+        if len(frame) < len(data):
+            return frame, pb.COMPRESSION_ZSTD
+    return data, pb.COMPRESSION_NONE
 
 
 def _decompress(data: bytes, expected: int) -> bytes:
@@ -161,31 +275,6 @@ def _decompress(data: bytes, expected: int) -> bytes:
             return stream.read(expected + 1)
     except (zstd.ZstdError, EOFError) as error:
         raise WireError(ErrorCode.CORRUPT_DATA, "compressed data is damaged") from error
-
-
-def check_finite(array: Array) -> None:
-    """Check floating-point rows for NaN and infinity.
-
-    Raises:
-        WireError: NOT_FINITE, naming the first bad row.
-    """
-    if not _all_finite(array):
-        bad = ~np.isfinite(array).reshape(array.shape[0], -1).all(axis=1)
-        raise WireError(
-            ErrorCode.NOT_FINITE,
-            f"{int(bad.sum())} of {array.shape[0]} rows hold NaN or infinity, the first is row {int(bad.argmax())}",
-        )
-
-
-def _all_finite(array: Array) -> bool:
-    if array.dtype.itemsize != 2:
-        return bool(np.isfinite(array).all())
-    # numpy converts each float16 in software. Its bits tell the same six times as fast: as numbers, 0x7C00 and above
-    # are infinity and NaN; with the sign bit, 0xFC00 and above.
-    order = array.dtype.str[0]
-    highest_positive = array.view(f"{order}i2").max(initial=0)
-    highest_negative = array.view(f"{order}u2").max(initial=0)
-    return bool(highest_positive < 0x7C00 and highest_negative < 0xFC00)
 
 
 def _check_bytes(num_bytes: int) -> None:

@@ -41,3 +41,7 @@ MAX_CONCURRENT_STREAMS = 64
 
 MAX_NAME_LENGTH = 128
 """Longest name a user may give."""
+
+MAX_CODEC_ERROR = 0.05
+"""Largest embedding error, codec and stem together, that ``codec="auto"`` keeps to unless told otherwise, and up to
+which a model takes features of another codec than it was trained on. See ``CodecUse`` in inference.proto."""

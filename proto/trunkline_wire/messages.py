@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import BackboneSpec, CutSpec, FeatureSpace, Preprocessing, SliceSpec, Timings
-from trunkline_wire.v1 import catalog_pb2, error_pb2, tensor_pb2
+from trunkline_wire.specs import (
+    BackboneSpec,
+    CodecCost,
+    CodecUse,
+    CutCost,
+    CutSpec,
+    FeatureSpace,
+    Preprocessing,
+    SliceSpec,
+    StemCost,
+    Timings,
+)
+from trunkline_wire.v1 import catalog_pb2, error_pb2, inference_pb2, tensor_pb2
 
 
 def space_to_proto(space: FeatureSpace) -> tensor_pb2.FeatureSpace:
@@ -48,6 +59,36 @@ def slices_to_proto(slices: tuple[SliceSpec, ...]) -> list[catalog_pb2.Slice]:
     return [catalog_pb2.Slice(name=one.name, start=one.start, stop=one.stop) for one in slices]
 
 
+def cut_to_proto(cut: CutSpec) -> catalog_pb2.Cut:
+    """Return the message of a cut."""
+    return catalog_pb2.Cut(
+        name=cut.name,
+        feature_shape=cut.feature_shape,
+        fingerprint=cut.fingerprint,
+        slices=cut.slices,
+        channel_axis=cut.channel_axis,
+        is_stage=cut.is_stage,
+        stem_macs=cut.stem_macs,
+        stem_parameters=cut.stem_parameters,
+        int8_fingerprint=cut.int8_fingerprint,
+    )
+
+
+def cut_from_proto(message: catalog_pb2.Cut) -> CutSpec:
+    """Return the cut of a message."""
+    return CutSpec(
+        name=message.name,
+        feature_shape=tuple(message.feature_shape),
+        fingerprint=message.fingerprint,
+        slices=tuple(message.slices),
+        channel_axis=message.channel_axis,
+        is_stage=message.is_stage,
+        stem_macs=message.stem_macs,
+        stem_parameters=message.stem_parameters,
+        int8_fingerprint=message.int8_fingerprint,
+    )
+
+
 def backbone_to_proto(spec: BackboneSpec) -> catalog_pb2.Backbone:
     """Return the message of a backbone's description."""
     return catalog_pb2.Backbone(
@@ -58,17 +99,14 @@ def backbone_to_proto(spec: BackboneSpec) -> catalog_pb2.Backbone:
         num_parameters=spec.num_parameters,
         preprocessing=preprocessing_to_proto(spec.preprocessing),
         resizable=spec.resizable,
-        cuts=[
-            catalog_pb2.Cut(
-                name=cut.name, feature_shape=cut.feature_shape, fingerprint=cut.fingerprint, slices=cut.slices
-            )
-            for cut in spec.cuts
-        ],
+        cuts=[cut_to_proto(cut) for cut in spec.cuts],
         slices=slices_to_proto(spec.slices),
         embedding_fingerprint=spec.embedding_fingerprint,
         runtime=spec.runtime,
         device=spec.device,
         runtime_error=spec.runtime_error,
+        macs=spec.macs,
+        class_names=spec.class_names,
     )
 
 
@@ -82,15 +120,63 @@ def backbone_from_proto(message: catalog_pb2.Backbone) -> BackboneSpec:
         num_parameters=message.num_parameters,
         preprocessing=preprocessing_from_proto(message.preprocessing),
         resizable=message.resizable,
-        cuts=tuple(
-            CutSpec(cut.name, tuple(cut.feature_shape), cut.fingerprint, tuple(cut.slices)) for cut in message.cuts
-        ),
+        cuts=tuple(cut_from_proto(cut) for cut in message.cuts),
         slices=tuple(SliceSpec(one.name, one.start, one.stop) for one in message.slices),
         embedding_fingerprint=message.embedding_fingerprint,
         runtime=message.runtime,
         device=message.device,
         runtime_error=message.runtime_error,
+        macs=message.macs,
+        class_names=tuple(message.class_names),
     )
+
+
+def cut_cost_to_proto(cost: CutCost) -> catalog_pb2.CutCost:
+    """Return the message of what a cut costs."""
+    return catalog_pb2.CutCost(
+        cut=cut_to_proto(cost.cut),
+        codecs=[
+            catalog_pb2.CodecCost(codec=one.codec, bytes_per_row=one.bytes_per_row, embedding_error=one.embedding_error)
+            for one in cost.codecs
+        ],
+        stems=[
+            catalog_pb2.StemCost(
+                precision=one.precision,
+                size_bytes=one.size_bytes,
+                embedding_error=one.embedding_error,
+                refused=one.refused,
+            )
+            for one in cost.stems
+        ],
+        jpeg_bytes_per_row=cost.jpeg_bytes_per_row,
+        sample=cost.sample,
+    )
+
+
+def cut_cost_from_proto(message: catalog_pb2.CutCost) -> CutCost:
+    """Return what a cut costs, of its message."""
+    return CutCost(
+        cut=cut_from_proto(message.cut),
+        codecs=tuple(CodecCost(one.codec, one.bytes_per_row, one.embedding_error) for one in message.codecs),
+        stems=tuple(StemCost(one.precision, one.size_bytes, one.embedding_error, one.refused) for one in message.stems),
+        jpeg_bytes_per_row=message.jpeg_bytes_per_row,
+        sample=message.sample,
+    )
+
+
+def codec_use_to_proto(use: CodecUse) -> inference_pb2.CodecUse:
+    """Return the message of how features were sent."""
+    return inference_pb2.CodecUse(
+        codec=use.codec,
+        embedding_error=use.embedding_error,
+        trained_codec=use.trained_codec,
+        trained_error=use.trained_error,
+    )
+
+
+def codec_use_from_proto(message: inference_pb2.CodecUse) -> CodecUse:
+    """Return how features were sent, of its message."""
+    return CodecUse(message.codec, message.embedding_error, message.trained_codec, message.trained_error)
 
 
 def timings_to_proto(timings: Timings) -> tensor_pb2.Timings:

@@ -9,6 +9,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_NAME_LENGTH
 
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
+_BACKBONE = re.compile(rf"(?:{_NAME.pattern}/)?{_NAME.pattern}")
 _REFERENCE = re.compile(rf"(?P<name>{_NAME.pattern})(?:@(?P<version>[1-9][0-9]{{0,8}}))?")
 
 
@@ -39,6 +40,21 @@ def check_name(name: str, what: str) -> str:
             ErrorCode.INVALID_ARGUMENT,
             f"{name[:80]!r} is not a {what} name: letters, digits, '.', '_' and '-', starting with a letter or digit, "
             f"{MAX_NAME_LENGTH} characters at most",
+        )
+    return name
+
+
+def check_backbone_name(name: str) -> str:
+    """Return ``name`` if it is allowed for a backbone: a name, or a library's name and a name, as in ``timm/resnet50``.
+
+    Raises:
+        WireError: INVALID_ARGUMENT.
+    """
+    if not _BACKBONE.fullmatch(name):
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"{name[:80]!r} is not a backbone name: 'name' or 'library/name', each of letters, digits, '.', '_' and "
+            f"'-', starting with a letter or digit, {MAX_NAME_LENGTH} characters at most",
         )
     return name
 

@@ -34,7 +34,8 @@ def row_id(space: FeatureSpace, codec: str, content: bytes) -> bytes:
 
     Args:
         space: Where the features live. Only its fingerprint counts.
-        codec: How the row is encoded: ``float16``, ``float32``, ``images`` ...
+        codec: How the row is encoded, as ``quantise.codec_of`` names it: ``float16``, ``int8``, ``images`` ... Never
+            with ``+zstd``: that is undone on arrival, and leaves the same row.
         content: ``content_digest`` of what the row is made from.
     """
     return hashlib.sha256(f"row-v1\0{space.fingerprint}\0{codec}\0".encode() + content).digest()

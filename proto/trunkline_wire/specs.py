@@ -9,6 +9,14 @@ from dataclasses import asdict, dataclass
 INPUT_CUT = "input"
 """The cut before the whole network: the rows are images."""
 
+FLOAT32 = "float32"
+INT8 = "int8"
+PRECISIONS = (FLOAT32, INT8)
+"""Precisions of stems."""
+
+INT8_STEM_FORMAT = 1
+"""Raised with every change of how stems are quantised: features of the old ones are not those of the new."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -50,12 +58,35 @@ IMAGES = FeatureSpace("", INPUT_CUT, 0, "")
 
 @dataclass(frozen=True)
 class CutSpec:
-    """A point where exactly one tensor crosses. ``feature_shape`` is one row's, without the batch dimension."""
+    """A point where exactly one tensor crosses.
+
+    Attributes:
+        name: By module path.
+        feature_shape: Of one row, without the batch dimension.
+        fingerprint: Of features that the exact stem makes.
+        slices: Names of the embedding's slices that can still be computed behind it.
+        channel_axis: Which axis of a row counts channels.
+        is_stage: Whether a stage of the network ends here; such cuts are also taps.
+        stem_macs: Multiply-adds per row of the stem.
+        stem_parameters: Trained numbers of the stem.
+        int8_fingerprint: Of features that the quantised stem makes. Empty at ``input``.
+    """
 
     name: str
     feature_shape: tuple[int, ...]
     fingerprint: str
     slices: tuple[str, ...]
+    channel_axis: int = 0
+    is_stage: bool = False
+    stem_macs: int = 0
+    stem_parameters: int = 0
+    int8_fingerprint: str = ""
+
+    def precision_of(self, fingerprint: str) -> str | None:
+        """Return which stem makes features of that fingerprint: ``float32``, ``int8``, or None for no stem of this."""
+        if fingerprint == self.fingerprint:
+            return FLOAT32
+        return INT8 if fingerprint and fingerprint == self.int8_fingerprint else None
 
 
 @dataclass(frozen=True)
@@ -89,14 +120,75 @@ class BackboneSpec:
     runtime: str = ""
     device: str = ""
     runtime_error: float = 0.0
+    macs: int = 0
+    class_names: tuple[str, ...] = ()
 
     def cut(self, name: str) -> CutSpec | None:
         """Return the cut of that name, or None."""
         return next((cut for cut in self.cuts if cut.name == name), None)
 
-    def space(self, cut: CutSpec) -> FeatureSpace:
-        """Return the feature space at a cut."""
-        return FeatureSpace(self.name, cut.name, self.preprocessing.input_size, cut.fingerprint)
+    def space(self, cut: CutSpec, precision: str = "float32") -> FeatureSpace:
+        """Return the feature space at a cut, of features that the stem of that precision makes."""
+        fingerprint = cut.fingerprint if precision == FLOAT32 else cut.int8_fingerprint
+        return FeatureSpace(self.name, cut.name, self.preprocessing.input_size, fingerprint)
+
+
+@dataclass(frozen=True)
+class CodecCost:
+    """How rows at a cut may travel. See ``CodecCost`` in catalog.proto."""
+
+    codec: str
+    bytes_per_row: float
+    embedding_error: float
+
+
+@dataclass(frozen=True)
+class StemCost:
+    """A stem that the cluster offers, or says why not. See ``StemCost`` in catalog.proto."""
+
+    precision: str
+    size_bytes: int
+    embedding_error: float
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """What sending features at a cut costs. See ``CutCost`` in catalog.proto."""
+
+    cut: CutSpec
+    codecs: tuple[CodecCost, ...]
+    stems: tuple[StemCost, ...]
+    jpeg_bytes_per_row: float
+    sample: str
+
+    def codec(self, name: str) -> CodecCost | None:
+        """Return the codec of that name, or None."""
+        return next((one for one in self.codecs if one.codec == name), None)
+
+    def stem(self, precision: str) -> StemCost | None:
+        """Return the stem of that precision, or None."""
+        return next((one for one in self.stems if one.precision == precision), None)
+
+
+@dataclass(frozen=True)
+class CodecUse:
+    """How features were made and sent, and what that does to the embedding. See ``CodecUse`` in inference.proto."""
+
+    codec: str = ""
+    embedding_error: float = 0.0
+    trained_codec: str = ""
+    trained_error: float = 0.0
+
+
+def codec_label(codec: str, precision: str) -> str:
+    """Return how rows were made and sent, in one word: their codec, followed by ``@int8`` after a quantised stem.
+
+    Args:
+        codec: As ``quantise.codec_of`` names it.
+        precision: Of the stem that made them.
+    """
+    return codec if precision == FLOAT32 else f"{codec}@{precision}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +205,16 @@ class Timings:
 def feature_fingerprint(weights_sha256: str, cut: str, preprocessing: Preprocessing) -> str:
     """Return the hex SHA-256 that decides whether two features are comparable."""
     return _hash("features-v1", weights_sha256, cut, preprocessing)
+
+
+def int8_fingerprint(fingerprint: str, calibration: str) -> str:
+    """Return the hex SHA-256 for features that a quantised stem makes.
+
+    Args:
+        fingerprint: Of the exact stem's features.
+        calibration: Digest of the pictures that the stem was calibrated on.
+    """
+    return hashlib.sha256(f"int8-v{INT8_STEM_FORMAT}\0{fingerprint}\0{calibration}".encode()).hexdigest()
 
 
 def embedding_fingerprint(weights_sha256: str, preprocessing: Preprocessing) -> str:

@@ -82,7 +82,8 @@ def server(request):
         with trunkline.connect(cluster.address, token=cluster.token, ca_file=cluster.ca_file or None) as client:
             spec = client.backbones()[0]
         names = tuple(one.name for one in spec.slices)
-        yield Server(cluster.address, cluster.token, cluster.ca_file, spec.name, spec.cuts[3].name, 64, names)
+        cut = [one.name for one in spec.cuts if one.is_stage][2]
+        yield Server(cluster.address, cluster.token, cluster.ca_file, spec.name, cut, 64, names)
 
 
 @pytest.fixture

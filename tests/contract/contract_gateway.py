@@ -9,6 +9,7 @@ import fake_backbone
 import numpy as np
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.rows import content_digest
+from trunkline_wire.specs import FLOAT32
 from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.gateway import GatewayServer, Listener
@@ -16,7 +17,7 @@ from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Event, ModelRecord
+from trunkline_worker.store.records import Candidate, Event, ModelRecord
 
 TOKEN = "the-token-of-the-tests-0123456789"
 
@@ -51,28 +52,36 @@ class _Engine:
     async def describe(self, input_size=0):
         return fake_backbone.spec(input_size)
 
-    async def stem(self, cut, input_size=0):
-        spec = fake_backbone.spec(input_size)
-        found = spec.cut(cut)
-        if found is None or cut == "input":
-            raise WireError(ErrorCode.NOT_FOUND, f"there is no stem at {cut!r}")
-        data = fake_backbone.stem_onnx(spec.preprocessing.input_size)
-        digest = hashlib.sha256(data).hexdigest()
-        self.blobs.put(f"stems/{digest}.onnx", data)
+    async def stem(self, cut, input_size=0, precision=FLOAT32):
+        made = fake_backbone.stem(cut, input_size, precision)
+        digest = hashlib.sha256(made.data).hexdigest()
+        self.blobs.put(f"stems/{digest}.onnx", made.data)
         return StemFile(
-            spec.space(found), spec.preprocessing, found.feature_shape, f"stems/{digest}.onnx", len(data), digest
+            made.space,
+            fake_backbone.spec(input_size).preprocessing,
+            made.cut.feature_shape,
+            f"stems/{digest}.onnx",
+            len(made.data),
+            digest,
+            precision,
+            made.embedding_error,
         )
+
+    async def cut_cost(self, cut, input_size=0):
+        return fake_backbone.cost(cut, input_size)
 
     async def predict(self, space, rows, model, *, timeout_s=None):
         embedding, errors = fake_backbone.embed(space, rows)
+        use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
         outputs = self.heads[model.head_sha256](embedding[:, fake_backbone.columns(model.slices)[0]])
         outputs[list(errors)] = np.nan
-        return Prediction(outputs.astype(np.float32), errors)
+        return Prediction(outputs.astype(np.float32), errors, codec_use=use)
 
     async def extract(self, space, rows, slices=(), *, timeout_s=None):
         embedding, errors = fake_backbone.embed(space, rows)
         columns, found = fake_backbone.columns(slices)
-        return Extraction(np.ascontiguousarray(embedding[:, columns]), found, errors)
+        use = fake_backbone.use(space, fake_backbone.label(space, rows))
+        return Extraction(np.ascontiguousarray(embedding[:, columns]), found, errors, codec_use=use)
 
     async def stats(self):
         return EngineStats(0, 0, 0, 0)
@@ -146,6 +155,12 @@ class _Lane:
             versions={"numpy": np.__version__},
             job_id=job.id,
             create_time=0.0,
+            codec=content.record.codec,
+            codec_error=fake_backbone.use(space, content.record.codec).embedding_error,
+            candidates=tuple(
+                Candidate(names, width, score, None)
+                for names, width, score in fake_backbone.candidates(spec.embedding, 0.9)
+            ),
         )
 
 

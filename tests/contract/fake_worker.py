@@ -5,6 +5,7 @@ Jobs train for real, by nearest class mean or least squares. The one contract su
 real thing, so that it cannot drift.
 """
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 import fake_backbone
 import grpc
 import numpy as np
-from trunkline_wire import WIRE_VERSION, codecs, messages
+from trunkline_wire import WIRE_VERSION, codecs, messages, quantise
 from trunkline_wire.errors import (
     REQUEST_ID_METADATA,
     RETRY_DELAY_METADATA,
@@ -36,6 +37,7 @@ from trunkline_wire.limits import (
 )
 from trunkline_wire.names import check_name, parse_reference
 from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
+from trunkline_wire.specs import FLOAT32, CutSpec
 from trunkline_wire.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -79,10 +81,16 @@ class Faults:
     clock_offset_s: float = 0.0
     storage_shared: bool = True
     delay: threading.Event | None = None  # unary calls wait for it
+    is_old: bool = False  # it knows float32 and float16, and nothing of quantised stems or of what a cut costs
+    stem_data: bytes | None = None  # sent in place of the stem's file
 
 
 class _Dropped(Exception):
     """The connection breaks here: not one of our errors."""
+
+
+class _NoSuchMethod(Exception):
+    """A cluster of an earlier version has no such method."""
 
 
 def _boundary(method):
@@ -109,6 +117,8 @@ def _boundary(method):
     def leave(context, error):
         if isinstance(error, _Dropped):
             context.abort(grpc.StatusCode.UNAVAILABLE, "Connection reset by peer")
+        if isinstance(error, _NoSuchMethod):
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         if not isinstance(error, WireError):
             error = WireError(ErrorCode.INTERNAL, "something went wrong in the cluster")
         if error.retry_delay_s:
@@ -138,6 +148,11 @@ def _boundary(method):
             leave(context, error)
 
     return stream if inspect.isgeneratorfunction(method) else unary
+
+
+def _row(rows, at):
+    """Return one row, so that it can be kept on its own."""
+    return rows.take([at]) if isinstance(rows, quantise.PackedRows) else rows[at]
 
 
 def _check_stated(timeout_s):
@@ -176,34 +191,52 @@ class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
             tenant=context.tenant,
             storage_shared=self.worker.faults.storage_shared,
             storage_note="in memory",
+            codecs=() if self.worker.faults.is_old else (*quantise.CODECS, quantise.IMAGES),
         )
 
     @_boundary
     def ListBackbones(self, request, context):
-        return catalog_pb2.ListBackbonesResponse(backbones=[messages.backbone_to_proto(fake_backbone.spec())])
+        return catalog_pb2.ListBackbonesResponse(backbones=[messages.backbone_to_proto(self._spec(0))])
+
+    def _spec(self, input_size):
+        spec = fake_backbone.spec(input_size)
+        if not self.worker.faults.is_old:
+            return spec
+        return dataclasses.replace(
+            spec, macs=0, cuts=tuple(CutSpec(c.name, c.feature_shape, c.fingerprint, c.slices) for c in spec.cuts)
+        )
 
     @_boundary
     def DescribeBackbone(self, request, context):
         self.worker.check_backbone(request.backbone)
-        spec = fake_backbone.spec(request.input_size)
+        spec = self._spec(request.input_size)
         return catalog_pb2.DescribeBackboneResponse(backbone=messages.backbone_to_proto(spec))
+
+    @_boundary
+    def DescribeCut(self, request, context):
+        if self.worker.faults.is_old:
+            raise _NoSuchMethod
+        self.worker.check_backbone(request.backbone)
+        cost = fake_backbone.cost(request.cut, request.input_size)
+        return catalog_pb2.DescribeCutResponse(cost=messages.cut_cost_to_proto(cost))
 
     @_boundary
     def FetchStem(self, request, context):
         self.worker.check_backbone(request.backbone)
         spec = fake_backbone.spec(request.input_size)
-        cut = spec.cut(request.cut)
-        if cut is None or cut.name == "input":
-            raise WireError(ErrorCode.NOT_FOUND, f"there is no stem at {request.cut!r}")
-        data = fake_backbone.stem_onnx(spec.preprocessing.input_size)
+        faults = self.worker.faults
+        precision = FLOAT32 if faults.is_old else request.precision or FLOAT32
+        stem = fake_backbone.stem(request.cut, request.input_size, precision)
+        data = stem.data if faults.stem_data is None else faults.stem_data
         header = catalog_pb2.StemHeader(
-            space=messages.space_to_proto(spec.space(cut)),
+            space=messages.space_to_proto(stem.space),
             preprocessing=messages.preprocessing_to_proto(spec.preprocessing),
-            feature_shape=cut.feature_shape,
+            feature_shape=stem.cut.feature_shape,
             size_bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
+            precision="" if faults.is_old else precision,
+            embedding_error=stem.embedding_error,
         )
-        faults = self.worker.faults
         if faults.damage_stems > 0 and not faults.cut_stems:
             faults.damage_stems -= 1
             data = data[:-1] + bytes([data[-1] ^ 1])
@@ -284,17 +317,22 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
     def _tensor(self, matrix):
         return codecs.encode_array(matrix.astype(np.float32))
 
-    def _embed(self, request, slices):
+    def _embed(self, request, slices, model=None):
         _check_stated(request.timeout_s)
-        rows = codecs.decode(request.features)
-        embedding, errors = fake_backbone.embed(messages.space_from_proto(request.space), rows)
+        rows, space = codecs.decode(request.features), messages.space_from_proto(request.space)
+        embedding, errors = fake_backbone.embed(space, rows)
+        if model is None:
+            use = fake_backbone.use(space, fake_backbone.label(space, rows))
+        else:
+            use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
         self.worker.trunk_rows += len(rows)
+        self.worker.received_bytes += codecs.encoded_size(request.features)
         columns, found = fake_backbone.columns(slices)
-        return embedding[:, columns], found, errors
+        return embedding[:, columns], found, errors, messages.codec_use_to_proto(use)
 
     def _predict(self, request, context):
         model, head = self.worker.find("model", context.tenant, request.model)
-        embedding, _, errors = self._embed(request, model.slices)
+        embedding, _, errors, use = self._embed(request, model.slices, model)
         outputs = head(embedding)
         labels = [model.class_names[k] for k in np.nan_to_num(outputs).argmax(axis=1)] if model.class_names else []
         for row in errors:
@@ -307,14 +345,16 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             labels=labels,
             row_errors=self._row_errors(errors, context),
             timings=inference_pb2.trunkline__wire_dot_v1_dot_tensor__pb2.Timings(trunk_s=0.001, total_s=0.002),
+            codec_use=use,
         )
 
     def _extract(self, request, context):
-        embedding, found, errors = self._embed(request, request.slices)
+        embedding, found, errors, use = self._embed(request, request.slices)
         return inference_pb2.ExtractResponse(
             embedding=self._tensor(embedding),
             slices=messages.slices_to_proto(found),
             row_errors=self._row_errors(errors, context),
+            codec_use=use,
         )
 
     @_boundary
@@ -420,8 +460,15 @@ class _Registry(registry_pb2_grpc.RegistryServiceServicer):
 
     @_boundary
     def ListModels(self, request, context):
-        found = [message for message, _ in self.worker.things("model", context.tenant)]
+        found = [_without_candidates(message) for message, _ in self.worker.things("model", context.tenant)]
         return registry_pb2.ListModelsResponse(models=found)
+
+
+def _without_candidates(message):
+    other = registry_pb2.Model()
+    other.CopyFrom(message)
+    del other.candidates[:]
+    return other
 
 
 class _Job:
@@ -473,6 +520,7 @@ class FakeWorker:
         self.kept = {}
         self.trunk_rows = 0
         self.received_chunks = 0
+        self.received_bytes = 0
         self.lock = threading.RLock()
         self._port, self._tls, self._health = port, tls, health
         self._threads = []
@@ -547,7 +595,8 @@ class FakeWorker:
         self.received_chunks += 1
         if self.faults.storage_full:
             raise WireError(ErrorCode.STORAGE_FULL, "the disk is full")
-        digest = hashlib.sha256(chunk.rows.data)
+        self.received_bytes += codecs.encoded_size(chunk.rows)
+        digest = hashlib.sha256(chunk.rows.data + chunk.rows.affine.scale + chunk.rows.affine.offset)
         for one in chunk.rows.encoded:
             digest.update(one)
         if self.faults.damage_chunks > 0:
@@ -559,14 +608,13 @@ class FakeWorker:
         if len(rows) != len(chunk.row_ids) or any(len(one) != ROW_ID_BYTES for one in chunk.row_ids):
             raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(chunk.row_ids)} row ids for {len(rows)} rows")
         space = messages.space_from_proto(chunk.space)
+        label = fake_backbone.label(space, rows) if space.backbone else quantise.codec_of(rows)
         if space.backbone:
             cut = fake_backbone.spec(space.input_size).cut(space.cut)
-            if cut is None or cut.fingerprint != space.fingerprint:
-                raise WireError(ErrorCode.INCOMPATIBLE, "these features were made with other weights")
             if rows.shape[1:] != cut.feature_shape:
                 raise WireError(ErrorCode.SHAPE_MISMATCH, f"rows of {rows.shape[1:]}; {cut.feature_shape} is needed")
         known = self.rows[tenant]
-        new = [(one, row) for one, row in zip(chunk.row_ids, rows, strict=True) if one not in known]
+        new = [(one, (label, _row(rows, at))) for at, one in enumerate(chunk.row_ids) if one not in known]
         known.update(new)
         return len(new)
 
@@ -579,6 +627,9 @@ class FakeWorker:
         missing = sum(one not in known for one in ids)
         if missing:
             raise WireError(ErrorCode.NOT_FOUND, f"{missing} of {len(ids)} rows are not there")
+        labels = {known[one][0] for one in ids}
+        if len(labels) > 1:
+            raise WireError(ErrorCode.INCOMPATIBLE, f"rows of one dataset have one codec; got {sorted(labels)}")
         names, indices, targets = list(request.classes.names), list(request.classes.indices), None
         if request.WhichOneof("labels") == "targets":
             targets = codecs.decode(request.targets.values, max_rows=MAX_DATASET_ROWS)
@@ -597,6 +648,7 @@ class FakeWorker:
             space=request.space,
             class_names=names,
             num_targets=0 if targets is None else targets.shape[1],
+            codec=labels.pop(),
         )
         return self.keep("dataset", tenant, message, (ids, np.array(indices), targets))
 
@@ -644,12 +696,15 @@ class FakeWorker:
 
     def _fit(self, tenant, job, dataset, content):
         ids, indices, targets = content
-        rows = [self.rows[tenant][one] for one in ids]
+        rows = [self.rows[tenant][one][1] for one in ids]
         space = messages.space_from_proto(dataset.space)
         if not space.backbone:
             spec = fake_backbone.spec(job.message.spec.input_size)
             space = spec.space(spec.cut("input"))
-        rows = np.stack(rows) if isinstance(rows[0], np.ndarray) else rows
+        if isinstance(rows[0], quantise.PackedRows):
+            rows = quantise.concatenate(rows)
+        elif isinstance(rows[0], np.ndarray):
+            rows = np.stack(rows)
         embedding, errors = fake_backbone.embed(space, rows)
         if errors:
             raise WireError(ErrorCode.CORRUPT_IMAGE, f"{len(errors)} images cannot be decoded")
@@ -658,6 +713,7 @@ class FakeWorker:
         x = embedding[:, fake_backbone.columns(slices)[0]]
         job.add("fit", 1.0, {"loss": 0.5})
         head, metrics = fake_backbone.fit(x, indices, targets, len(dataset.class_names))
+        tried = fake_backbone.candidates("auto" if mode == training_pb2.EMBEDDING_MODE_AUTO else "", 0.9)
         model = registry_pb2.Model(
             name=job.message.spec.model,
             task=registry_pb2.TASK_CLASSIFICATION if targets is None else registry_pb2.TASK_REGRESSION,
@@ -672,5 +728,8 @@ class FakeWorker:
             head_sha256="0" * 64,
             versions={"numpy": np.__version__},
             job_id=job.message.id,
+            codec=dataset.codec,
+            codec_error=fake_backbone.use(space, dataset.codec).embedding_error,
+            candidates=[registry_pb2.Candidate(slices=s, width=w, score=score) for s, w, score in tried],
         )
         return model, head

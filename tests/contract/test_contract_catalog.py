@@ -58,7 +58,7 @@ def test_stem_runs_and_is_kept(client, server, pictures, tmp_path):
 
 def test_stem_and_trunk_equal_the_whole(client, server, pictures):
     images, _ = pictures(6)
-    stem = client.stem(server.backbone, cut=server.cut, input_size=server.input_size, dtype="float32")
+    stem = client.stem(server.backbone, cut=server.cut, input_size=server.input_size, codec="float32")
     # Behind a later cut only some slices can still be computed.
     slices = client.describe(server.backbone, input_size=server.input_size).cut(server.cut).slices
     through_stem = client.extract(images, stem=stem)

@@ -62,11 +62,74 @@ def test_the_whole_way(run, folder, tmp_path):
     assert np.load(out).shape == (12, 3)
 
 
+def test_what_cuts_cost(run, folder):
+    stages = run("backbones", "show", "fake_net", "--input-size", "32").stdout
+    assert stages == run("backbones", "fake_net", "--input-size", "32").stdout
+    assert "half" in stages and "quarter" not in stages and "--all shows every one" in stages
+    assert "quarter" in run("backbones", "show", "fake_net", "--all").stdout
+    one = run("backbones", "show", "fake_net", "--cut", "quarter", "--images", folder, "--max-error", "0.001")
+    assert "refused: its error 0.25 is over the bound 0.05" in one.stdout and "as the files are" in one.stdout
+    assert "over 0.001" in one.stdout and "next: trunkline upload" in one.stderr
+    data = json.loads(run("backbones", "show", "fake_net", "--all", "--measure", "--json").stdout)
+    assert [row["name"] for row in data["table"]] == ["input", "half", "quarter"]
+    assert all(row["measured"] for row in data["table"]) and data["jpeg"]["resized"] > 0
+    codecs = {one["codec"]: one for one in data["table"][1]["codecs"]}
+    assert codecs["int4"]["bytes_per_row"] == 24 + 8 * 3 and codecs["int4"]["is_allowed"]
+
+
+def test_bench(run, folder):
+    found = run("bench", "stem", "fake_net:half", "--seconds", "0.1", "--threads", "1", "--threads", "2")
+    assert found.exit_code == 0 and found.stdout.count("int8 ") >= 3 and "generated pictures" in found.stdout
+    words = ("bench", "stem", "fake_net:quarter", "--seconds", "0.1", "--images", folder, "--json")
+    data = json.loads(run(*words).stdout)
+    assert [(one["precision"], one["threads"]) for one in data["runs"]] == [("float32", 1)]
+    assert "over the bound" in data["refused"]["int8"] and data["pictures"].startswith("12 pictures of ")
+    assert data["bytes_per_row"]["float32"]["int4"] == 6 + 8 * 3
+
+
+def test_codecs_and_precisions(run, folder, tmp_path):
+    stem = ("--stem", "fake_net:half", "--codec", "int8+zstd", "--precision", "int8", "--threads", "1")
+    first = run("upload", "photos", folder, *stem)
+    assert first.exit_code == 0 and "12 sent as int8@int8" in first.stdout
+    assert "int8@int8" in run("datasets").stdout and "int8@int8" in run("datasets", "photos").stdout
+    assert run("train", "photos", "--name", "m").exit_code == 0
+    shown = run("models", "m").stdout
+    assert "int8@int8, embedding error" in shown and "tried in cross-validation, all 3" in shown
+    assert "grid, pooled" in shown and "SCORE" in shown
+    assert len(json.loads(run("models", "m", "--json").stdout)["candidates"]) == 3
+    used = json.loads(run("predict", "m", folder / "b", "--json").stdout)["codec_use"]
+    assert used["codec"] == used["trained_codec"] == "int8@int8"
+    for words, codec in (
+        (("--codec", "float16"), "float16@int8"),
+        (("--precision", "float32"), "int8"),
+        (("--codec", "auto", "--threads", "1"), "int4@int8"),
+        (("--stem", "fake_net:quarter"), "float16"),
+        (("--send-images",), "uint8"),
+    ):
+        found = json.loads(run("evaluate", "m", folder, *words, "--json").stdout)
+        assert (found["codec_use"]["codec"], found["accuracy"]) == (codec, 1.0)
+    assert "rows sent as int8@int8, embedding error" in run("evaluate", "m", folder).stdout
+    mixed = run("predict", "m", folder / "b", "--send-images", "--codec", "int8")
+    assert mixed.exit_code == 2 and "Leave one or the other out" in mixed.stderr
+    out = tmp_path / "e.npy"
+    assert run("extract", folder, "--out", out, *stem, "--slice", "pooled").exit_code == 0
+    assert np.load(out).shape == (12, 3)
+    too_strict = run("extract", folder, "--out", out, "--stem", "fake_net:half", "--codec", "int4", "--max-error", "0")
+    assert too_strict.exit_code == 1 and "at most 0 is allowed" in too_strict.stderr
+
+
+def test_model_of_pictures_has_no_stem(run, trained, folder):
+    found = run("predict", "m", folder / "b", "--codec", "int8")
+    assert found.exit_code == 1 and "was trained on pictures" in found.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("backbones",),
         ("backbones", "fake_net"),
+        ("backbones", "show", "fake_net", "--cut", "half"),
+        ("bench", "stem", "fake_net:half", "--seconds", "0.1"),
         ("datasets",),
         ("datasets", "photos"),
         ("jobs",),
@@ -131,6 +194,17 @@ def test_not_logged_in(run, monkeypatch):
         (("upload", "d", "/no/such/folder"), 2, "is not a folder"),
         (("upload", "d", "x", "--stem", "fake_net"), 2, "BACKBONE:CUT"),
         (("backbones", "nobody"), 1, "next:  trunkline backbones"),
+        (("backbones", "show"), 2, "trunkline backbones show NAME"),
+        (("backbones", "--all"), 2, "about one backbone"),
+        (("backbones", "a", "b"), 2, "trunkline backbones show NAME"),
+        (("backbones", "show", "fake_net", "--all", "--cut", "half"), 2, "Leave one of them out"),
+        (("backbones", "show", "fake_net", "--cut", "nowhere"), 1, "the cuts near it are"),
+        (("upload", "d", "x", "--codec", "int8"), 2, "Give --stem"),
+        (("upload", "d", "x", "--stem", "fake_net:half", "--codec", "int3"), 1, "bfloat16"),
+        (("upload", "d", "x", "--stem", "fake_net:half", "--precision", "int4"), 1, "float32, int8"),
+        (("upload", "d", "x", "--stem", "fake_net:nowhere"), 1, "the cuts near it are"),
+        (("bench", "stem", "fake_net"), 2, "trunkline bench stem --help"),
+        (("bench", "stem", "fake_net:quarter", "--precision", "int8"), 2, "over the bound"),
         (("nonsense",), 2, "No such command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -23,7 +23,7 @@ def model(fake_client, pictures):
 def many(fake_client):
     """Make features that need six chunks, and their labels."""
     size = 256
-    stem = fake_client.stem("fake_net", cut="half", input_size=size, dtype="float32")
+    stem = fake_client.stem("fake_net", cut="half", input_size=size, codec="float32")
     rows = 6 * (CHUNK_BYTES // (3 * (size // 2) ** 2 * 4)) - 2
     features = np.random.default_rng().random((rows, *stem.feature_shape), dtype=np.float32)
     return features, np.arange(rows) % 2, stem.space

@@ -23,7 +23,7 @@ from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import EXIT_STATUS, Failpoints
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Event, JobSpec, JobState, ModelRecord
+from trunkline_worker.store.records import Candidate, Event, JobSpec, JobState, ModelRecord
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 NUM_ROWS = 6
@@ -43,7 +43,24 @@ FINAL_STATES = {
     LOSE_LANE_ONCE: JobState.SUCCEEDED,
 }
 MODEL = ModelRecord(
-    "", "", 0, "classification", ("a", "b"), 2, SPACE, "e" * 64, (), {}, "digits@1", "d" * 64, "", {}, "", 0.0
+    "",
+    "",
+    0,
+    "classification",
+    ("a", "b"),
+    2,
+    SPACE,
+    "e" * 64,
+    (),
+    {},
+    "digits@1",
+    "d" * 64,
+    "",
+    {},
+    "",
+    0.0,
+    codec="float32",
+    candidates=(Candidate(("pooled",), 3, -0.5, 0.75),),
 )
 
 
@@ -121,12 +138,15 @@ class Work:
             assert np.array_equal(rows, FEATURES[[ROW_IDS.index(one) for one in present]])
         for record in store.datasets.list(TENANT):
             store.rows.locate(TENANT, store.datasets.rows(TENANT, record.reference).row_ids)
+            assert record.codec == "float32"
         if len(store.embeddings.missing(TENANT, EMBEDDING_KEY, ROW_IDS)) < NUM_ROWS:
             where = store.embeddings.locate(TENANT, EMBEDDING_KEY, ROW_IDS)
             assert np.array_equal(read_rows(self.blobs, where), 2 * FEATURES)
         for model in store.models.list(TENANT):
             self.blobs.get_checked(f"heads/{model.head_sha256}", model.head_sha256)
             assert store.jobs.get(TENANT, model.job_id).model == model.reference
+            whole = store.models.get(TENANT, model.reference)
+            assert (whole.codec, whole.candidates) == (MODEL.codec, MODEL.candidates)
         for job in store.jobs.list(TENANT):
             events = store.jobs.events(TENANT, job.id)
             assert [event.seq for event in events] == list(range(1, len(events) + 1))

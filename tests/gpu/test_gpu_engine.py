@@ -1,4 +1,4 @@
-"""The engine on CUDA: the same answers as on the CPU, memory that runs out named."""
+"""The engine on CUDA: the same answers and costs as on the CPU, memory that runs out named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.specs import INPUT_CUT
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
@@ -43,6 +44,42 @@ def test_the_gpu_gives_the_cpus_embedding(cut: str, tmp_path: Path) -> None:
         # Stems are exported on the CPU copy while the GPU serves.
         assert (await engine.stem("blocks.0")).size_bytes > 0
         await engine.close()
+
+    asyncio.run(main())
+
+
+def test_codecs_cost_on_the_gpu_what_they_cost_on_the_cpu(tmp_path: Path) -> None:
+    backbone = load_backbone("efficientnet_lite0")
+    spec = backbone.describe(96)
+    found = spec.cut("blocks.2")
+    assert found is not None
+    with torch.inference_mode():
+        features = backbone.stem("blocks.2")(sample_images(4, 96)).contiguous().numpy()
+    rows = pack(features, "int4", found.channel_axis)
+    assert isinstance(rows, PackedRows)
+    with torch.inference_mode():
+        expected = backbone.trunk("blocks.2")(torch.from_numpy(unpack(rows)))
+
+    async def main() -> None:
+        costs = []
+        for device in ("cpu", "cuda"):
+            blobs = BlobStore(f"file://{tmp_path}/{device}")
+            engine = LocalEngine(backbone, blobs, clock=SystemClock(), device=device)
+            await engine.start(prepare=False)
+            costs.append(await engine.cut_cost("blocks.2", 96))
+            result = await engine.extract(spec.space(found), rows)
+            slices = [one for one in spec.slices if one.name in found.slices]
+            assert embedding_error(torch.from_numpy(result.embedding_BD), expected, slices) <= MAX_RUNTIME_ERROR
+            cost = costs[-1].codec("int4")
+            assert cost is not None
+            assert result.codec_use.embedding_error == cost.embedding_error
+            await engine.close()
+        for on_cpu, on_gpu in zip(costs[0].codecs, costs[1].codecs, strict=True):
+            # The GPU may multiply in TF32, which is as coarse as float16.
+            assert on_gpu.embedding_error == pytest.approx(on_cpu.embedding_error, rel=0.2, abs=2e-3)
+        for on_cpu_stem, on_gpu_stem in zip(costs[0].stems, costs[1].stems, strict=True):
+            assert on_gpu_stem.embedding_error == pytest.approx(on_cpu_stem.embedding_error, rel=0.2, abs=2e-3)
+            assert on_gpu_stem.refused == on_cpu_stem.refused == ""
 
     asyncio.run(main())
 

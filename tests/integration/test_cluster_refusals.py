@@ -13,7 +13,8 @@ def test_a_backbone_that_does_not_exist_is_named_with_those_that_do(tmp_path):
     done = refused.run("up", "--port", "0", "--backbone", "nosuch", check=False)
     assert done.returncode == 1
     assert "no backbone 'nosuch'" in done.stderr
-    assert "resnet50" in done.stderr
+    assert "efficientnet_lite0" in done.stderr
+    assert "timm/" in done.stderr
     assert "Traceback" not in done.stderr
     assert refused.run("status", check=False).returncode == 1
     state = str(refused.state_dir).encode()

@@ -3,18 +3,29 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.quantise import CODECS, PackedRows, codec_of, row_bytes, unpack
 from trunkline_wire.specs import (
+    FLOAT32,
+    INPUT_CUT,
+    INT8,
     BackboneSpec,
+    CodecCost,
+    CodecUse,
+    CutCost,
     CutSpec,
     FeatureSpace,
     Preprocessing,
     SliceSpec,
+    StemCost,
     Timings,
+    codec_label,
     embedding_fingerprint,
     feature_fingerprint,
+    int8_fingerprint,
 )
 from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends
@@ -28,6 +39,11 @@ TOKEN = "a-token-of-the-tests-0123"
 OTHER_TOKEN = "another-tenants-token-4567"
 READER_TOKEN = "a-readers-token-89012345"
 STEM = b"onnx" * 600_000  # more than one chunk
+CODEC_ERRORS = {"float16": 0.0005, "bfloat16": 0.003, "int8": 0.01, "int4": 0.2}
+"""What a codec does to the fake backbone's embedding, so it says."""
+
+INT8_STEM_ERROR = 0.02
+CLASS_NAMES = ("tench", "goldfish")
 
 
 class LocalMetadata:
@@ -52,11 +68,16 @@ class LocalMetadata:
 def fake_spec(input_size=8):
     """Describe a backbone whose embedding is the mean of each channel."""
     preprocessing = Preprocessing(input_size, 1.0, "nearest", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    mid = feature_fingerprint("w", "mid", preprocessing)
     cuts = (
         CutSpec(
-            "input", (input_size, input_size, 3), feature_fingerprint("w", "input", preprocessing), ("a", "pooled")
+            "input",
+            (input_size, input_size, 3),
+            feature_fingerprint("w", "input", preprocessing),
+            ("a", "pooled"),
+            channel_axis=2,
         ),
-        CutSpec("mid", (3, 2, 2), feature_fingerprint("w", "mid", preprocessing), ("pooled",)),
+        CutSpec("mid", (3, 2, 2), mid, ("pooled",), is_stage=True, int8_fingerprint=int8_fingerprint(mid, "c")),
     )
     return BackboneSpec(
         name="fake",
@@ -69,7 +90,31 @@ def fake_spec(input_size=8):
         cuts=cuts,
         slices=(SliceSpec("a", 0, 3), SliceSpec("pooled", 3, 6)),
         embedding_fingerprint=embedding_fingerprint("w", preprocessing),
+        class_names=CLASS_NAMES,
     )
+
+
+def fake_cost(cut):
+    """Say what codecs and stems cost at the cut `mid`."""
+    return CutCost(
+        cut=cut,
+        codecs=tuple(
+            CodecCost(codec, row_bytes(cut.feature_shape, codec, cut.channel_axis), CODEC_ERRORS.get(codec, 0.0))
+            for codec in CODECS
+        ),
+        stems=(StemCost(FLOAT32, len(STEM), 0.0), StemCost(INT8, len(STEM), INT8_STEM_ERROR)),
+        jpeg_bytes_per_row=300.0,
+        sample="made up",
+    )
+
+
+def fake_use(space, rows):
+    """Say how rows were made and sent, as an engine does."""
+    spec = fake_spec(space.input_size or 8)
+    cut = spec.cut(space.cut)
+    precision = cut.precision_of(space.fingerprint) if space.backbone else FLOAT32
+    error = CODEC_ERRORS.get(codec_of(rows), 0.0) + (INT8_STEM_ERROR if precision == INT8 else 0.0)
+    return CodecUse(codec_label(codec_of(rows), precision), error)
 
 
 class FakeEngine:
@@ -83,36 +128,52 @@ class FakeEngine:
         self.most_running = 0
         self.overloaded = False
         self.started = threading.Event()
+        self.costs_asked = []
+        self.last_rows = None
 
     async def describe(self, input_size=0):
         return fake_spec(input_size or 8)
 
-    async def stem(self, cut, input_size=0):
+    async def stem(self, cut, input_size=0, precision=FLOAT32):
         import hashlib
 
         spec = fake_spec(input_size or 8)
         found = spec.cut(cut)
         if found is None:
             raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}")
-        self.blobs.put("stems/abc.onnx", STEM)
+        if precision not in (FLOAT32, INT8):
+            raise WireError(ErrorCode.UNSUPPORTED, f"no stem of precision {precision!r}; there are float32, int8")
+        path = f"stems/{precision}.onnx"
+        self.blobs.put(path, STEM)
         return StemFile(
-            spec.space(found),
+            spec.space(found, precision),
             spec.preprocessing,
             found.feature_shape,
-            "stems/abc.onnx",
+            path,
             len(STEM),
             hashlib.sha256(STEM).hexdigest(),
+            precision,
+            INT8_STEM_ERROR if precision == INT8 else 0.0,
         )
+
+    async def cut_cost(self, cut, input_size=0):
+        self.costs_asked.append((cut, input_size))
+        found = fake_spec(input_size or 8).cut(cut)
+        if found is None or cut == INPUT_CUT:
+            raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}; there is mid")
+        return fake_cost(found)
 
     async def predict(self, space, rows, model, *, timeout_s=None):
         extraction = await self.extract(space, rows, timeout_s=timeout_s)
         outputs = np.tile(np.float32([0.25, 0.75]), (len(rows), 1))
         for row in extraction.row_errors:
             outputs[row] = np.nan
-        return Prediction(outputs, extraction.row_errors, extraction.timings)
+        use = replace(extraction.codec_use, trained_codec=model.codec, trained_error=model.codec_error)
+        return Prediction(outputs, extraction.row_errors, extraction.timings, use)
 
     async def extract(self, space, rows, slices=(), *, timeout_s=None):
         self.calls += 1
+        self.last_rows = rows
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.started.set()
@@ -130,7 +191,9 @@ class FakeEngine:
                 for row in np.flatnonzero((flat == 255).all(axis=1)):
                     errors[int(row)] = WireError(ErrorCode.CORRUPT_IMAGE, "white")
                     embedding[row] = np.nan
-            return Extraction(embedding, fake_spec().slices, errors, Timings(total_s=0.5))
+            if isinstance(rows, PackedRows):
+                embedding[:, :3] = unpack(rows).mean(axis=(2, 3))
+            return Extraction(embedding, fake_spec().slices, errors, Timings(total_s=0.5), fake_use(space, rows))
         finally:
             self.running -= 1
 

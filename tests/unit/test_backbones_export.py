@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from small_backbones import small_backbone
 from torch import nn
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_worker.backbones.backbone import Backbone
@@ -69,6 +70,21 @@ def test_an_exported_stem_equals_torch_for_any_number_of_rows(
         expected = backbone.stem(cut)(images).numpy()
         got = _run(data, images.numpy())
         assert got.dtype == np.float32
+        assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cut", ["patch", "norm", "flatten", "mean"])
+def test_stems_of_every_rank_are_exported(cut: str) -> None:
+    # (C, H, W), (H, W, C), (T, C), a vector.
+    backbone = small_backbone()
+    spec = backbone.describe()
+    data = export_stem(backbone, cut)
+    for num_rows in (1, 3):
+        images = sample_images(num_rows, spec.preprocessing.input_size, seed=num_rows)
+        expected = backbone.stem(cut)(images).numpy()
+        got = _run(data, images.numpy())
+        assert got.shape == (num_rows, *spec.cut(cut).feature_shape)  # type: ignore[union-attr]
         assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import parity
 import pytest
 import torch
 import torchvision
@@ -41,23 +42,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _smallest(backbone: Backbone) -> int:
-    """Return a small input size that the network takes."""
-    if not backbone.architecture.resizable:
-        return backbone.preprocessing.input_size
-    for size in (64, 96, 128):
-        try:
-            backbone.describe(size)
-        except WireError:
-            continue
-        return size
-    raise AssertionError("takes no small picture")
-
-
 @torch.inference_mode()
 def _check(name: str) -> Backbone:
     backbone = load_backbone(name, allow_untrained=True)
-    size = _smallest(backbone)
+    size = parity.smallest_size(backbone)
     spec = backbone.describe(size)
     images = sample_images(1, size)
     embedding = backbone.trunk(INPUT_CUT)(images)
@@ -73,18 +61,6 @@ def _check(name: str) -> Backbone:
     return backbone
 
 
-def _options(name: str) -> dict[str, object]:
-    if name in ("inception_v3", "googlenet"):
-        return {"aux_logits": False, "init_weights": False}
-    if name.startswith("vit_"):
-        return {"image_size": _own_size(name)}
-    return {}
-
-
-def _own_size(name: str) -> int:
-    return int(torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"])
-
-
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_one_of_each_family(name: str) -> None:
     backbone = _check(name)
@@ -95,8 +71,8 @@ def test_one_of_each_family(name: str) -> None:
 def _check_other_sizes(backbone: Backbone) -> None:
     """Compare what is said about other input sizes with what the network itself says to one."""
     own = backbone.preprocessing.input_size
-    assert backbone.architecture.resizable == (backbone.name not in FIXED)
-    if backbone.architecture.resizable:
+    assert backbone.resizable == (backbone.name not in FIXED)
+    if backbone.resizable:
         assert backbone.describe(own + 64).cuts[0].feature_shape == (own + 64, own + 64, 3)
         return
     images = torch.zeros(1, own + 64, own + 64, 3, dtype=torch.uint8)
@@ -116,20 +92,19 @@ def test_every_network(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit_b_32", "alexnet", "squeezenet1_1", "inception_v3"])
 def test_pooled_is_what_enters_the_classifier(name: str) -> None:
     backbone = load_backbone(name, allow_untrained=True)
-    size = _smallest(backbone)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {**_options(name), **({"transform_input": True} if name == "inception_v3" else {})}
-        network = torchvision.models.get_model(name, weights=None, **options).eval()
+    size = parity.smallest_size(backbone)
+    network = parity.torchvision_reference(name)
+    parity.fill_zeros(*backbone.modules(), network)
     kind = nn.Conv2d if name == "squeezenet1_1" else nn.Linear
     entering: list[torch.Tensor] = []
     last = [module for module in network.modules() if isinstance(module, kind)][-1]
     last.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0]))
     images = sample_images(2, size)
-    mean, std = (torch.tensor(one)[:, None, None] for one in (backbone.preprocessing.mean, backbone.preprocessing.std))
-    logits = network((images.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+    logits = network(parity.normalised(backbone, images))
     expected = entering[0].mean((2, 3)) if entering[0].ndim == 4 else entering[0]
-    torch.testing.assert_close(backbone.trunk(INPUT_CUT)(images), expected, rtol=1e-4, atol=1e-5)
+    pooled = backbone.trunk(INPUT_CUT)(images)[:, -expected.shape[1] :]
+    assert backbone.describe(size).slices[-1].width == expected.shape[1]
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(backbone.whole()(images), logits, rtol=1e-4, atol=1e-5)
 
 
@@ -149,13 +124,3 @@ def test_a_picture_too_small_for_a_network_is_found_out_quietly_and_before_any_b
         backbone.describe(64)
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-def test_a_cut_that_is_not_there_is_refused_with_those_that_are() -> None:
-    backbone = load_backbone("resnet18", allow_untrained=True)
-    for call in (backbone.stem, backbone.trunk, backbone.rest):
-        with pytest.raises(WireError, match="input, maxpool, layer1, layer2, layer3, layer4") as caught:
-            call("layer9")
-        assert caught.value.code is ErrorCode.NOT_FOUND
-    with pytest.raises(WireError, match="has no stem"):
-        backbone.stem(INPUT_CUT)

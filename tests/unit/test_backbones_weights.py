@@ -111,8 +111,8 @@ def test_a_file_of_another_network_names_what_differs(tmp_path: Path, state: Ord
 def test_the_names_of_what_differs_are_bounded() -> None:
     with pytest.raises(WireError) as caught:
         fit_by_name(nn.Linear(1, 1), {f"{index}{'x' * 500}": torch.zeros(1) for index in range(5000)}, "file")
-    assert len(caught.value.message) < 2000
-    assert "and 4992 more" in caught.value.message
+    assert len(caught.value.message) < 20_000
+    assert "and 4900 more" in caught.value.message
 
 
 def test_by_position_every_shape_and_the_number_must_agree() -> None:

@@ -108,9 +108,9 @@ def test_no_cluster():
     assert run("doctor").exit_code == 1
 
 
-@pytest.mark.parametrize("name", sorted(one.name for one in app.registered_commands))
+@pytest.mark.parametrize("name", [*sorted(one.name for one in app.registered_commands), "bench stem"])
 def test_every_command_has_json_and_help(name):
-    text = run(name, "--help").stdout
+    text = run(*name.split(), "--help").stdout
     assert "--json" in text and "--address" in text
 
 
@@ -158,4 +158,5 @@ def test_colour_only_in_a_terminal_that_wants_it(monkeypatch):
 
 
 def test_columns():
+    assert output.columns(("A", "LONG"), [("one", 1), ("x", 22)], right=(1,)) == "A    LONG\none     1\nx      22"
     assert output.columns(("A", "LONG"), [("one", 1), ("x", 22)]) == "A    LONG\none  1\nx    22"

@@ -1,15 +1,19 @@
 """How rows become batches, and answers become one: without a server."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 from trunkline import errors
 from trunkline._calls import Batch, RawPrediction
+from trunkline._features import Features, check_features, rows_per_chunk
 from trunkline._inference import Collector, FeatureFeed, ImageFeed, run
-from trunkline.datasets import FeatureRows, ImageRows, check_features, rows_per_chunk
+from trunkline.datasets import FeatureRows, ImageRows
 from trunkline.images import pictures
 from trunkline_wire.limits import CHUNK_BYTES, MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
-from trunkline_wire.specs import FeatureSpace, Preprocessing, Timings
+from trunkline_wire.quantise import PackedRows, codec_of, pack, parse_codec, row_bytes, unpack
+from trunkline_wire.specs import CodecUse, CutSpec, FeatureSpace, Preprocessing, Timings
 
 SPACE = FeatureSpace("net", "half", 8, "ab" * 32)
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -21,8 +25,14 @@ def answer(batch, error_rows=()):
     return RawPrediction("m@1", outputs, tuple(map(str, batch.row_numbers)), failed, Timings(total_s=1.0))
 
 
+def at_hand(features, space=SPACE, codec=None):
+    """Check features at a cut of their own shape."""
+    cut = CutSpec("half", features.shape[1:], space.fingerprint, ())
+    return Features(features, space, cut, None if codec is None else parse_codec(codec))
+
+
 def feed(rows=10):
-    return FeatureFeed(np.zeros((rows, 3), np.float16), SPACE)
+    return FeatureFeed(at_hand(np.zeros((rows, 3), np.float16)))
 
 
 def test_answers_in_any_order_are_put_in_place():
@@ -57,6 +67,13 @@ def test_first_error_is_raised_where_nothing_went_well():
         collector.collect()
 
 
+def test_codec_of_the_batch_with_the_largest_error_is_told():
+    collector = Collector(feed(6))
+    for rows, use in (((0, 1), CodecUse("images")), ((2, 3), CodecUse("int8", 0.01)), ((4, 5), CodecUse("uint8"))):
+        collector.take(Batch(None, rows), dataclasses.replace(answer(Batch(None, rows)), codec_use=use))
+    assert collector.collect().codec_use == CodecUse("int8", 0.01)
+
+
 def test_answers_of_the_wrong_size():
     with pytest.raises(errors.InternalError, match="2 rows; 3 were sent"):
         Collector(feed(3)).take(Batch(None, (0, 1, 2)), answer(Batch(None, (0, 1))))
@@ -85,7 +102,7 @@ def test_rows_that_fail_here_are_left_out():
 
 
 def test_batch_sizes():
-    small, large = feed(100), FeatureFeed(np.zeros((2, CHUNK_BYTES), np.float16), SPACE)
+    small, large = feed(100), FeatureFeed(at_hand(np.zeros((2, CHUNK_BYTES), np.float16)))
     assert small.batch_rows(None) == 64 and small.batch_rows(7) == 7 and large.batch_rows(None) == 1
     assert small.batch_rows(10**6) == 10**6  # more than there is: one batch of a hundred
     with pytest.raises(errors.PayloadTooLargeError, match=f"batch_size={MAX_BATCH_ROWS}"):
@@ -99,7 +116,8 @@ def test_row_over_the_limit():
     with pytest.raises(errors.PayloadTooLargeError, match="one row"):
         rows_per_chunk(MAX_PAYLOAD_BYTES + 1)
     with pytest.raises(errors.PayloadTooLargeError):
-        check_features(np.zeros((1, MAX_PAYLOAD_BYTES // 4 + 1), np.float32), (MAX_PAYLOAD_BYTES // 4 + 1,), SPACE)
+        at_hand(np.zeros((1, MAX_PAYLOAD_BYTES // 4 + 1), np.float32))
+    assert len(at_hand(np.zeros((1, MAX_PAYLOAD_BYTES // 4 + 1), np.float32), codec="int8")) == 1
 
 
 def test_features_at_the_input_are_pixels():
@@ -114,7 +132,7 @@ def test_features_at_the_input_are_pixels():
 
 def test_chunks_hold_what_was_wanted():
     features = np.random.default_rng(0).random((9, CHUNK_BYTES // 16)).astype(np.float32)
-    source = FeatureRows(features, SPACE, features.shape[1:])
+    source = FeatureRows(at_hand(features))
     chunks = list(source.chunks([0, 2, 3, 5, 6, 8]))
     assert [len(one.row_ids) for one in chunks] == [4, 2]
     assert [one for chunk in chunks for one in chunk.row_ids] == [source.row_ids[n] for n in (0, 2, 3, 5, 6, 8)]
@@ -125,18 +143,33 @@ def test_row_ids_tell_spaces_and_codecs_apart():
     features = np.ones((1, 4), np.float32)
     other = FeatureSpace("net", "half", 16, "cd" * 32)
     ids = {
-        FeatureRows(features, SPACE, (4,)).row_ids[0],
-        FeatureRows(features, other, (4,)).row_ids[0],
-        FeatureRows(features.astype(np.float16), SPACE, (4,)).row_ids[0],
-        FeatureRows(features * 2, SPACE, (4,)).row_ids[0],
+        FeatureRows(at_hand(features)).row_ids[0],
+        FeatureRows(at_hand(features, other)).row_ids[0],
+        FeatureRows(at_hand(features.astype(np.float16))).row_ids[0],
+        FeatureRows(at_hand(features * 2)).row_ids[0],
+        FeatureRows(at_hand(features, codec="int8")).row_ids[0],
+        FeatureRows(at_hand(features, codec="int4")).row_ids[0],
+        FeatureRows(at_hand(pack(features, "int4"))).row_ids[0],
     }
-    assert len(ids) == 4
-    assert FeatureRows(features.astype(np.float64), SPACE, (4,)).row_ids[0] in ids
+    assert len(ids) == 7
+    assert FeatureRows(at_hand(features.astype(np.float64))).row_ids[0] in ids
+    assert FeatureRows(at_hand(features, codec="int8+zstd")).row_ids[0] in ids
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "int4"])
+def test_features_are_packed_a_chunk_at_a_time(codec):
+    features = np.random.default_rng(0).random((9, 3, CHUNK_BYTES // 12)).astype(np.float32)
+    source = FeatureRows(at_hand(features, codec=codec + "+zstd"))
+    chunks = list(source.chunks([0, 2, 3, 5, 6, 8]))
+    assert all(one.compress and codec_of(one.rows) == codec and one.rows.nbytes <= CHUNK_BYTES for one in chunks)
+    assert len(chunks) == -(-6 // (CHUNK_BYTES // row_bytes(features.shape[1:], codec)))
+    parts = [unpack(one.rows) if isinstance(one.rows, PackedRows) else one.rows for one in chunks]
+    np.testing.assert_allclose(np.concatenate(parts), features[[0, 2, 3, 5, 6, 8]], atol=0.04)
 
 
 def test_image_chunks_stay_small(monkeypatch):
     monkeypatch.setattr("trunkline.datasets.CHUNK_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 255, (5, 12, 12, 3)).astype(np.uint8)
     chunks = list(ImageRows(pictures(noise)).chunks(range(5)))
-    assert all(one.num_bytes <= 1000 for one in chunks) and sum(len(one.row_ids) for one in chunks) == 5
+    assert all(sum(map(len, one.rows)) <= 1000 for one in chunks) and sum(len(one.row_ids) for one in chunks) == 5
     assert len(chunks) >= 3

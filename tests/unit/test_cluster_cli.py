@@ -1,10 +1,14 @@
 """The operator's commands, as far as they can be known wrong before anything is started."""
 
 import json
+import re
+from dataclasses import asdict, fields
 
 import pytest
 from trunkline_wire.local import LocalCluster, write_local_cluster
 from trunkline_worker.cluster import cli
+from trunkline_worker.cluster.options import ClusterOptions
+from trunkline_worker.cluster.settings import Settings
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -29,6 +33,9 @@ def own_state(tmp_path, monkeypatch):
         (["--backbone", "../x"], "not a backbone name"),
         (["--weights", "resnet18"], "NAME=FILE"),
         (["--weights", "resnet18=/nowhere/w.safetensors"], "NAME=FILE"),
+        (["--own-backbone", "/nowhere"], "expected a folder with a backbone.toml"),
+        (["--samples", "/nowhere"], "not a folder"),
+        (["--backbone", "a/b/c"], "not a backbone name"),
         (["--device", "auto", "--backbone", "a", "--backbone", "a"], "each once"),
     ],
 )
@@ -38,6 +45,55 @@ def test_bad_arguments_start_nothing_and_exit_with_2(command, arguments, what):
     assert result.exit_code == 2, result.output
     assert what in result.stderr
     assert result.stdout == ""
+
+
+def test_every_option_becomes_the_setting_of_its_name(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "backbone.toml").write_text(
+        'name = "mine"\nfactory = "net:build"\nweights = "w.safetensors"\n[preprocessing]\ninput_size = 32\n'
+        'crop_fraction = 1.0\ninterpolation = "bilinear"\nmean = [0, 0, 0]\nstd = [1, 1, 1]\n'
+    )
+    given = ClusterOptions(
+        host="127.0.0.2",
+        port=5,
+        backbone=["resnet18", "timm/resnet18"],
+        own_backbone=[str(tmp_path)],
+        weights=[f"resnet18={file}"],
+        samples=str(tmp_path),
+        allow_untrained=True,
+        token_file="tokens",
+        tls_cert="cert",
+        tls_key="key",
+        tls_client_ca="ca",
+        insecure=True,
+        device="cpu",
+    )
+    assert all(value is not None for value in asdict(given).values())
+    settings = given.settings()
+    for name, value in asdict(given).items():
+        if name not in ("backbone", "own_backbone", "weights"):
+            assert getattr(settings, name) == value
+    assert settings.backbones == ("resnet18", "timm/resnet18", "mine")
+    assert settings.own_backbones == (str(tmp_path),)
+    assert settings.weights == {"resnet18": str(file)}
+    assert ClusterOptions().settings() == Settings()
+
+
+@pytest.mark.parametrize("command", ["up", "serve"])
+def test_help_lists_every_option_once(command):
+    text = runner.invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    for field in fields(ClusterOptions):
+        option = f"--{field.name.replace('_', '-')}"
+        assert len(re.findall(rf"{option}\s", text)) == 1, option
+        assert f"--no-{field.name.replace('_', '-')}" not in text
+
+
+def test_options_that_change_nothing_are_pointed_out(monkeypatch):
+    running = LocalCluster(address="127.0.0.1:1", token_file="", ca_file="", pid=1, id="x")
+    monkeypatch.setattr(cli, "_running", lambda: running)
+    assert "changed nothing" not in runner.invoke(cli.app, ["up"]).stderr
+    assert "changed nothing" in runner.invoke(cli.app, ["up", "--backbone", "resnet18"]).stderr
 
 
 def test_without_a_cluster_down_does_nothing_and_status_says_so():

@@ -116,6 +116,79 @@ def test_bad_settings_are_refused_at_once(given, what):
         Settings(**given)
 
 
+@pytest.fixture
+def own(tmp_path):
+    """Make the manifest of a backbone of one's own, in a folder of its name."""
+
+    def make(name, folder=None):
+        path = tmp_path / (folder or name) / "backbone.toml"
+        path.parent.mkdir()
+        path.write_text(
+            f'name = "{name}"\nfactory = "net:build"\nweights = "w.safetensors"\n[preprocessing]\ninput_size = 32\n'
+            'crop_fraction = 1.0\ninterpolation = "bilinear"\nmean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n'
+        )
+        return str(path.parent)
+
+    return make
+
+
+def config_of(app):
+    """Return what a Serve application gives its replicas."""
+    return app._bound_deployment.init_args[0]
+
+
+def test_own_backbones_are_served_besides_the_others_in_the_order_that_is_asked_for(own):
+    mine, yours = own("mine"), own("yours")
+    assert Settings(own_backbones=[mine]).backbones == ("efficientnet_lite0", "mine")
+    assert Settings(own_backbones=[mine, yours], backbones=["yours", "resnet18"]).backbones == (
+        "yours",
+        "resnet18",
+        "mine",
+    )
+    settings = Settings(own_backbones=[mine, yours])
+    assert Settings.model_validate_json(settings.model_dump_json()).backbones == settings.backbones
+    assert settings.manifest_of("yours") == yours
+    assert settings.manifest_of("efficientnet_lite0") is None
+
+
+def test_replicas_are_told_manifest_and_pictures(own, tmp_path, monkeypatch):
+    mine = own("mine")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(own_backbones=["mine"], samples="mine")
+    config = config_of(apps.build_backbone(settings, "mine"))
+    assert (config.name, config.manifest, config.samples) == ("mine", mine, mine)
+    other = config_of(apps.build_backbone(Settings(own_backbones=["mine"]), "efficientnet_lite0"))
+    assert (other.manifest, other.samples) == (None, None)
+    served = config_of(apps.backbone({"name": "mine", "own_backbones": ["mine"]}))
+    assert served.manifest == mine
+
+
+def test_own_backbones_with_a_fault_are_refused_at_once(own, tmp_path):
+    mine = own("mine")
+    with pytest.raises(ValueError, match="two of your own backbones are called 'mine'"):
+        Settings(own_backbones=[mine, own("mine", "again")])
+    with pytest.raises(ValueError, match="the weights of 'mine' are named in its manifest"):
+        Settings(own_backbones=[mine], weights={"mine": "/w.safetensors"})
+    with pytest.raises(ValueError, match=r"expected a folder with a backbone\.toml"):
+        Settings(own_backbones=[str(tmp_path / "nothing")])
+    (tmp_path / "mine" / "backbone.toml").write_text('title = "x"')
+    with pytest.raises(ValueError, match="unknown key 'title'"):
+        Settings(own_backbones=[mine])
+    with pytest.raises(ValueError, match="is not a folder"):
+        Settings(samples=str(tmp_path / "nothing"))
+
+
+def test_names_of_timm_are_served_by_applications_of_names_without_slashes():
+    names = ("timm/resnet18.a1_in1k", "timm/resnet18", "timm.resnet18", "timm-resnet18", "timm_resnet18")
+    settings = Settings(backbones=names)
+    config = config_of(apps.build_gateway(settings))
+    assert [name for name, _ in config.backbone_apps] == list(names)
+    found = [app for _, app in config.backbone_apps]
+    assert len(set(found)) == len(names)
+    assert not any("/" in app for app in found)
+    assert config_of(apps.build_backbone(settings, "timm/resnet18")).name == "timm/resnet18"
+
+
 def test_every_setting_is_documented():
     text = (ROOT / "docs" / "operations.md").read_text()
     missing = [name for name in Settings.model_fields if f"| `{name}` |" not in text]

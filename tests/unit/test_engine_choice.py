@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_backbones import SIZE as SMALL
+from small_backbones import small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.backbones.backbone import Backbone
@@ -24,6 +26,7 @@ from trunkline_worker.engine.runtimes import (
     TorchRuntime,
     place,
     torch_candidates,
+    torch_runtime,
 )
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
@@ -98,6 +101,44 @@ def test_runtimes_agree_and_take_read_only_half_precision_and_strided_rows(
     torch.testing.assert_close(half, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("cut", ["patch", "norm", "blocks.1", "flatten", "mean"])
+def test_rows_of_every_rank_enter_every_runtime(cut: str, blobs: BlobStore) -> None:
+    # (C, H, W), (H, W, C), (H, W, C), (T, C), a vector that is only passed on.
+    small = place(small_backbone(), CPU)
+    chooser = _chooser(small, blobs)
+    candidates = chooser.candidates(cut, SMALL)
+    assert [one.name for one in candidates] == [*torch_candidates(CPU), ONNX_FP32]
+    with torch.inference_mode():
+        features = small.stem(cut)(sample_images(3, SMALL, seed=7))
+        expected = small.trunk(cut)(features)
+    for runtime in candidates:
+        tolerance = 1e-4 if runtime.name in (TORCH_FP32, ONNX_FP32) else 2e-2
+        got = runtime.run(features.contiguous().numpy())
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    assert chooser.measure(cut, SMALL, candidates).error <= 0.02
+
+
+def test_only_features_with_their_channels_first_are_laid_out_anew() -> None:
+    class Strides(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = x.stride()
+            return x.flatten(1)
+
+    trunk = Strides()
+    rows = np.zeros((2, 5, 6, 7), np.float32)
+    TorchRuntime(trunk, TORCH_FP32, CPU, channels_first=True).run(rows)
+    assert trunk.seen == (210, 1, 35, 5)
+    TorchRuntime(trunk, TORCH_FP32, CPU, channels_first=False).run(rows)
+    assert trunk.seen == (210, 42, 7, 1)
+    small = small_backbone()
+    spec = small.describe()
+    for cut, first in (("patch", True), ("norm", False)):
+        found = spec.cut(cut)
+        assert found is not None
+        assert torch_runtime(small, found, TORCH_FP32, CPU)._channels_first is first
+
+
 def test_the_choice_is_measured_once_and_remembered(
     backbone: Backbone, blobs: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,11 +179,13 @@ def test_without_an_export_torch_serves(
 
 
 def test_a_runtime_that_computes_something_else_is_not_chosen(backbone: Backbone, blobs: BlobStore) -> None:
+    width = backbone.describe(SIZE).slices[-1].stop
+
     class Wrong:
         name = "wrong"
 
         def run(self, features: np.ndarray) -> torch.Tensor:
-            return torch.ones(len(features), 512)
+            return torch.ones(len(features), width)
 
     chooser = _chooser(backbone, blobs, use_onnx=False)
     fp32 = TorchRuntime(backbone.trunk("input"), TORCH_FP32, CPU)

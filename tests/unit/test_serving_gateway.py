@@ -59,7 +59,7 @@ def refused(call):
 
 def extract(rows, space=None, **fields):
     space = messages.space_to_proto(space or fakes.images_space())
-    return inference_pb2.ExtractRequest(space=space, features=codecs.encode_array(rows), **fields)
+    return inference_pb2.ExtractRequest(space=space, features=codecs.encode_rows(rows), **fields)
 
 
 def images(count=2, value=0):
@@ -101,7 +101,7 @@ def test_every_rpc_of_the_wire_refuses_a_caller_without_a_token(channel):
             error = refused(lambda stub=stub, method=method, argument=argument: getattr(stub, method.name)(argument))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method.name
             called += 1
-    assert called == 20
+    assert called == 21
 
 
 def test_reflection_needs_a_token_and_then_lists_everything(channel):
@@ -219,8 +219,8 @@ def test_an_unknown_model_and_a_bad_name_are_told_apart(channel):
 
 
 def chunk(ids, rows, space, sha256=None):
-    tensor = codecs.encode_images(rows) if isinstance(rows, list) else codecs.encode_array(rows)
-    content = tensor.data or b"".join(tensor.encoded)
+    tensor = codecs.encode_images(rows) if isinstance(rows, list) else codecs.encode_rows(rows)
+    content = b"".join([tensor.data, tensor.affine.scale, tensor.affine.offset, *tensor.encoded])
     return dataset_pb2.RowChunk(
         space=messages.space_to_proto(space),
         row_ids=ids,
@@ -525,12 +525,12 @@ def test_predictions_outlive_the_metadata_store(gateway):
     async def run():
         metadata = Away()
         lookup = ModelLookup(metadata, monotonic=lambda: now[0])
-        assert await lookup.find("default", "m") is record
-        assert await lookup.find("default", "m") is record
+        assert await lookup.find("default", "m") == record
+        assert await lookup.find("default", "m") == record
         assert metadata.asked == 1
         now[0] += NEWEST_TTL_S + 1
         metadata.away = True
-        assert await lookup.find("default", "m") is record
+        assert await lookup.find("default", "m") == record
         assert metadata.asked == 2
 
     asyncio.run(run())

@@ -77,6 +77,7 @@ def test_commit_and_read_back(store: MetadataStore) -> None:
     assert record.class_names == ("zero", "eins\0", "☃")
     assert record.num_targets == 0
     assert record.create_time == 1000.0
+    assert record.codec == "float16"
     assert record.digest == dataset_digest(ROWS[:4], ["zero", "eins\0", "☃"], [0, 1, 2, 0], None)
     assert store.datasets.get("t", "digits") == store.datasets.get("t", "digits@1") == record
     content = store.datasets.rows("t", "digits")
@@ -141,6 +142,19 @@ def test_rows_of_another_space_or_codec(store: MetadataStore) -> None:
     with pytest.raises(WireError, match="float16, float32"):
         commit(store, row_ids=[*ROWS[:3], single])
     assert commit(store).version == 1
+
+
+@pytest.mark.parametrize("codec", ["float32", "images", "int8@int8", "bfloat16"])
+def test_a_dataset_says_how_its_rows_were_made_and_sent(store: MetadataStore, codec: str) -> None:
+    row_ids = [hashlib.sha256(f"{codec} {number}".encode()).digest() for number in range(4)]
+    store.rows.add_chunk("t", "b" * 64, SPACE, codec, row_ids[:2])
+    store.rows.add_chunk("t", "c" * 64, SPACE, codec, row_ids[2:])
+    record = commit(store, "key", row_ids=row_ids)
+    assert record.codec == codec
+    assert store.datasets.get("t", "digits") == store.datasets.list("t")[0] == record
+    assert store.datasets.rows("t", "digits").record == record
+    assert commit(store, "key", row_ids=row_ids) == record, "a retry gets the same answer"
+    assert commit(store, row_ids=row_ids) == record
 
 
 NAMED = ["a", "b"]

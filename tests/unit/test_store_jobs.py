@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import pickle  # noqa: TID251 - whether a StaleLeaseError stays one on the way back from an actor
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.jobs import StaleLeaseError
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Event, JobRecord, JobSpec, JobState, Lease, ModelRecord
+from trunkline_worker.store.records import Candidate, Event, JobRecord, JobSpec, JobState, Lease, ModelRecord
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
@@ -42,6 +43,9 @@ MODEL = ModelRecord(
     versions={"trunkline": "0.1.0"},
     job_id="",
     create_time=0.0,
+    codec="int8@int8",
+    codec_error=0.03125,
+    candidates=(Candidate(("blocks.2:mean",), 8, -0.25, 0.75), Candidate(("a", "b"), 4, -math.inf, None)),
 )
 
 
@@ -125,7 +129,7 @@ def test_submit_lease_succeed(store: MetadataStore, clock: ManualClock) -> None:
     assert end == Event("end", 1.0, {"accuracy": 0.75}, "published head@1", 1010.0, 4)
     assert store.jobs.events("t", job.id, after_seq=1, limit=1) == [first]
     assert store.models.get("t", "head") == store.models.get("t", "head@1") == model
-    assert store.models.list("t") == [model]
+    assert store.models.list("t") == [replace(model, candidates=())]
 
 
 def test_a_job_trains_on_what_its_dataset_was_when_it_was_submitted(store: MetadataStore) -> None:
@@ -345,7 +349,7 @@ def test_both_workers_finish_and_one_counts(store: MetadataStore, clock: ManualC
     published = store.jobs.succeed(job.id, second.fence, replace(MODEL, head_sha256="2" * 64))
     with pytest.raises(StaleLeaseError):
         store.jobs.succeed(job.id, first.fence, MODEL)
-    assert store.models.list("t") == [published]
+    assert store.models.list("t") == [replace(published, candidates=())]
 
 
 def test_a_renewed_lease_does_not_expire(store: MetadataStore, clock: ManualClock) -> None:

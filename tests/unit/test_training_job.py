@@ -1,5 +1,6 @@
 """A job from its lease to the published model, on the real store, without Ray."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import serving_fakes as fakes
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.rows import row_id
+from trunkline_wire.specs import FLOAT32, IMAGES, INT8, SliceSpec, codec_label
 from trunkline_worker.engine.api import Extraction
 from trunkline_worker.heads.artefact import head_from_bytes, head_path
 from trunkline_worker.store import chunks
@@ -24,30 +27,43 @@ LEASE_S = 3600.0
 
 
 class FakeTrunk:
-    """A trunk whose embedding is the mean of each channel, twice. Counts what goes through it."""
+    """A trunk whose embedding is the mean of each channel. Counts what goes through it and what it is asked."""
 
     def __init__(self):
         self.rows = 0
         self.spec = fakes.fake_spec()
         self.bad_row = None
         self.on_batch = lambda: None
+        self.spaces = set()
+        self.costs_asked = []
 
     def describe(self, backbone, input_size):
         return self.spec
 
+    def cut_cost(self, backbone, cut, input_size):
+        self.costs_asked.append((backbone, cut, input_size))
+        return fakes.fake_cost(self.spec.cut(cut))
+
     def extract(self, batches):
         for space, rows in batches:
             self.on_batch()
-            assert space.cut == "mid"
             self.rows += len(rows)
+            self.spaces.add(space)
             errors = {}
             if self.bad_row is not None:
                 errors[self.bad_row] = WireError(ErrorCode.CORRUPT_IMAGE, "not a picture")
-            yield Extraction(rows.mean(axis=(2, 3)).astype(np.float32), self.spec.slices[1:], errors)
+            if space.is_input:
+                embedding = np.zeros((len(rows), 6), np.float32)
+                embedding[:, 3:] = np.stack([np.frombuffer(row, np.uint8)[:3] for row in rows])
+            else:
+                values = unpack(rows) if isinstance(rows, PackedRows) else rows
+                embedding = values.mean(axis=(2, 3)).astype(np.float32)
+            slices = [one for one in self.spec.slices if one.name in self.spec.cut(space.cut).slices]
+            yield Extraction(embedding, tuple(slices), errors, codec_use=fakes.fake_use(space, rows))
 
 
 class Bench:
-    """Store, blobs, trunk and one dataset that can be learnt."""
+    """Store, blobs, trunk and one dataset, `three`, that can be learnt."""
 
     def __init__(self, folder):
         self.failpoints = Failpoints()
@@ -55,18 +71,29 @@ class Bench:
         self.blobs = BlobStore(f"file://{folder}/data")
         self.store = MetadataStore(Database(f"sqlite:///{folder}/metadata.sqlite"), clock=self.clock)
         self.trunk = FakeTrunk()
+        self.embedding_keys = set()
         spec = self.trunk.spec
         self.space = spec.space(spec.cut("mid"))
         rng = np.random.default_rng(0)
-        labels = np.arange(NUM_ROWS) % 3
-        features = rng.normal(size=(NUM_ROWS, 3, 2, 2)).astype(np.float16)
-        features[np.arange(NUM_ROWS), labels] += 4
-        ids = [row_id(self.space, "float16", hashlib.sha256(one.tobytes()).digest()) for one in features]
-        sha256 = chunks.write_chunk(self.blobs, features)
-        self.store.rows.add_chunk("default", sha256, self.space, "float16", ids)
-        self.store.datasets.commit("default", "three", self.space, ids, ("a", "b", "c"), labels, None, "commit")
+        self.labels = np.arange(NUM_ROWS) % 3
+        self.features = rng.normal(size=(NUM_ROWS, 3, 2, 2)).astype(np.float16)
+        self.features[np.arange(NUM_ROWS), self.labels] += 4
+        self.upload("three", "float16")
+
+    def upload(self, name, codec, precision=FLOAT32):
+        """Store the features in a codec, as a stem of that precision made them, and make a dataset of them."""
+        space = self.trunk.spec.space(self.trunk.spec.cut("mid"), precision)
+        self.store_rows(name, space, codec_label(codec, precision), pack(self.features, codec))
+
+    def store_rows(self, name, space, codec, rows):
+        ids = [row_id(space, codec, hashlib.sha256(one.tobytes()).digest()) for one in self.features]
+        sha256 = chunks.write_chunk(self.blobs, rows)
+        self.store.rows.add_chunk("default", sha256, space, codec, ids)
+        self.store.datasets.commit("default", name, space, ids, ("a", "b", "c"), self.labels, None, name)
 
     def call(self, name, *args):
+        if name == "embeddings.missing":
+            self.embedding_keys.add(args[1])
         area, _, method = name.partition(".")
         return getattr(getattr(self.store, area), method)(*args)
 
@@ -127,12 +154,142 @@ def test_a_row_that_cannot_be_read_fails_the_job_and_is_named(bench):
     assert bench.run().state is JobState.SUCCEEDED
 
 
-def test_features_of_other_weights_fail_the_job(bench):
-    bench.submit()
+QUICK = {"l2": 0.01, "refit": False}
+"""One fit instead of dozens, where it does not matter how good the model is."""
+
+
+@pytest.mark.parametrize(
+    ("codec", "precision"),
+    [
+        ("float32", FLOAT32),
+        ("float32", INT8),
+        ("float16", FLOAT32),
+        ("bfloat16", FLOAT32),
+        ("int8", INT8),
+        ("int4", FLOAT32),
+        ("int4", INT8),
+    ],
+)
+def test_a_model_says_how_its_rows_were_made_and_what_that_does_to_the_embedding(bench, codec, precision):
+    bench.upload("other", codec, precision)
+    bench.submit(dataset="other", **QUICK)
+    assert bench.run().state is JobState.SUCCEEDED
+    model = bench.store.models.get("default", "head")
+    assert model.codec == codec_label(codec, precision)
+    expected = fakes.CODEC_ERRORS.get(codec, 0.0) + (fakes.INT8_STEM_ERROR if precision == INT8 else 0.0)
+    assert model.codec_error == pytest.approx(expected)
+    assert model.space == bench.trunk.spec.space(bench.trunk.spec.cut("mid"), precision)
+    assert bench.trunk.spaces == {model.space}
+    assert bench.trunk.costs_asked == [], "what the trunk said of the rows is enough"
+    assert model.metrics["accuracy"] > 0.9
+    manifest = json.loads(bench.blobs.get(manifest_path(model.job_id, 1)))
+    assert (manifest["model"]["codec"], manifest["model"]["codec_error"]) == (model.codec, model.codec_error)
+
+    # Once more, with every embedding cached: the same is said, and the trunk is asked only where something is lost.
+    bench.submit("again", dataset="other", **QUICK)
+    bench.run()
+    again = bench.store.models.get("default", "head@2")
+    assert (again.codec, again.codec_error) == (model.codec, pytest.approx(model.codec_error))
+    assert bench.trunk.rows == NUM_ROWS
+    assert bench.trunk.costs_asked == ([("fake", "mid", 8)] if expected else [])
+
+
+def test_images_are_exact_and_nobody_is_asked(bench):
+    rows = [bytes(row) + b"jpeg" for row in (np.eye(3, dtype=np.uint8)[bench.labels] * 200)]
+    bench.store_rows("pictures", IMAGES, "images", rows)
+    for key in ("first", "second"):
+        bench.submit(key, dataset="pictures", **QUICK)
+        assert bench.run().state is JobState.SUCCEEDED
+        model = bench.store.models.get("default", "head")
+        assert (model.codec, model.codec_error, model.space) == ("images", 0.0, fakes.images_space())
+    assert bench.trunk.costs_asked == []
+
+
+def test_a_codec_that_the_cut_offers_no_more_fails_the_job(bench):
+    bench.submit(**QUICK)
+    bench.run()
+    cost = bench.trunk.cut_cost
+
+    def less(backbone, cut, input_size):
+        whole = cost(backbone, cut, input_size)
+        return dataclasses.replace(whole, codecs=tuple(one for one in whole.codecs if one.codec != "float16"))
+
+    bench.trunk.cut_cost = less
+    bench.submit("again")
+    job = bench.run()
+    assert (job.state, job.error_code) == (JobState.FAILED, "UNSUPPORTED")
+    assert "float16" in job.error_message
+
+
+def test_embeddings_of_one_stem_are_not_taken_for_those_of_another(bench):
+    """The same pictures in the same codec: only the stem differs."""
+    bench.upload("exact", "int8")
+    bench.upload("quantised", "int8", INT8)
+    for key, dataset in (("one", "exact"), ("two", "quantised")):
+        bench.submit(key, dataset=dataset, **QUICK)
+        bench.run()
+    assert bench.trunk.rows == 2 * NUM_ROWS
+    assert len(bench.embedding_keys) == 2
+
+
+def test_embeddings_of_other_slices_are_not_taken_for_these(bench):
+    """The backbone has one tap more than when the embeddings were cached: their columns mean something else."""
+    bench.submit(**QUICK)
+    bench.run()
+    spec = bench.trunk.spec
+    (mid,) = [cut for cut in spec.cuts if cut.name == "mid"]
+    bench.trunk.spec = dataclasses.replace(
+        spec,
+        cuts=(spec.cuts[0], dataclasses.replace(mid, slices=("pooled.2",))),
+        slices=(spec.slices[0], SliceSpec("pooled.2", 3, 6)),
+    )
+    bench.submit("again", embedding="auto", **QUICK)
+    assert bench.run().state is JobState.SUCCEEDED
+    assert bench.trunk.rows == 2 * NUM_ROWS
+    assert bench.store.models.get("default", "head").slices == ("pooled.2",)
+
+
+def test_slices_behind_a_cut_are_counted_from_its_first_column(bench):
+    """Whatever comes before them in the whole embedding is not in what the trunk returns from there."""
+    spec = bench.trunk.spec
+    (mid,) = [cut for cut in spec.cuts if cut.name == "mid"]
+    bench.trunk.spec = dataclasses.replace(
+        spec,
+        cuts=(spec.cuts[0], dataclasses.replace(mid, slices=("c", "pooled"))),
+        slices=(SliceSpec("a", 0, 4), SliceSpec("c", 4, 5), SliceSpec("pooled", 5, 7)),
+    )
+    bench.submit(embedding="slices", slices=("pooled",), **QUICK)
+    assert bench.run().state is JobState.SUCCEEDED
+    model = bench.store.models.get("default", "head")
+    head = head_from_bytes(bench.blobs.get_checked(head_path(model.head_sha256), model.head_sha256))
+    assert (model.slices, head.slice_widths) == (("pooled",), (2,))
+
+
+def test_the_sets_of_slices_that_were_tried_are_published_best_first(bench):
+    rows = [bytes(row) + b"jpeg" for row in (np.eye(3, dtype=np.uint8)[bench.labels] * 200)]
+    bench.store_rows("pixels", fakes.images_space(), "images", rows)
+    bench.submit(dataset="pixels", embedding="auto", **QUICK)
+    assert bench.run().state is JobState.SUCCEEDED
+    model = bench.store.models.get("default", "head")
+    assert {one.slices for one in model.candidates} >= {("a",), ("pooled",)}
+    scores = [one.score for one in model.candidates]
+    assert scores == sorted(scores, reverse=True)
+    assert model.candidates[0].slices == model.slices
+    for one in model.candidates:
+        assert one.width == 3 * len(one.slices)
+        assert one.accuracy is not None
+    manifest = json.loads(bench.blobs.get(manifest_path(model.job_id, 1)))
+    assert [tuple(one["slices"]) for one in manifest["candidates"]] == [one.slices for one in model.candidates]
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, INT8])
+def test_features_of_other_weights_fail_the_job(bench, precision):
+    bench.upload("other", "int8", precision)
+    bench.submit(dataset="other")
     other = fakes.fake_spec()
     cut = other.cuts[1]
-    object.__setattr__(cut, "fingerprint", "0" * 64)
-    bench.trunk.spec = other
+    name = "fingerprint" if precision == FLOAT32 else "int8_fingerprint"
+    bench.trunk.spec = dataclasses.replace(other, cuts=(other.cuts[0], dataclasses.replace(cut, **{name: "0" * 64})))
     job = bench.run()
     assert (job.state, job.error_code) == (JobState.FAILED, "INCOMPATIBLE")
 

@@ -10,10 +10,13 @@ from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
 from trunkline_worker.heads.config import HeadConfig
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import Event, JobSpec
+from trunkline_worker.training.choose import choose_l2
 from trunkline_worker.training.fit import Fit, Rows, fit_head
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
 from trunkline_worker.training.minibatch import Schedule, Split, fit_minibatches
 from trunkline_worker.training.progress import Progress
+from trunkline_worker.training.spec import check_spec
+from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
 
 SLICES = (SliceSpec("a/mean", 0, 4), SliceSpec("a/grid", 4, 20), SliceSpec("pooled", 20, 30))
 NAMES = ("cat", "dog", "hen")
@@ -157,7 +160,8 @@ def test_rows_that_cannot_be_written_to_and_a_constant_column_are_fine() -> None
     x.flags.writeable = False
     result, _ = train(replace(SPEC, embedding="pooled"), x, labels)
     assert bool(torch.isfinite(result.head.head.linears[0].weight).all())
-    assert float(result.head.head.scale[5]) == 1.0
+    spread = x[:, 20:].astype(np.float64).std(axis=0)
+    assert float(result.head.head.scale[5]) == pytest.approx(0.1 * spread.mean(), rel=1e-4)
 
 
 def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
@@ -328,3 +332,101 @@ def test_many_classes_are_subsampled_for_the_selection() -> None:
     assert "a/grid" in result.head.slices
     assert result.head.num_outputs == 90
     assert result.metrics["accuracy"] > 0.5
+
+
+def test_the_select_event_names_the_choice_and_the_runner_up() -> None:
+    x, labels = rows_and_labels()
+    result, events = train(SPEC, x, labels)
+    best, second = result.candidates[:2]
+    event = [one for one in events if one.phase == "select"][-1]
+    for one in (best, second):
+        assert f"{', '.join(one.slices)} (score {one.score:.3f}, accuracy {one.accuracy:.3f})" in event.message
+    assert event.message.startswith("chose ")
+    assert event.metrics["num_candidates"] == len(result.candidates)
+    assert event.metrics["score"] == best.score
+    x, labels = numbers()
+    result, events = train(SPEC, x, labels)
+    event = [one for one in events if one.phase == "select"][-1]
+    assert f"(score {result.candidates[0].score:.3f})" in event.message
+    assert "accuracy" not in event.message
+
+
+def test_an_embedding_of_one_slice_leaves_no_runner_up() -> None:
+    x, labels = rows_and_labels()
+    events: list[Event] = []
+    result = train_head(
+        x, (SliceSpec("pooled", 0, 30),), labels, SPEC, on_event=events.append, should_stop=lambda: False
+    )
+    assert [one.slices for one in result.candidates] == [("pooled",)]
+    assert "nothing else" in [one for one in events if one.phase == "select"][-1].message
+
+
+def test_rows_that_are_held_out_have_no_part_in_any_choice() -> None:
+    x, labels = rows_and_labels()
+    spec = replace(SPEC, refit=False)
+    training, validation = hold_out(
+        np.asarray(labels.class_indices, np.int64), 90, spec.validation_fraction, random_stream(spec.seed, HOLD_OUT)
+    )
+    changed = x.copy()
+    changed[validation] = np.random.default_rng(5).normal(size=(len(validation), 30)) * 100
+    one, other = train(spec, x, labels)[0], train(spec, changed, labels)[0]
+    assert one.candidates == other.candidates
+    assert one.metrics["l2"] == other.metrics["l2"]
+    assert head_to_bytes(one.head) == head_to_bytes(other.head)
+    assert one.metrics["accuracy"] > other.metrics["accuracy"] + 0.2
+    assert len(training) + len(validation) == 90
+
+
+def test_rows_uploaded_twice_do_not_vouch_for_each_other() -> None:
+    """Every row is there four times: a slice of noise would predict each by its twins."""
+    draw = np.random.default_rng(0)
+    classes = np.arange(40) % 4
+    x = draw.normal(size=(40, 30)).astype(np.float32)
+    x[:, 4:20] += 1.5 * draw.normal(size=(4, 16))[classes]
+    labels = Labels(("a", "b", "c", "d"), np.tile(classes, 4))
+    result, _ = train(replace(SPEC, validation_fraction=0.0), np.tile(x, (4, 1)), labels)
+    alone, _ = train(replace(SPEC, validation_fraction=0.0), x, Labels(labels.class_names, classes))
+    assert [one.slices for one in result.candidates] == [one.slices for one in alone.candidates]
+    noise = next(one for one in result.candidates if one.slices == ("pooled",))
+    assert noise.accuracy is not None
+    assert noise.accuracy < 0.6
+
+
+def test_a_dataset_of_one_picture_trains_all_the_same() -> None:
+    labels = Labels(("a", "b"), np.arange(12) % 2)
+    result, _ = train(SPEC, np.ones((12, 30), np.float32), labels)
+    assert all(np.isfinite(one.score) for one in result.candidates)
+    assert all(np.isfinite(one) for one in result.metrics.values())
+
+
+def test_thousands_of_classes_with_two_rows_each_stay_bounded() -> None:
+    """Neither choice may look at all of them: memory would grow with rows times classes."""
+    draw = np.random.default_rng(0)
+    num_classes = 700
+    classes = np.repeat(np.arange(num_classes), 3)
+    x = draw.normal(size=(len(classes), 30)).astype(np.float32)
+    x[:, 4:20] += 3 * draw.normal(size=(num_classes, 16)).astype(np.float32)[classes]
+    spec = check_spec(SPEC)
+    seen: list[tuple[int, int]] = []
+
+    def watch(x_ND: torch.Tensor, classes_N: torch.Tensor, count: int, *rest: object, **more: object) -> dict:
+        seen.append((x_ND.shape[0], count))
+        return {1.0: 0.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trunkline_worker.training.choose.cross_validate_l2", watch)
+        rows = Rows(torch.from_numpy(x), torch.from_numpy(classes))
+        progress = Progress(lambda event: None, lambda: False)
+        assert choose_l2(spec, "classification", rows, classes, [30], 0, progress) == 1.0
+    assert seen == [(512, 256)]
+
+
+def test_classes_of_a_single_row_do_not_crowd_out_those_that_can_be_compared() -> None:
+    draw = np.random.default_rng(0)
+    classes = np.concatenate([np.arange(2, 200), np.repeat([0, 1], 4)])
+    x = draw.normal(size=(len(classes), 30)).astype(np.float32)
+    x[classes == 1, 4:20] += 5
+    result, _ = train(replace(SPEC, validation_fraction=0.0, l2=1.0), x, Labels(tuple(map(str, range(200))), classes))
+    assert all(np.isfinite(one.score) for one in result.candidates)
+    assert result.candidates[0].accuracy is not None
+    assert "a/grid" in result.candidates[0].slices

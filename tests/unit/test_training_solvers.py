@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from trunkline_worker.training import softmax
 from trunkline_worker.training.lbfgs import minimise
-from trunkline_worker.training.ridge import fit_ridge, held_out_predictions
+from trunkline_worker.training.ridge import fit_ridge, left_out_predictions
 
 # N = rows, D = columns, K = classes
 
@@ -159,18 +159,42 @@ def test_ridge_without_penalty_on_dependent_columns_stays_finite() -> None:
     assert bool(torch.isfinite(ours.weights_DM).all())
 
 
-def test_held_out_predictions_are_those_of_training_without_the_fold() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_left_out_predictions_are_those_of_training_without_the_row(dtype: torch.dtype, tolerance: float) -> None:
     draw = np.random.default_rng(0)
     rows = [draw.normal(size=(23, 4)), draw.normal(size=(23, 30))]
-    kernels = torch.stack([torch.from_numpy(one @ one.T / one.shape[1]) for one in rows])
-    targets = draw.normal(size=(23, 2))
-    folds = np.stack([draw.permutation(23) % 5 for _ in range(2)])
-    got = held_out_predictions(kernels, torch.from_numpy(targets), torch.from_numpy(folds), (1e-3, 0.1), check=nothing)
-    for a, kernel in enumerate(kernels.numpy()):
-        for s, strength in enumerate((1e-3, 0.1)):
-            for f, fold in enumerate(folds):
-                for one in range(5):
-                    inside, outside = np.flatnonzero(fold != one), np.flatnonzero(fold == one)
-                    shifted = kernel[np.ix_(inside, inside)] + strength * 23 * np.eye(len(inside))
-                    expected = kernel[np.ix_(outside, inside)] @ np.linalg.solve(shifted, targets[inside])
-                    np.testing.assert_allclose(got[a, s, f, outside].numpy(), expected, atol=1e-7)
+    strengths = (1e-3, 0.1)
+    kernels = torch.stack([torch.from_numpy(one @ one.T / one.shape[1]) for one in rows]).to(dtype)
+    targets = draw.normal(size=(23, 2)) + 5
+    got = left_out_predictions(kernels, torch.from_numpy(targets).to(dtype), strengths)
+    assert got.shape == (2, 2, 23, 2)
+    assert got.dtype == dtype
+    for a, one in enumerate(rows):
+        for s, strength in enumerate(strengths):
+            for row in range(23):
+                others = np.flatnonzero(np.arange(23) != row)
+                fitted = Ridge(alpha=strength * 23 * one.shape[1]).fit(one[others], targets[others])
+                expected = fitted.predict(one[row : row + 1])[0]
+                np.testing.assert_allclose(got[a, s, row].numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_left_out_predictions_take_no_notice_of_a_shift_of_the_columns() -> None:
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(15, 6))
+    targets = torch.from_numpy(draw.normal(size=(15, 1)))
+    kernels = torch.stack([torch.from_numpy(one @ one.T / 6) for one in (x, x - x.mean(axis=0), x + 3)])
+    got = left_out_predictions(kernels, targets, (1e-2,))
+    torch.testing.assert_close(got[1], got[0])
+    torch.testing.assert_close(got[2], got[0])
+
+
+def test_a_centred_kernel_costs_no_digits_in_single_precision() -> None:
+    """Its row sums are 0: without a constant in it, the row of ones is a nearly lost direction."""
+    draw = np.random.default_rng(2)
+    x = draw.normal(size=(8, 200))
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    kernel = torch.from_numpy(x @ x.T / 200)[None]
+    targets = torch.nn.functional.one_hot(torch.arange(8) % 2).double()
+    exact = left_out_predictions(kernel, targets, (2e-4,))
+    single = left_out_predictions(kernel.float(), targets.float(), (2e-4,))
+    torch.testing.assert_close(single.double(), exact, atol=2e-6, rtol=0.0)

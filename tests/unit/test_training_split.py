@@ -60,3 +60,11 @@ def test_a_subsample_of_many_classes_keeps_some_of_them() -> None:
     assert len(np.unique(classes[rows])) == 10
     assert len(rows) == 40
     assert len(subsample(None, 500, 40, 10, random_stream(0, 2))) == 40
+
+
+def test_classes_of_one_row_go_last_where_classes_are_left_out() -> None:
+    classes = classes_of([1] * 40 + [3] * 6)
+    rows = subsample(classes, len(classes), 100, 10, random_stream(0, 2))
+    counts = np.bincount(classes[rows], minlength=46)
+    assert (counts[40:] == 3).all()
+    assert int((counts[:40] > 0).sum()) == 4

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_NAME_LENGTH
-from trunkline_wire.names import Reference, check_name, parse_reference
+from trunkline_wire.names import Reference, check_backbone_name, check_name, parse_reference
 
 GOOD = ["a", "Z9", "digits-head", "v1.2_b", "0", "a" * MAX_NAME_LENGTH]
 BAD = [
@@ -74,3 +74,45 @@ def test_what_passes_is_safe_anywhere(text: str) -> None:
 
 def test_a_reference_prints_as_it_is_written() -> None:
     assert [str(parse_reference(text, "model")) for text in ("a", "a@3")] == ["a", "a@3"]
+
+
+@pytest.mark.parametrize("name", [*GOOD, *(f"timm/{name}" for name in GOOD), "a" * MAX_NAME_LENGTH + "/b"])
+def test_good_backbone_names(name: str) -> None:
+    assert check_backbone_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in BAD if name != "a/b"),
+        *(f"timm/{name}" for name in BAD),
+        *(f"{name}/net" for name in BAD),
+        "/net",
+        "timm//net",
+        "timm/a/b",
+        "timm/",
+        "timm\\net",
+        "timm/net\n",
+        "timm /net",
+    ],
+)
+def test_bad_backbone_names(name: str) -> None:
+    with pytest.raises(WireError, match="is not a backbone name") as caught:
+        check_backbone_name(name)
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    assert len(caught.value.message) < 600
+
+
+@given(st.from_regex(r"[a-z./\\@-]{1,12}", fullmatch=True))
+def test_a_backbone_name_is_one_name_or_two(text: str) -> None:
+    parts = text.split("/")
+    try:
+        for part in parts:
+            check_name(part, "backbone")
+        allowed = len(parts) <= 2
+    except WireError:
+        allowed = False
+    try:
+        assert (check_backbone_name(text) == text) == allowed
+    except WireError:
+        assert not allowed

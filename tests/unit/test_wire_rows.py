@@ -45,11 +45,12 @@ def test_a_row_depends_on_space_codec_and_content() -> None:
     ids = {
         row_id(SPACE, "float16", content),
         row_id(SPACE, "float32", content),
+        row_id(SPACE, "int8", content),
         row_id(dataclasses.replace(SPACE, fingerprint="e" * 64), "float16", content),
         row_id(IMAGES, "images", content),
         row_id(SPACE, "float16", content_digest(b"another")),
     }
-    assert len(ids) == 5
+    assert len(ids) == 6
     assert {len(one) for one in ids} == {ROW_ID_BYTES}
     # The name of the backbone is for people; its fingerprint decides.
     assert row_id(dataclasses.replace(SPACE, backbone="alias"), "float16", content) in ids

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 import grpc
 from trunkline_wire.limits import MAX_STEM_BYTES
-from trunkline_wire.messages import backbone_from_proto, preprocessing_from_proto, space_from_proto
-from trunkline_wire.specs import BackboneSpec, FeatureSpace, Preprocessing
+from trunkline_wire.messages import (
+    backbone_from_proto,
+    cut_cost_from_proto,
+    preprocessing_from_proto,
+    space_from_proto,
+)
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace, Preprocessing
 from trunkline_wire.v1 import catalog_pb2 as pb
 from trunkline_wire.v1.catalog_pb2_grpc import CatalogServiceStub
 
@@ -25,13 +30,20 @@ MAX_FETCHES = 4
 
 @dataclass(frozen=True)
 class FetchedStem:
-    """A stem's file as it arrived, its checksum verified."""
+    """A stem's file as it arrived, its checksum verified.
+
+    Attributes:
+        precision: Empty where the cluster is too old to know of any but ``float32``.
+        embedding_error: Of features that this stem makes. 0 for the exact one.
+    """
 
     space: FeatureSpace
     preprocessing: Preprocessing
     feature_shape: tuple[int, ...]
     sha256: str
     data: bytes
+    precision: str = FLOAT32
+    embedding_error: float = 0.0
 
 
 class CatalogCalls:
@@ -61,6 +73,7 @@ class CatalogCalls:
             tenant=answer.tenant,
             storage_shared=answer.storage_shared,
             storage_note=answer.storage_note,
+            codecs=tuple(answer.codecs),
         )
 
     def backbones(self, deadline: Deadline) -> list[BackboneSpec]:
@@ -80,6 +93,16 @@ class CatalogCalls:
         )
         return backbone_from_proto(answer.backbone)
 
+    def describe_cut(self, backbone: str, cut: str, input_size: int, deadline: Deadline) -> CutCost:
+        """Return what sending features at a cut costs; 0 is the backbone's own input size."""
+        answer: pb.DescribeCutResponse = self._caller.unary(
+            CatalogServiceStub,
+            "DescribeCut",
+            pb.DescribeCutRequest(backbone=backbone, cut=cut, input_size=input_size),
+            deadline,
+        )
+        return cut_cost_from_proto(answer.cost)
+
     def fetch_stem(
         self,
         backbone: str,
@@ -87,6 +110,7 @@ class CatalogCalls:
         input_size: int,
         deadline: Deadline,
         *,
+        precision: str = FLOAT32,
         on_bytes: Callable[[int, int], None] = lambda received, total: None,
     ) -> FetchedStem:
         """Fetch a stem's file and check it. A broken or damaged transfer is started again.
@@ -96,9 +120,10 @@ class CatalogCalls:
             cut: Name of the cut.
             input_size: Side of the preprocessed square; 0 is the backbone's own.
             deadline: Over all tries.
+            precision: ``float32`` or ``int8``.
             on_bytes: Told the bytes received and the whole, as they come.
         """
-        request = pb.FetchStemRequest(backbone=backbone, cut=cut, input_size=input_size)
+        request = pb.FetchStemRequest(backbone=backbone, cut=cut, input_size=input_size, precision=precision)
         attempt = 0
         while True:
             try:
@@ -195,6 +220,8 @@ class _StemReceiver:
             feature_shape=tuple(header.feature_shape),
             sha256=header.sha256,
             data=data,
+            precision=header.precision,
+            embedding_error=header.embedding_error,
         )
 
     def _damaged(self, what: str) -> CorruptDataError:

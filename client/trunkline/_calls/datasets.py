@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.codecs import encode_array
+from trunkline_wire.codecs import encode_array, encoded_size
 from trunkline_wire.errors import ErrorCode
 from trunkline_wire.limits import MAX_FIND_ROWS
 from trunkline_wire.messages import space_from_proto, space_to_proto
@@ -33,15 +33,11 @@ UPLOAD_WINDOW = 8
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are stored together."""
+    """Rows that are stored together. ``compress`` says whether to apply zstd on the way."""
 
     row_ids: tuple[bytes, ...]
     rows: Rows
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the rows' data, in bytes."""
-        return self.rows.nbytes if isinstance(self.rows, np.ndarray) else sum(len(one) for one in self.rows)
+    compress: bool = False
 
 
 class DatasetCalls:
@@ -68,7 +64,7 @@ class DatasetCalls:
         chunks: Iterator[Chunk],
         *,
         deadline: Deadline,
-        on_sent: Callable[[Chunk], None] = lambda chunk: None,
+        on_sent: Callable[[Chunk, int], None] = lambda chunk, num_bytes: None,
     ) -> Iterator[tuple[Chunk, int]]:
         """Store chunks. Yields each with the number of rows it added, once it is durable.
 
@@ -78,13 +74,14 @@ class DatasetCalls:
             space: Where the rows live.
             chunks: What to store; pulled as the window allows.
             deadline: Over everything.
-            on_sent: Told every chunk that is put on the wire, repetitions included. Runs in the sending thread.
+            on_sent: Told every chunk that is put on the wire, and the bytes of its rows there: values, scales and
+                offsets, compressed where they are. Repetitions included. Runs in the sending thread.
         """
         space_message = space_to_proto(space)
 
         def request(seq: int, chunk: Chunk) -> pb.UploadRowsRequest:
             message = _chunk_message(space_message, chunk)
-            on_sent(chunk)
+            on_sent(chunk, encoded_size(message.rows))
             return pb.UploadRowsRequest(seq=seq, chunk=message)
 
         arrived: list[Chunk] = []
@@ -154,8 +151,10 @@ class DatasetCalls:
 
 
 def _chunk_message(space: tensor_pb2.FeatureSpace, chunk: Chunk) -> pb.RowChunk:
-    tensor = rows_to_tensor(chunk.rows)
+    tensor = rows_to_tensor(chunk.rows, chunk.compress)
     digest = hashlib.sha256(tensor.data)
+    digest.update(tensor.affine.scale)
+    digest.update(tensor.affine.offset)
     for one in tensor.encoded:
         digest.update(one)
     return pb.RowChunk(space=space, row_ids=chunk.row_ids, rows=tensor, sha256=digest.digest())
@@ -176,4 +175,5 @@ def _dataset(message: pb.Dataset) -> DatasetRecord:
         class_names=tuple(message.class_names),
         num_targets=message.num_targets,
         create_time=from_timestamp(message, "create_time"),
+        codec=message.codec,
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.codecs import DTYPES, encode_array, encode_images
+from trunkline_wire.codecs import DTYPES, encode_images, encode_rows
 from trunkline_wire.errors import WireError
-from trunkline_wire.messages import space_to_proto, timings_from_proto
-from trunkline_wire.specs import FeatureSpace, SliceSpec, Timings
+from trunkline_wire.messages import codec_use_from_proto, space_to_proto, timings_from_proto
+from trunkline_wire.quantise import PackedRows
+from trunkline_wire.specs import CodecUse, FeatureSpace, SliceSpec, Timings
 from trunkline_wire.v1 import error_pb2, tensor_pb2
 from trunkline_wire.v1 import inference_pb2 as pb
 from trunkline_wire.v1.inference_pb2_grpc import InferenceServiceStub
@@ -24,8 +25,8 @@ from trunkline.errors import InternalError, TrunklineError, from_wire
 
 # Shape suffix legend: B = rows, D = embedding width, K = classes or outputs
 
-Rows = npt.NDArray[np.generic] | Sequence[bytes]
-"""Features at a cut, (B, ...); or encoded images, one per row."""
+Rows = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
+"""Features at a cut, (B, ...), or the same in fewer bytes; or encoded images, one per row."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RawPrediction:
     labels: tuple[str, ...]
     row_errors: Mapping[int, TrunklineError]
     timings: Timings
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,22 @@ class RawEmbedding:
     slices: tuple[SliceSpec, ...]
     row_errors: Mapping[int, TrunklineError]
     timings: Timings
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that travel together. ``row_numbers`` says which of the caller's rows they are."""
+    """Rows that travel together.
+
+    Attributes:
+        rows: What travels.
+        row_numbers: Which of the caller's rows they are.
+        compress: Whether to apply zstd.
+    """
 
     rows: Rows
     row_numbers: tuple[int, ...]
+    compress: bool = False
 
 
 class InferenceCalls:
@@ -64,14 +74,14 @@ class InferenceCalls:
         """Keep who makes the calls."""
         self._caller = caller
 
-    def predict(self, space: FeatureSpace, rows: Rows, model: str, deadline: Deadline) -> RawPrediction:
+    def predict(self, space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> RawPrediction:
         """Predict one batch."""
-        request = _predict_request(space, rows, model, deadline)
+        request = _predict_request(space, batch, model, deadline)
         return _prediction(self._caller.unary(InferenceServiceStub, "Predict", request, deadline))
 
-    def extract(self, space: FeatureSpace, rows: Rows, slices: Sequence[str], deadline: Deadline) -> RawEmbedding:
+    def extract(self, space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> RawEmbedding:
         """Compute the embedding of one batch."""
-        request = _extract_request(space, rows, slices, deadline)
+        request = _extract_request(space, batch, slices, deadline)
         return _embedding(self._caller.unary(InferenceServiceStub, "Extract", request, deadline))
 
     def stream_predict(
@@ -83,7 +93,7 @@ class InferenceCalls:
             "StreamPredict",
             Exchange(batches, window),
             request=lambda seq, batch: pb.StreamPredictRequest(
-                seq=seq, predict=_predict_request(space, batch.rows, model, deadline)
+                seq=seq, predict=_predict_request(space, batch, model, deadline)
             ),
             end=lambda sent: pb.StreamPredictRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="result",
@@ -101,7 +111,7 @@ class InferenceCalls:
             "StreamExtract",
             Exchange(batches, window),
             request=lambda seq, batch: pb.StreamExtractRequest(
-                seq=seq, extract=_extract_request(space, batch.rows, slices, deadline)
+                seq=seq, extract=_extract_request(space, batch, slices, deadline)
             ),
             end=lambda sent: pb.StreamExtractRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="result",
@@ -111,31 +121,37 @@ class InferenceCalls:
             yield batch, answer if isinstance(answer, TrunklineError) else _embedding(answer)
 
 
-def rows_to_tensor(rows: Rows) -> tensor_pb2.Tensor:
+def rows_to_tensor(rows: Rows, compress: bool) -> tensor_pb2.Tensor:
     """Return the message of rows.
+
+    Args:
+        rows: What is sent.
+        compress: Whether to apply zstd. Images have a compression of their own.
 
     Raises:
         TrunklineError: A row has a type that cannot be sent, or all of it is over the limit.
     """
     try:
-        return encode_array(rows) if isinstance(rows, np.ndarray) else encode_images(rows)
+        if isinstance(rows, (np.ndarray, PackedRows)):
+            return encode_rows(rows, compress=compress)
+        return encode_images(rows)
     except WireError as error:
         raise from_wire(error) from None
 
 
-def _predict_request(space: FeatureSpace, rows: Rows, model: str, deadline: Deadline) -> pb.PredictRequest:
+def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> pb.PredictRequest:
     return pb.PredictRequest(
         space=space_to_proto(space),
-        features=rows_to_tensor(rows),
+        features=rows_to_tensor(batch.rows, batch.compress),
         model=model,
         timeout_s=deadline.remaining() or 0.0,
     )
 
 
-def _extract_request(space: FeatureSpace, rows: Rows, slices: Sequence[str], deadline: Deadline) -> pb.ExtractRequest:
+def _extract_request(space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> pb.ExtractRequest:
     return pb.ExtractRequest(
         space=space_to_proto(space),
-        features=rows_to_tensor(rows),
+        features=rows_to_tensor(batch.rows, batch.compress),
         slices=slices,
         timeout_s=deadline.remaining() or 0.0,
     )
@@ -148,6 +164,7 @@ def _prediction(answer: pb.PredictResponse) -> RawPrediction:
         labels=tuple(answer.labels),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
+        codec_use=codec_use_from_proto(answer.codec_use),
     )
 
 
@@ -157,6 +174,7 @@ def _embedding(answer: pb.ExtractResponse) -> RawEmbedding:
         slices=tuple(SliceSpec(one.name, one.start, one.stop) for one in answer.slices),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
+        codec_use=codec_use_from_proto(answer.codec_use),
     )
 
 

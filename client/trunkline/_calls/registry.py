@@ -9,7 +9,7 @@ from trunkline_wire.v1.registry_pb2_grpc import RegistryServiceStub
 from trunkline._calls.core import Caller
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
-from trunkline.records import ModelRecord
+from trunkline.records import Candidate, ModelRecord
 
 
 class RegistryCalls:
@@ -27,7 +27,7 @@ class RegistryCalls:
         return _model(answer.model)
 
     def list(self, deadline: Deadline) -> list[ModelRecord]:
-        """Return every model."""
+        """Return every model, without its candidates."""
         answer: pb.ListModelsResponse = self._caller.unary(
             RegistryServiceStub, "ListModels", pb.ListModelsRequest(), deadline
         )
@@ -51,4 +51,12 @@ def _model(message: pb.Model) -> ModelRecord:
         versions=dict(message.versions),
         job_id=message.job_id,
         create_time=from_timestamp(message, "create_time"),
+        codec=message.codec,
+        codec_error=message.codec_error,
+        candidates=tuple(_candidate(one) for one in message.candidates),
     )
+
+
+def _candidate(message: pb.Candidate) -> Candidate:
+    accuracy = message.accuracy if message.HasField("accuracy") else None
+    return Candidate(tuple(message.slices), message.width, message.score, accuracy)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trunkline.cli import catalogue, data, doctor_command, inference, jobs
+from trunkline.cli import bench, catalogue, data, doctor_command, inference, jobs
 from trunkline.cli.plugins import PluginGroup
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("predict")(inference.predict)
 app.command("evaluate")(inference.evaluate)
 app.command("extract")(inference.extract)
 app.command("doctor")(doctor_command.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,53 +3,80 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trunkline.cli.output import Session, columns, command, facts
+from trunkline.cli.cuts import show
+from trunkline.cli.output import Session, columns, command
+from trunkline.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from trunkline_wire.specs import BackboneSpec
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[show] [NAME]", help="One backbone in detail: its cuts, and what each of them costs."),
+]
+Images = Annotated[
+    Path | None, typer.Option(help="Pictures of yours, whose size as JPEG files is compared.", metavar="FOLDER")
+]
 
 
 @command(missing="trunkline backbones")
 def backbones(
     session: Session,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One backbone, in detail.")] = None,
+    words: Words = None,
     input_size: Annotated[int, typer.Option(help="At this input size, in pixels. 0: its own.", min=0)] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Every cut, not just the ends of the stages.")] = False,
+    cut: Annotated[
+        list[str] | None, typer.Option(help="Just this cut, its errors and zstd measured; may be repeated.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure every cut shown; takes seconds each.")] = False,
+    images: Images = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Embedding error up to which a codec counts. Left out: 0.05.", min=0)
+    ] = None,
 ) -> None:
-    """List the backbones, or describe one: its cuts, slices and runtime."""
+    """List the backbones, or show one: its cuts, the bytes of each codec there, and where a JPEG needs fewer."""
+    name = _name(words or [])
+    if name is None and (every or cut or measure or images or input_size or max_error is not None):
+        raise InvalidArgumentError("these options are about one backbone", hint="trunkline backbones show NAME ...")
+    if cut and every:
+        raise InvalidArgumentError("--cut shows just that cut, --all every one", hint="Leave one of them out")
     with session.connect() as client:
         if name is not None:
-            spec = client.describe(name, input_size=input_size or None)
-            cut = next((one.name for one in spec.cuts if one.name != "input"), "CUT")
-            session.emit(asdict(spec), _detail(spec), hint=f"trunkline upload NAME FOLDER --stem {spec.name}:{cut}")
+            data, text, following = show(
+                client,
+                name,
+                input_size or None,
+                every=every,
+                cuts=cut or (),
+                measure=measure,
+                images=images,
+                max_error=max_error,
+            )
+            session.emit(data, text, hint=following)
             return
         found = client.backbones()
-    rows = [
-        (one.name, one.preprocessing.input_size, ", ".join(cut.name for cut in one.cuts), one.runtime, one.device)
-        for one in found
-    ]
-    table = columns(("NAME", "INPUT", "CUTS", "RUNTIME", "DEVICE"), rows)
-    session.emit([asdict(one) for one in found], table, hint="trunkline backbones NAME")
+    header = ("NAME", "INPUT", "PARAMETERS", "CUTS", "STAGES", "RUNTIME", "DEVICE")
+    table = columns(header, [_line(one) for one in found], right=(1, 2, 3))
+    session.emit([asdict(one) for one in found], table, hint="trunkline backbones show NAME")
 
 
-def _detail(spec: BackboneSpec) -> str:
-    pre = spec.preprocessing
-    head = facts(
-        [
-            ("name", spec.name),
-            ("weights", spec.weights if spec.pretrained else f"{spec.weights} (NOT pretrained)"),
-            ("parameters", f"{spec.num_parameters:,}"),
-            ("input", f"{pre.input_size} px, {pre.interpolation}, crop {pre.crop_fraction:g}"),
-            ("resizable", "yes" if spec.resizable else "no"),
-            ("runtime", f"{spec.runtime} on {spec.device}, relative error {spec.runtime_error:.2g}"),
-        ]
-    )
-    cuts = columns(
-        ("CUT", "FEATURES", "FINGERPRINT"),
-        [(cut.name, "x".join(map(str, cut.feature_shape)), cut.fingerprint[:16]) for cut in spec.cuts],
-    )
-    slices = columns(("SLICE", "WIDTH"), [(one.name, one.width) for one in spec.slices])
-    return f"{head}\n\n{cuts}\n\n{slices}"
+def _name(words: list[str]) -> str | None:
+    """Return the backbone that ``NAME`` or ``show NAME`` names; None for no word at all."""
+    if not words:
+        return None
+    if len(words) == 2 and words[0] == "show":
+        return words[1]
+    if len(words) > 1 or words == ["show"]:
+        raise InvalidArgumentError(f"{' '.join(words)!r} names no backbone", hint="trunkline backbones show NAME")
+    return words[0]
+
+
+def _line(spec: BackboneSpec) -> tuple[object, ...]:
+    stages = ", ".join(one.name for one in spec.cuts if one.is_stage)
+    size = spec.preprocessing.input_size
+    return (spec.name, size, f"{spec.num_parameters:,}", len(spec.cuts), stages or "-", spec.runtime, spec.device)

@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trunkline.cli.options import Codec, InputSize, MaxError, Precision, StemOption, Threads, find_stem
 from trunkline.cli.output import Session, columns, command, facts
-from trunkline.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from trunkline.client import Client
     from trunkline.datasets import Dataset
-    from trunkline.stems import Stem
 
-StemOption = Annotated[
-    str | None,
-    typer.Option("--stem", help="BACKBONE:CUT. Send features computed here instead of images.", metavar="BACKBONE:CUT"),
-]
-InputSize = Annotated[int | None, typer.Option(help="Side of the square images are brought to, in pixels.", min=1)]
 Images = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Folder of class folders, or a CSV file with columns path and label.")
 ]
@@ -32,17 +25,22 @@ def upload(
     images: Images,
     stem: StemOption = None,
     input_size: InputSize = None,
-    float32: Annotated[bool, typer.Option("--float32", help="Send features as float32 instead of float16.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of the stem.", min=1)] = None,
+    codec: Codec = None,
+    precision: Precision = None,
+    max_error: MaxError = None,
+    threads: Threads = None,
 ) -> None:
     """Make a dataset of labelled images. Sends only what the cluster lacks; run it again after a failure."""
     with session.connect() as client:
-        local = find_stem(client, stem, input_size, float32=float32, threads=threads)
+        local = find_stem(
+            client, stem, input_size, codec=codec, precision=precision, max_error=max_error, threads=threads
+        )
         data = client.upload(images, name=name, stem=local, input_size=input_size)
     report = data.report
     assert report is not None
+    as_codec = f" as {data.codec}" if data.codec else ""
     text = (
-        f"{data.reference}: {data.num_rows} rows, {report.rows_sent} sent "
+        f"{data.reference}: {data.num_rows} rows, {report.rows_sent} sent{as_codec} "
         f"({report.feature_bytes_sent / 1e6:.1f} MB) in {report.seconds:.1f} s"
     )
     size = f" --input-size {input_size}" if input_size and local is None else ""
@@ -62,24 +60,19 @@ def datasets(
             return
         found = client.datasets()
     rows = [
-        (one.reference, one.num_rows, _labels(one), one.space.cut, one.space.backbone or "-", one.digest[:12])
+        (
+            one.reference,
+            one.num_rows,
+            _labels(one),
+            one.space.cut,
+            one.codec or "-",
+            one.space.backbone or "-",
+            one.digest[:12],
+        )
         for one in found
     ]
-    table = columns(("DATASET", "ROWS", "LABELS", "CUT", "BACKBONE", "DIGEST"), rows)
+    table = columns(("DATASET", "ROWS", "LABELS", "CUT", "CODEC", "BACKBONE", "DIGEST"), rows)
     session.emit([one.to_dict() for one in found], table, hint="trunkline train DATASET --name MODEL")
-
-
-def find_stem(
-    client: Client, text: str | None, input_size: int | None, *, float32: bool = False, threads: int | None = None
-) -> Stem | None:
-    """Return the stem that ``BACKBONE:CUT`` names, or None."""
-    if text is None:
-        return None
-    backbone, colon, cut = text.partition(":")
-    if not backbone or not colon or not cut:
-        raise InvalidArgumentError(f"--stem is {text!r}; expected BACKBONE:CUT", hint="`trunkline backbones` has both")
-    dtype = "float32" if float32 else "float16"
-    return client.stem(backbone, cut=cut, input_size=input_size, dtype=dtype, threads=threads)
 
 
 def _labels(data: Dataset) -> str:
@@ -94,6 +87,7 @@ def _detail(data: Dataset) -> str:
             ("labels", _labels(data)),
             ("classes", ", ".join(data.class_names)),
             ("cut", data.space.cut),
+            ("codec", data.codec),
             ("backbone", data.space.backbone),
             ("input size", data.space.input_size or None),
             ("digest", data.digest),

@@ -8,13 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trunkline.cli.data import Images, InputSize, StemOption, find_stem
+from trunkline.cli.data import Images
+from trunkline.cli.options import (
+    Codec,
+    InputSize,
+    MaxError,
+    Precision,
+    StemOption,
+    Threads,
+    find_model_stem,
+    find_stem,
+)
 from trunkline.cli.output import EXIT_FAILED, GateNotMetError, Session, columns, command, facts
 from trunkline.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from trunkline.models import Model
     from trunkline.predictions import Prediction
+
+SHOWN_CANDIDATES = 10
+"""Most sets of slices that are listed of one model."""
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="NAME or NAME@VERSION.")]
 Files = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, folders of them, or CSV files.")]
@@ -31,7 +44,8 @@ def models(
     with session.connect() as client:
         if name is not None:
             one = client.model(name)
-            session.emit(one.to_dict(), _detail(one), hint=f"trunkline predict {one.reference} IMAGE ...")
+            text = _detail(one) + _candidates(one)
+            session.emit(one.to_dict(), text, hint=f"trunkline predict {one.reference} IMAGE ...")
             return
         found = client.models()
     rows = [(one.reference, one.task, _metrics(one), one.space.backbone, one.record.dataset) for one in found]
@@ -44,6 +58,11 @@ def predict(
     session: Session,
     model: ModelName,
     images: Files,
+    stem: StemOption = None,
+    codec: Codec = None,
+    precision: Precision = None,
+    max_error: MaxError = None,
+    threads: Threads = None,
     send_images: SendImages = False,
     batch_size: BatchSize = None,
 ) -> None:
@@ -51,7 +70,17 @@ def predict(
     paths = _paths(images)
     with session.connect() as client:
         chosen = client.model(model)
-        found = chosen.predict(paths, stem=False if send_images else None, batch_size=batch_size)
+        local = find_model_stem(
+            client,
+            chosen,
+            stem,
+            send_images=send_images,
+            codec=codec,
+            precision=precision,
+            max_error=max_error,
+            threads=threads,
+        )
+        found = chosen.predict(paths, stem=local, batch_size=batch_size)
     data = found.to_dict()
     for row, path in zip(data["rows"], paths, strict=True):
         row["path"] = str(path)
@@ -70,6 +99,11 @@ def evaluate(
     images: Images,
     min_accuracy: Annotated[float | None, typer.Option(help="Exit with 3 below this accuracy.", min=0, max=1)] = None,
     min_r2: Annotated[float | None, typer.Option(help="Exit with 3 below this R2.", max=1)] = None,
+    stem: StemOption = None,
+    codec: Codec = None,
+    precision: Precision = None,
+    max_error: MaxError = None,
+    threads: Threads = None,
     send_images: SendImages = False,
     batch_size: BatchSize = None,
 ) -> None:
@@ -80,7 +114,17 @@ def evaluate(
             raise InvalidArgumentError(f"--min-accuracy fits classifiers; {chosen.reference} predicts numbers")
         if min_r2 is not None and chosen.task != "regression":
             raise InvalidArgumentError(f"--min-r2 fits models that predict numbers; {chosen.reference} is a classifier")
-        report = chosen.evaluate(images, stem=False if send_images else None, batch_size=batch_size)
+        local = find_model_stem(
+            client,
+            chosen,
+            stem,
+            send_images=send_images,
+            codec=codec,
+            precision=precision,
+            max_error=max_error,
+            threads=threads,
+        )
+        report = chosen.evaluate(images, stem=local, batch_size=batch_size)
     session.emit(report.to_dict(), report.summary())
     reached = getattr(report, "accuracy", None) if min_accuracy is not None else getattr(report, "r2", None)
     wanted = min_accuracy if min_accuracy is not None else min_r2
@@ -97,6 +141,10 @@ def extract(
     stem: StemOption = None,
     backbone: Annotated[str | None, typer.Option(help="Without a stem: who reads the images.")] = None,
     input_size: InputSize = None,
+    codec: Codec = None,
+    precision: Precision = None,
+    max_error: MaxError = None,
+    threads: Threads = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Only these slices; may be repeated.")] = None,
     batch_size: BatchSize = None,
 ) -> None:
@@ -105,7 +153,9 @@ def extract(
 
     paths = _paths(images)
     with session.connect() as client:
-        local = find_stem(client, stem, input_size)
+        local = find_stem(
+            client, stem, input_size, codec=codec, precision=precision, max_error=max_error, threads=threads
+        )
         embedding = client.extract(
             paths, stem=local, backbone=backbone, input_size=input_size, slices=slices, batch_size=batch_size
         )
@@ -155,6 +205,7 @@ def _detail(model: Model) -> str:
             ("backbone", model.space.backbone),
             ("cut", model.space.cut),
             ("input size", model.space.input_size),
+            ("codec", f"{model.codec}, embedding error {model.codec_error:.2g}" if model.codec else None),
             ("slices", ", ".join(model.slices)),
             ("dataset", record.dataset),
             ("job", record.job_id),
@@ -162,3 +213,18 @@ def _detail(model: Model) -> str:
             ("created", record.create_time),
         ]
     )
+
+
+def _candidates(model: Model) -> str:
+    """Return the sets of slices that were tried, those with the best scores."""
+    tried = model.candidates
+    if not tried:
+        return ""
+    shown = tried[:SHOWN_CANDIDATES]
+    rows = [
+        (f"{one.score:.3f}", "-" if one.accuracy is None else f"{one.accuracy:.4f}", one.width, ", ".join(one.slices))
+        for one in shown
+    ]
+    which = f"the best {len(shown)} of {len(tried)}" if len(tried) > len(shown) else f"all {len(tried)}"
+    table = columns(("SCORE", "ACCURACY", "COLUMNS", "SLICES"), rows)
+    return f"\n\nsets of slices tried in cross-validation, {which}\n{table}"

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ from trunkline.errors import (
     ServiceUnavailableError,
     TlsError,
     TrunklineError,
+    UnsupportedError,
 )
 
 if TYPE_CHECKING:
@@ -104,18 +105,21 @@ class Session:
             print(f"next: {hint}", file=sys.stderr)
 
 
-def command(*, missing: str = "trunkline doctor") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *, missing: str = "trunkline doctor", name: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function that takes a ``Session`` first: connection options, errors and exit codes.
 
     Args:
         missing: What to type if something is not found.
+        name: What is typed to run it. Default: the function's name.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def wrapper(**arguments: Any) -> None:
             session = Session(**{name: arguments.pop(name) for name in _SHARED})
-            _run(lambda: function(session, **arguments), session.json_output, missing, function.__name__.strip("_"))
+            _run(lambda: function(session, **arguments), session.json_output, missing, name or function.__name__)
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         shared = [
@@ -171,7 +175,8 @@ def next_command(error: TrunklineError, missing: str, name: str) -> str:
         return "trunkline doctor"
     if isinstance(error, GateNotMetError):
         return "trunkline train --help"
-    return f"trunkline {name} --help" if isinstance(error, InvalidArgumentError) else "trunkline doctor"
+    misused = isinstance(error, (InvalidArgumentError, UnsupportedError))
+    return f"trunkline {name} --help" if misused else "trunkline doctor"
 
 
 def report_error(error: TrunklineError, following: str, as_json: bool) -> None:
@@ -191,12 +196,22 @@ def report_error(error: TrunklineError, following: str, as_json: bool) -> None:
     print(f"next:  {following}", file=sys.stderr)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table in plain aligned columns: whole in a pipe, readable in a terminal."""
+def columns(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Collection[int] = ()) -> str:
+    """Return a table in plain aligned columns: whole in a pipe, readable in a terminal.
+
+    Args:
+        header: Titles.
+        rows: Cells.
+        right: Numbers of the columns that are aligned to the right.
+    """
     cells = [[str(one) for one in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
     )
 
 

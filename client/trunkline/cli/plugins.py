@@ -13,7 +13,7 @@ from trunkline.errors import MissingExtraError
 
 GROUP = "trunkline.commands"
 
-CLUSTER_COMMANDS = ("up", "down", "status", "serve")
+CLUSTER_COMMANDS = ("up", "down", "status", "serve", "validate")
 """The worker's commands, to be named even where it is not installed."""
 
 

@@ -12,7 +12,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "wire_version", "versions", "max_message_bytes", "max_batch_rows", "time_s", "tenant", "storage_shared", "storage_note")
+    __slots__ = ("version", "wire_version", "versions", "max_message_bytes", "max_batch_rows", "time_s", "tenant", "storage_shared", "storage_note", "codecs")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class GetServerInfoResponse(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STORAGE_SHARED_FIELD_NUMBER: _ClassVar[int]
     STORAGE_NOTE_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     version: str
     wire_version: int
     versions: _containers.ScalarMap[str, str]
@@ -38,7 +39,8 @@ class GetServerInfoResponse(_message.Message):
     tenant: str
     storage_shared: bool
     storage_note: str
-    def __init__(self, version: _Optional[str] = ..., wire_version: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., time_s: _Optional[float] = ..., tenant: _Optional[str] = ..., storage_shared: bool = ..., storage_note: _Optional[str] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., wire_version: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_message_bytes: _Optional[int] = ..., max_batch_rows: _Optional[int] = ..., time_s: _Optional[float] = ..., tenant: _Optional[str] = ..., storage_shared: bool = ..., storage_note: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Preprocessing(_message.Message):
     __slots__ = ("input_size", "crop_fraction", "interpolation", "mean", "std")
@@ -55,16 +57,26 @@ class Preprocessing(_message.Message):
     def __init__(self, input_size: _Optional[int] = ..., crop_fraction: _Optional[float] = ..., interpolation: _Optional[str] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Cut(_message.Message):
-    __slots__ = ("name", "feature_shape", "fingerprint", "slices")
+    __slots__ = ("name", "feature_shape", "fingerprint", "slices", "channel_axis", "is_stage", "stem_macs", "stem_parameters", "int8_fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FEATURE_SHAPE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_AXIS_FIELD_NUMBER: _ClassVar[int]
+    IS_STAGE_FIELD_NUMBER: _ClassVar[int]
+    STEM_MACS_FIELD_NUMBER: _ClassVar[int]
+    STEM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    INT8_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     feature_shape: _containers.RepeatedScalarFieldContainer[int]
     fingerprint: str
     slices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., feature_shape: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ...) -> None: ...
+    channel_axis: int
+    is_stage: bool
+    stem_macs: int
+    stem_parameters: int
+    int8_fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., feature_shape: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., channel_axis: _Optional[int] = ..., is_stage: bool = ..., stem_macs: _Optional[int] = ..., stem_parameters: _Optional[int] = ..., int8_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("name", "start", "stop")
@@ -77,7 +89,7 @@ class Slice(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class Backbone(_message.Message):
-    __slots__ = ("name", "pretrained", "weights", "weights_sha256", "num_parameters", "preprocessing", "resizable", "cuts", "slices", "embedding_fingerprint", "runtime", "device", "runtime_error")
+    __slots__ = ("name", "pretrained", "weights", "weights_sha256", "num_parameters", "preprocessing", "resizable", "cuts", "slices", "embedding_fingerprint", "runtime", "device", "runtime_error", "macs", "class_names")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PRETRAINED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +103,8 @@ class Backbone(_message.Message):
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_ERROR_FIELD_NUMBER: _ClassVar[int]
+    MACS_FIELD_NUMBER: _ClassVar[int]
+    CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     pretrained: bool
     weights: str
@@ -104,7 +118,9 @@ class Backbone(_message.Message):
     runtime: str
     device: str
     runtime_error: float
-    def __init__(self, name: _Optional[str] = ..., pretrained: bool = ..., weights: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., num_parameters: _Optional[int] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., resizable: bool = ..., cuts: _Optional[_Iterable[_Union[Cut, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., embedding_fingerprint: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., runtime_error: _Optional[float] = ...) -> None: ...
+    macs: int
+    class_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., pretrained: bool = ..., weights: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., num_parameters: _Optional[int] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., resizable: bool = ..., cuts: _Optional[_Iterable[_Union[Cut, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., embedding_fingerprint: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., runtime_error: _Optional[float] = ..., macs: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListBackbonesRequest(_message.Message):
     __slots__ = ()
@@ -130,7 +146,7 @@ class DescribeBackboneResponse(_message.Message):
     backbone: Backbone
     def __init__(self, backbone: _Optional[_Union[Backbone, _Mapping]] = ...) -> None: ...
 
-class FetchStemRequest(_message.Message):
+class DescribeCutRequest(_message.Message):
     __slots__ = ("backbone", "cut", "input_size")
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +155,60 @@ class FetchStemRequest(_message.Message):
     cut: str
     input_size: int
     def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
+
+class CodecCost(_message.Message):
+    __slots__ = ("codec", "bytes_per_row", "embedding_error")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_ROW_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_ERROR_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    bytes_per_row: float
+    embedding_error: float
+    def __init__(self, codec: _Optional[str] = ..., bytes_per_row: _Optional[float] = ..., embedding_error: _Optional[float] = ...) -> None: ...
+
+class StemCost(_message.Message):
+    __slots__ = ("precision", "size_bytes", "embedding_error", "refused")
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_ERROR_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    precision: str
+    size_bytes: int
+    embedding_error: float
+    refused: str
+    def __init__(self, precision: _Optional[str] = ..., size_bytes: _Optional[int] = ..., embedding_error: _Optional[float] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class CutCost(_message.Message):
+    __slots__ = ("cut", "codecs", "stems", "jpeg_bytes_per_row", "sample")
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    STEMS_FIELD_NUMBER: _ClassVar[int]
+    JPEG_BYTES_PER_ROW_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    cut: Cut
+    codecs: _containers.RepeatedCompositeFieldContainer[CodecCost]
+    stems: _containers.RepeatedCompositeFieldContainer[StemCost]
+    jpeg_bytes_per_row: float
+    sample: str
+    def __init__(self, cut: _Optional[_Union[Cut, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[CodecCost, _Mapping]]] = ..., stems: _Optional[_Iterable[_Union[StemCost, _Mapping]]] = ..., jpeg_bytes_per_row: _Optional[float] = ..., sample: _Optional[str] = ...) -> None: ...
+
+class DescribeCutResponse(_message.Message):
+    __slots__ = ("cost",)
+    COST_FIELD_NUMBER: _ClassVar[int]
+    cost: CutCost
+    def __init__(self, cost: _Optional[_Union[CutCost, _Mapping]] = ...) -> None: ...
+
+class FetchStemRequest(_message.Message):
+    __slots__ = ("backbone", "cut", "input_size", "precision")
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    cut: str
+    input_size: int
+    precision: str
+    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ..., precision: _Optional[str] = ...) -> None: ...
 
 class FetchStemResponse(_message.Message):
     __slots__ = ("seq", "header", "chunk", "end")
@@ -153,15 +223,19 @@ class FetchStemResponse(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., header: _Optional[_Union[StemHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[_error_pb2.EndOfStream, _Mapping]] = ...) -> None: ...
 
 class StemHeader(_message.Message):
-    __slots__ = ("space", "preprocessing", "feature_shape", "size_bytes", "sha256")
+    __slots__ = ("space", "preprocessing", "feature_shape", "size_bytes", "sha256", "precision", "embedding_error")
     SPACE_FIELD_NUMBER: _ClassVar[int]
     PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
     FEATURE_SHAPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_ERROR_FIELD_NUMBER: _ClassVar[int]
     space: _tensor_pb2.FeatureSpace
     preprocessing: Preprocessing
     feature_shape: _containers.RepeatedScalarFieldContainer[int]
     size_bytes: int
     sha256: str
-    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., feature_shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+    precision: str
+    embedding_error: float
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., feature_shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., precision: _Optional[str] = ..., embedding_error: _Optional[float] = ...) -> None: ...

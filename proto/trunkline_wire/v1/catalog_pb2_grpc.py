@@ -50,6 +50,11 @@ class CatalogServiceStub(object):
                 request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneRequest.SerializeToString,
                 response_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneResponse.FromString,
                 _registered_method=True)
+        self.DescribeCut = channel.unary_unary(
+                '/trunkline_wire.v1.CatalogService/DescribeCut',
+                request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutRequest.SerializeToString,
+                response_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutResponse.FromString,
+                _registered_method=True)
         self.FetchStem = channel.unary_stream(
                 '/trunkline_wire.v1.CatalogService/FetchStem',
                 request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemRequest.SerializeToString,
@@ -79,6 +84,14 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeCut(self, request, context):
+        """What sending features at a cut costs and how much it changes the embedding, for every codec and stem that the
+        cluster offers there. Measured the first time it is asked for, which takes seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FetchStem(self, request, context):
         """The ONNX file of a stem: one header, chunks in order, one end message.
         """
@@ -103,6 +116,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.DescribeBackbone,
                     request_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneRequest.FromString,
                     response_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneResponse.SerializeToString,
+            ),
+            'DescribeCut': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeCut,
+                    request_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutRequest.FromString,
+                    response_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutResponse.SerializeToString,
             ),
             'FetchStem': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchStem,
@@ -192,6 +210,33 @@ class CatalogService(object):
             '/trunkline_wire.v1.CatalogService/DescribeBackbone',
             trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneRequest.SerializeToString,
             trunkline__wire_dot_v1_dot_catalog__pb2.DescribeBackboneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeCut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline_wire.v1.CatalogService/DescribeCut',
+            trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutRequest.SerializeToString,
+            trunkline__wire_dot_v1_dot_catalog__pb2.DescribeCutResponse.FromString,
             options,
             channel_credentials,
             insecure,

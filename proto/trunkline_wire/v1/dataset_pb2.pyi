@@ -97,7 +97,7 @@ class CommitDatasetResponse(_message.Message):
     def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time")
+    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time", "codec")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Dataset(_message.Message):
     CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_TARGETS_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     num_rows: int
@@ -114,7 +115,8 @@ class Dataset(_message.Message):
     class_names: _containers.RepeatedScalarFieldContainer[str]
     num_targets: int
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    codec: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class GetDatasetRequest(_message.Message):
     __slots__ = ("dataset",)

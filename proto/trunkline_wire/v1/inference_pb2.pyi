@@ -8,6 +8,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class CodecUse(_message.Message):
+    __slots__ = ("codec", "embedding_error", "trained_codec", "trained_error")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_ERROR_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_CODEC_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    embedding_error: float
+    trained_codec: str
+    trained_error: float
+    def __init__(self, codec: _Optional[str] = ..., embedding_error: _Optional[float] = ..., trained_codec: _Optional[str] = ..., trained_error: _Optional[float] = ...) -> None: ...
+
 class PredictRequest(_message.Message):
     __slots__ = ("space", "features", "model", "timeout_s")
     SPACE_FIELD_NUMBER: _ClassVar[int]
@@ -21,18 +33,20 @@ class PredictRequest(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PredictResponse(_message.Message):
-    __slots__ = ("model", "outputs", "labels", "row_errors", "timings")
+    __slots__ = ("model", "outputs", "labels", "row_errors", "timings", "codec_use")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     ROW_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_USE_FIELD_NUMBER: _ClassVar[int]
     model: str
     outputs: _tensor_pb2.Tensor
     labels: _containers.RepeatedScalarFieldContainer[str]
     row_errors: _containers.RepeatedCompositeFieldContainer[_error_pb2.RowError]
     timings: _tensor_pb2.Timings
-    def __init__(self, model: _Optional[str] = ..., outputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ...) -> None: ...
+    codec_use: CodecUse
+    def __init__(self, model: _Optional[str] = ..., outputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ..., codec_use: _Optional[_Union[CodecUse, _Mapping]] = ...) -> None: ...
 
 class StreamPredictRequest(_message.Message):
     __slots__ = ("seq", "predict", "end")
@@ -69,16 +83,18 @@ class ExtractRequest(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., slices: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class ExtractResponse(_message.Message):
-    __slots__ = ("embedding", "slices", "row_errors", "timings")
+    __slots__ = ("embedding", "slices", "row_errors", "timings", "codec_use")
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     ROW_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_USE_FIELD_NUMBER: _ClassVar[int]
     embedding: _tensor_pb2.Tensor
     slices: _containers.RepeatedCompositeFieldContainer[_catalog_pb2.Slice]
     row_errors: _containers.RepeatedCompositeFieldContainer[_error_pb2.RowError]
     timings: _tensor_pb2.Timings
-    def __init__(self, embedding: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., slices: _Optional[_Iterable[_Union[_catalog_pb2.Slice, _Mapping]]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ...) -> None: ...
+    codec_use: CodecUse
+    def __init__(self, embedding: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., slices: _Optional[_Iterable[_Union[_catalog_pb2.Slice, _Mapping]]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ..., codec_use: _Optional[_Union[CodecUse, _Mapping]] = ...) -> None: ...
 
 class StreamExtractRequest(_message.Message):
     __slots__ = ("seq", "extract", "end")

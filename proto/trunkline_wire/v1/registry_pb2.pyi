@@ -18,7 +18,7 @@ TASK_CLASSIFICATION: Task
 TASK_REGRESSION: Task
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time")
+    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,9 @@ class Model(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_ERROR_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     task: Task
@@ -63,7 +66,22 @@ class Model(_message.Message):
     versions: _containers.ScalarMap[str, str]
     job_id: str
     create_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    codec: str
+    codec_error: float
+    candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+
+class Candidate(_message.Message):
+    __slots__ = ("slices", "width", "score", "accuracy")
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    width: int
+    score: float
+    accuracy: float
+    def __init__(self, slices: _Optional[_Iterable[str]] = ..., width: _Optional[int] = ..., score: _Optional[float] = ..., accuracy: _Optional[float] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)

@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etrunkline_wire/v1/tensor.proto\x12\x11trunkline_wire.v1\"\xc4\x01\n\x06Tensor\x12.\n\tdata_type\x18\x01 \x01(\x0e\x32\x1b.trunkline_wire.v1.DataType\x12\'\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x18.trunkline_wire.v1.Codec\x12\x33\n\x0b\x63ompression\x18\x03 \x01(\x0e\x32\x1e.trunkline_wire.v1.Compression\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0f\n\x07\x65ncoded\x18\x06 \x03(\x0c\"V\n\x0c\x46\x65\x61tureSpace\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"^\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x02 \x01(\x01\x12\x0f\n\x07trunk_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01*h\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x03*G\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x18\n\x14\x43ODEC_ENCODED_IMAGES\x10\x02*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etrunkline_wire/v1/tensor.proto\x12\x11trunkline_wire.v1\"\xef\x01\n\x06Tensor\x12.\n\tdata_type\x18\x01 \x01(\x0e\x32\x1b.trunkline_wire.v1.DataType\x12\'\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x18.trunkline_wire.v1.Codec\x12\x33\n\x0b\x63ompression\x18\x03 \x01(\x0e\x32\x1e.trunkline_wire.v1.Compression\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0f\n\x07\x65ncoded\x18\x06 \x03(\x0c\x12)\n\x06\x61\x66\x66ine\x18\x07 \x01(\x0b\x32\x19.trunkline_wire.v1.Affine\"=\n\x06\x41\x66\x66ine\x12\x14\n\x0c\x63hannel_axis\x18\x01 \x01(\r\x12\r\n\x05scale\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x0c\"V\n\x0c\x46\x65\x61tureSpace\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"^\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x02 \x01(\x01\x12\x0f\n\x07trunk_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_UINT4\x10\x05*Y\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x18\n\x14\x43ODEC_ENCODED_IMAGES\x10\x02\x12\x10\n\x0c\x43ODEC_AFFINE\x10\x03*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trunkline_wire.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=436
-  _globals['_DATATYPE']._serialized_end=540
-  _globals['_CODEC']._serialized_start=542
-  _globals['_CODEC']._serialized_end=613
-  _globals['_COMPRESSION']._serialized_start=615
-  _globals['_COMPRESSION']._serialized_end=701
+  _globals['_DATATYPE']._serialized_start=543
+  _globals['_DATATYPE']._serialized_end=692
+  _globals['_CODEC']._serialized_start=694
+  _globals['_CODEC']._serialized_end=783
+  _globals['_COMPRESSION']._serialized_start=785
+  _globals['_COMPRESSION']._serialized_end=871
   _globals['_TENSOR']._serialized_start=54
-  _globals['_TENSOR']._serialized_end=250
-  _globals['_FEATURESPACE']._serialized_start=252
-  _globals['_FEATURESPACE']._serialized_end=338
-  _globals['_TIMINGS']._serialized_start=340
-  _globals['_TIMINGS']._serialized_end=434
+  _globals['_TENSOR']._serialized_end=293
+  _globals['_AFFINE']._serialized_start=295
+  _globals['_AFFINE']._serialized_end=356
+  _globals['_FEATURESPACE']._serialized_start=358
+  _globals['_FEATURESPACE']._serialized_end=444
+  _globals['_TIMINGS']._serialized_start=446
+  _globals['_TIMINGS']._serialized_end=540
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Iterable as _Iterable, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -12,12 +12,15 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT32: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+    DATA_TYPE_UINT4: _ClassVar[DataType]
 
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CODEC_UNSPECIFIED: _ClassVar[Codec]
     CODEC_RAW: _ClassVar[Codec]
     CODEC_ENCODED_IMAGES: _ClassVar[Codec]
+    CODEC_AFFINE: _ClassVar[Codec]
 
 class Compression(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,28 +31,43 @@ DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_UINT8: DataType
+DATA_TYPE_BFLOAT16: DataType
+DATA_TYPE_UINT4: DataType
 CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 CODEC_ENCODED_IMAGES: Codec
+CODEC_AFFINE: Codec
 COMPRESSION_UNSPECIFIED: Compression
 COMPRESSION_NONE: Compression
 COMPRESSION_ZSTD: Compression
 
 class Tensor(_message.Message):
-    __slots__ = ("data_type", "codec", "compression", "shape", "data", "encoded")
+    __slots__ = ("data_type", "codec", "compression", "shape", "data", "encoded", "affine")
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
+    AFFINE_FIELD_NUMBER: _ClassVar[int]
     data_type: DataType
     codec: Codec
     compression: Compression
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     encoded: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., compression: _Optional[_Union[Compression, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., encoded: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    affine: Affine
+    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., compression: _Optional[_Union[Compression, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., encoded: _Optional[_Iterable[bytes]] = ..., affine: _Optional[_Union[Affine, _Mapping]] = ...) -> None: ...
+
+class Affine(_message.Message):
+    __slots__ = ("channel_axis", "scale", "offset")
+    CHANNEL_AXIS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    channel_axis: int
+    scale: bytes
+    offset: bytes
+    def __init__(self, channel_axis: _Optional[int] = ..., scale: _Optional[bytes] = ..., offset: _Optional[bytes] = ...) -> None: ...
 
 class FeatureSpace(_message.Message):
     __slots__ = ("backbone", "cut", "input_size", "fingerprint")

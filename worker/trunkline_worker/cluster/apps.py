@@ -38,8 +38,8 @@ def versions() -> dict[str, str]:
 
 
 def backbone_app_name(backbone: str) -> str:
-    """Return the name of a backbone's Serve application."""
-    return f"trunkline-backbone-{backbone}"
+    """Return the name of a backbone's Serve application. Serve names files by it; no backbone's name has a plus."""
+    return f"trunkline-backbone-{backbone.replace('/', '+')}"
 
 
 def controller_config(settings: Settings) -> ControllerConfig:
@@ -73,6 +73,8 @@ def build_backbone(settings: Settings, name: str) -> Application:
         max_queued_rows=settings.max_queued_rows,
         head_capacity=settings.head_capacity,
         storage_url=settings.storage_url,
+        manifest=settings.manifest_of(name),
+        samples=settings.samples or None,
     )
     deployment = serve.deployment(
         name="Backbone",

@@ -1,7 +1,8 @@
-"""``trunkline up|down|status|serve``: the commands of whoever runs a cluster."""
+"""``trunkline up|down|status|serve|validate``: the commands of whoever runs a cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import pydantic
 import typer
 from rich.console import Console
+from trunkline_wire.errors import WireError
 from trunkline_wire.local import LocalCluster, read_local_cluster, remove_local_cluster, state_dir
 
 from trunkline_worker.cluster import processes
+from trunkline_worker.cluster.options import ClusterOptions, with_cluster_options
 from trunkline_worker.cluster.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
@@ -23,58 +25,22 @@ app = typer.Typer(no_args_is_help=True)
 DOWN_PATIENCE_S = 40.0
 """How long ``down`` waits for an orderly end, in seconds."""
 
-_Host = Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")]
-_Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default: 50051.")]
-_Backbones = Annotated[list[str] | None, typer.Option("--backbone", help="Backbone to serve; may be repeated.")]
-_Weights = Annotated[list[str] | None, typer.Option(help="NAME=FILE: weights of a backbone; may be repeated.")]
-_Untrained = Annotated[bool | None, typer.Option("--allow-untrained", help="Serve backbones without weights.")]
-_TokenFile = Annotated[str | None, typer.Option(help="File of tokens. Default: one is made in the state folder.")]
-_Cert = Annotated[str | None, typer.Option(help="PEM file with the certificate chain.")]
-_Key = Annotated[str | None, typer.Option(help="PEM file with the private key.")]
-_ClientCa = Annotated[str | None, typer.Option(help="PEM file; clients must show a certificate of this authority.")]
-_Insecure = Annotated[bool | None, typer.Option("--insecure", help="Allow plaintext beyond loopback, or no tokens.")]
-_Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.command()
-def up(
-    host: _Host = None,
-    port: _Port = None,
-    backbone: _Backbones = None,
-    weights: _Weights = None,
-    allow_untrained: _Untrained = None,
-    token_file: _TokenFile = None,
-    tls_cert: _Cert = None,
-    tls_key: _Key = None,
-    tls_client_ca: _ClientCa = None,
-    insecure: _Insecure = None,
-    device: _Device = None,
-    as_json: _Json = False,
-) -> None:
+@with_cluster_options
+def up(options: ClusterOptions, as_json: _Json = False) -> None:
     """Bring the embedded cluster up on this machine, and return when it answers."""
     running = _running()
     if running is not None:
         _print_up({"address": running.address}, as_json, already=True)
-        given = (host, port, backbone, weights, allow_untrained, token_file, tls_cert, tls_key, tls_client_ca, insecure)
-        if any(one is not None for one in (*given, device)):
+        if options.are_given:
             _note(
                 "It runs as it was started: your options changed nothing. To apply them: trunkline down, then up again"
             )
         return
-    settings = _settings(
-        host=host,
-        port=port,
-        backbones=tuple(backbone) if backbone else None,
-        weights=_weights(weights),
-        allow_untrained=allow_untrained,
-        token_file=token_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        insecure=insecure,
-        device=device,
-    )
+    settings = _settings(options)
     cluster_id = secrets.token_hex(8)
     state = state_dir()
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -150,18 +116,9 @@ def status(as_json: _Json = False) -> None:
 
 
 @app.command()
+@with_cluster_options
 def serve(
-    host: _Host = None,
-    port: _Port = None,
-    backbone: _Backbones = None,
-    weights: _Weights = None,
-    allow_untrained: _Untrained = None,
-    token_file: _TokenFile = None,
-    tls_cert: _Cert = None,
-    tls_key: _Key = None,
-    tls_client_ca: _ClientCa = None,
-    insecure: _Insecure = None,
-    device: _Device = None,
+    options: ClusterOptions,
     address: Annotated[str, typer.Option(help="Ray cluster. Default: the one this runs on.")] = "auto",
     as_json: _Json = False,
 ) -> None:
@@ -169,19 +126,7 @@ def serve(
 
     Made for: ray job submit --address http://HEAD:8265 -- trunkline serve
     """
-    settings = _settings(
-        host=host,
-        port=port,
-        backbones=tuple(backbone) if backbone else None,
-        weights=_weights(weights),
-        allow_untrained=allow_untrained,
-        token_file=token_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        insecure=insecure,
-        device=device,
-    )
+    settings = _settings(options)
     import ray
 
     from trunkline_worker.cluster.deploy import deploy
@@ -203,30 +148,35 @@ def serve(
         _note(f"Serving on port {deployed.port} of the nodes with a gateway. Token file: {settings.token_file}")
 
 
-def _settings(**given: Any) -> Settings:
+@app.command()
+def validate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Manifest or folder of a backbone of your own.")],
+    samples: Annotated[str | None, typer.Option(help="Folder of pictures to check it with.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Load a backbone of your own and check it as `up --own-backbone` does, without a cluster.
+
+    Exit code 1 where it may not be served.
+    """
+    if not Path(path).exists():
+        _fail(f"no backbone at {path}: expected a folder with a backbone.toml, or such a file", code=2)
+    from trunkline_worker.cluster.validation import report, text
+
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-        if settings.token_file is None and not settings.insecure:
-            settings.model_copy(update={"token_file": "made later"}).listener.check()
-        else:
-            settings.listener.check()
-        return settings
-    except pydantic.ValidationError as error:
-        _fail("; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()), code=2)
+        with contextlib.redirect_stdout(sys.stderr):  # what the backbone's own code prints is no part of the answer
+            answer = report(path, samples)
+    except WireError as error:
+        _fail(json.dumps({"error": {"code": error.code.name, "message": error.message}}) if as_json else error.message)
+    print(json.dumps(answer, indent=2) if as_json else text(answer))
+    if not as_json:
+        _note(f"Next:  trunkline up --own-backbone {path}")
+
+
+def _settings(options: ClusterOptions) -> Settings:
+    try:
+        return options.settings()
     except ValueError as error:
         _fail(str(error), code=2)
-
-
-def _weights(given: list[str] | None) -> dict[str, str] | None:
-    if not given:
-        return None
-    pairs = {}
-    for one in given:
-        name, separator, path = one.partition("=")
-        if not separator or not Path(path).is_file():
-            _fail(f"--weights {one}: expected NAME=FILE with a file that is there", code=2)
-        pairs[name] = str(Path(path).absolute())
-    return pairs
 
 
 def _running() -> LocalCluster | None:

@@ -13,8 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from trunkline_wire.errors import WireError
 from trunkline_wire.local import state_dir
-from trunkline_wire.names import check_name
+from trunkline_wire.names import check_backbone_name
 
+from trunkline_worker.backbones.manifest import load_manifest
 from trunkline_worker.serving.gateway import Listener
 
 CONFIG_VARIABLE = "TRUNKLINE_CLUSTER_CONFIG"
@@ -35,6 +36,11 @@ class Settings(BaseSettings):
     insecure: bool = Field(False, description="Allow plaintext beyond loopback, or no tokens.")
 
     backbones: tuple[str, ...] = Field(("efficientnet_lite0",), description="Backbones to serve, the default first.")
+    own_backbones: tuple[str, ...] = Field(
+        default_factory=tuple,
+        description="Manifests of your own backbones, or their folders; they are served besides `backbones`.",
+    )
+    samples: str = Field("", description="Folder of pictures that errors are measured on. Default: generated pictures.")
     weights: dict[str, str] = Field(default_factory=dict, description="Backbone name to a local file of weights.")
     allow_untrained: bool = Field(False, description="Serve backbones that have no pretrained weights.")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
@@ -85,10 +91,43 @@ class Settings(BaseSettings):
             raise ValueError("name one backbone or more, each once")
         for name in names:
             try:
-                check_name(name, "backbone")
+                check_backbone_name(name)
             except WireError as error:  # pydantic reports ValueError with the setting's name
                 raise ValueError(error.message) from error
         return names
+
+    @field_validator("own_backbones")
+    @classmethod
+    def _own_backbones(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        # Read later by processes with other working folders.
+        return tuple(str(Path(path).absolute()) for path in paths)
+
+    @field_validator("samples")
+    @classmethod
+    def _samples(cls, path: str) -> str:
+        if path and not Path(path).is_dir():
+            raise ValueError(f"{path} is not a folder; name one with pictures")
+        return str(Path(path).absolute()) if path else ""
+
+    @model_validator(mode="after")
+    def _own_names(self) -> Settings:
+        names: list[str] = []
+        for path in self.own_backbones:
+            try:
+                name = load_manifest(path).name
+            except WireError as error:
+                raise ValueError(error.message) from error
+            if name in names:
+                raise ValueError(f"two of your own backbones are called {name!r}; each needs a name of its own")
+            if name in self.weights:
+                raise ValueError(
+                    f"the weights of {name!r} are named in its manifest, {path}; they cannot be given here"
+                )
+            names.append(name)
+        # Whoever lists them among the backbones chooses the order; the others come last.
+        others = tuple(name for name in names if name not in self.backbones)
+        object.__setattr__(self, "backbones", (*self.backbones, *others))  # settings are frozen from here on
+        return self
 
     @model_validator(mode="after")
     def _weights(self) -> Settings:
@@ -96,6 +135,10 @@ class Settings(BaseSettings):
             if name not in self.backbones:
                 raise ValueError(f"weights are given for {name!r}, which is not among the backbones")
         return self
+
+    def manifest_of(self, backbone: str) -> str | None:
+        """Return the manifest of a backbone of the operator's own, or None for another."""
+        return next((path for path in self.own_backbones if load_manifest(path).name == backbone), None)
 
     @property
     def storage_url(self) -> str:

@@ -9,12 +9,22 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import WireError
-from trunkline_wire.specs import BackboneSpec, FeatureSpace, Preprocessing, SliceSpec, Timings
+from trunkline_wire.quantise import PackedRows
+from trunkline_wire.specs import (
+    FLOAT32,
+    BackboneSpec,
+    CodecUse,
+    CutCost,
+    FeatureSpace,
+    Preprocessing,
+    SliceSpec,
+    Timings,
+)
 
 from trunkline_worker.store.records import ModelRecord
 
-Payload = npt.NDArray[np.generic] | Sequence[bytes]
-"""Features at the cut, (B, ...); or encoded images, one per row."""
+Payload = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
+"""Features at the cut, (B, ...), or the same in fewer bytes; or encoded images, one per row."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class Extraction:
     slices: tuple[SliceSpec, ...]
     row_errors: Mapping[int, WireError] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,15 @@ class Prediction:
     outputs_BK: npt.NDArray[np.float32]
     row_errors: Mapping[int, WireError] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
+    codec_use: CodecUse = field(default_factory=CodecUse)
 
 
 @dataclass(frozen=True)
 class StemFile:
-    """An exported stem: where its ONNX file lies in storage and what it must hash to."""
+    """An exported stem: where its ONNX file lies in storage and what it must hash to.
+
+    ``embedding_error`` is 0 for the exact stem. See ``StemCost`` in catalog.proto.
+    """
 
     space: FeatureSpace
     preprocessing: Preprocessing
@@ -46,6 +61,8 @@ class StemFile:
     path: str
     size_bytes: int
     sha256: str
+    precision: str = FLOAT32
+    embedding_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,15 @@ class Engine(Protocol):
     async def describe(self, input_size: int = 0) -> BackboneSpec:
         """Describe the backbone at an input size; 0 is its own."""
 
-    async def stem(self, cut: str, input_size: int = 0) -> StemFile:
-        """Export the stem before a cut, or find it in storage."""
+    async def stem(self, cut: str, input_size: int = 0, precision: str = FLOAT32) -> StemFile:
+        """Export the stem before a cut, or find it in storage.
+
+        Raises:
+            WireError: Also UNSUPPORTED for a precision that is unknown, or whose error at this cut is over the bound.
+        """
+
+    async def cut_cost(self, cut: str, input_size: int = 0) -> CutCost:
+        """Measure what every codec and stem costs at a cut, or find it in storage."""
 
     async def predict(
         self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import BackboneSpec, CutSpec, FeatureSpace, SliceSpec
+from trunkline_wire.finite import check_finite
+from trunkline_wire.limits import MAX_CODEC_ERROR
+from trunkline_wire.quantise import INT4, INT8, PackedRows, check_packed
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CodecUse, CutSpec, FeatureSpace, SliceSpec
 
 from trunkline_worker.engine.api import Payload
 from trunkline_worker.store.records import ModelRecord
@@ -16,13 +19,18 @@ from trunkline_worker.store.records import ModelRecord
 _FEATURE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
 
-def check_space(space: FeatureSpace, spec: BackboneSpec) -> CutSpec:
-    """Return the cut at which rows of a feature space enter.
+def check_space(space: FeatureSpace, spec: BackboneSpec, check_cut: Callable[[str], None]) -> tuple[CutSpec, str]:
+    """Return the cut at which rows of a feature space enter, and the precision of the stem that made them.
 
     Images for which no backbone was chosen enter at ``input``.
 
+    Args:
+        space: Of the rows.
+        spec: The backbone at the rows' input size.
+        check_cut: ``Backbone.check_cut``: refuses a name that is no cut.
+
     Raises:
-        WireError: INCOMPATIBLE, or NOT_FOUND for an unknown cut.
+        WireError: INCOMPATIBLE, or what ``check_cut`` raises.
     """
     if space.backbone and space.backbone != spec.name:
         raise WireError(
@@ -32,15 +40,14 @@ def check_space(space: FeatureSpace, spec: BackboneSpec) -> CutSpec:
         )
     cut = spec.cut(space.cut)
     if cut is None:
-        raise WireError(
-            ErrorCode.NOT_FOUND,
-            f"{spec.name} has no cut {space.cut[:80]!r}; its cuts: {', '.join(one.name for one in spec.cuts)}",
-        )
+        check_cut(space.cut)
+        raise WireError(ErrorCode.NOT_FOUND, f"{spec.name} has no cut {space.cut[:80]!r}")
     if not space.backbone:
         if not space.is_input:
             raise WireError(ErrorCode.INCOMPATIBLE, f"features at cut {cut.name!r} must name their backbone")
-        return cut
-    if space.fingerprint != cut.fingerprint:
+        return cut, FLOAT32
+    precision = cut.precision_of(space.fingerprint)
+    if precision is None:
         advice = (
             "Ask the cluster to describe the backbone again"
             if space.is_input
@@ -49,19 +56,23 @@ def check_space(space: FeatureSpace, spec: BackboneSpec) -> CutSpec:
         raise WireError(
             ErrorCode.INCOMPATIBLE,
             f"the rows have fingerprint {_short(space.fingerprint)}, this backbone has {_short(cut.fingerprint)} at "
-            f"cut {cut.name!r} and {spec.preprocessing.input_size} px: other weights or preprocessing. {advice}",
+            f"cut {cut.name!r} and {spec.preprocessing.input_size} px: other weights, preprocessing or "
+            f"calibration. {advice}",
         )
-    return cut
+    return cut, precision
 
 
 def check_rows(rows: Payload, cut: CutSpec, *, is_input: bool) -> None:
     """Check type, shape and finiteness of rows that enter at a cut.
 
     Raises:
-        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH, NOT_FINITE.
+        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH, NOT_FINITE; for packed rows as ``check_packed``.
     """
     if len(rows) == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, "a batch of no rows; send at least one")
+    if isinstance(rows, PackedRows):
+        _check_packed(rows, cut, is_input=is_input)
+        return
     if not isinstance(rows, np.ndarray):
         if not is_input:
             raise WireError(
@@ -71,19 +82,25 @@ def check_rows(rows: Payload, cut: CutSpec, *, is_input: bool) -> None:
             )
         return
     _check_dtype(rows, cut, is_input=is_input)
-    _check_shape(rows, cut, is_input=is_input)
-    if rows.dtype.kind == "f" and not _sums_up(rows):
-        bad = ~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+    _check_shape(rows.shape[1:], cut, is_input=is_input)
+    if rows.dtype.kind == "f":
+        check_finite(rows)
+
+
+def _check_packed(rows: PackedRows, cut: CutSpec, *, is_input: bool) -> None:
+    if is_input:
         raise WireError(
-            ErrorCode.NOT_FINITE,
-            f"{int(bad.sum())} of {len(rows)} rows hold NaN or infinity, the first is row {int(bad.argmax())}",
+            ErrorCode.DTYPE_MISMATCH,
+            f"images at cut 'input' are uint8 or encoded; got {rows.codec[:40]}. Codecs are for features",
         )
-
-
-def _sums_up(rows: npt.NDArray[np.generic]) -> bool:
-    """Find any NaN or infinity with one sum: in float64, finite values of the types allowed cannot add up to one."""
-    with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(np.sum(rows, dtype=np.float64)))
+    _check_shape(rows.row_shape, cut, is_input=False)
+    if rows.codec in (INT8, INT4) and rows.channel_axis != cut.channel_axis:
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"the rows are quantised along axis {rows.channel_axis}; at cut {cut.name!r}, where a row has shape "
+            f"{_text(cut.feature_shape)}, channels are counted along axis {cut.channel_axis}",
+        )
+    check_packed(rows)
 
 
 def _check_dtype(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool) -> None:
@@ -94,18 +111,18 @@ def _check_dtype(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool)
         )
     if not is_input and rows.dtype not in _FEATURE_DTYPES:
         raise WireError(
-            ErrorCode.DTYPE_MISMATCH, f"features at cut {cut.name!r} are float32 or float16; got {rows.dtype}"
+            ErrorCode.DTYPE_MISMATCH,
+            f"features at cut {cut.name!r} are float32, float16 or quantised; got an array of {rows.dtype}",
         )
 
 
-def _check_shape(rows: npt.NDArray[np.generic], cut: CutSpec, *, is_input: bool) -> None:
-    got, expected = rows.shape[1:], cut.feature_shape
+def _check_shape(got: tuple[int, ...], cut: CutSpec, *, is_input: bool) -> None:
+    expected, axis = cut.feature_shape, cut.channel_axis
     if got == expected:
         return
-    channels = 2 if is_input else 0
     hint = ""
-    if len(got) == len(expected) and got[channels] != expected[channels]:
-        hint = f": {got[channels]} channels instead of {expected[channels]}"
+    if len(got) == len(expected) and got[axis] != expected[axis]:
+        hint = f": {got[axis]} channels instead of {expected[axis]}"
     elif is_input:
         hint = ": resize and crop them as `describe` says, or send encoded images"
     raise WireError(
@@ -129,6 +146,30 @@ def check_model(model: ModelRecord, spec: BackboneSpec, cut: CutSpec) -> None:
             "own input size to the backbone it was trained with, or train it again",
         )
     _check_behind(model.slices, spec, cut, f"model {model.reference} uses")
+
+
+def check_codec(model: ModelRecord, use: CodecUse) -> None:
+    """Check that a model may be used on rows that were made and sent in this way.
+
+    It may where it was trained on the same, and where both errors together stay within ``MAX_CODEC_ERROR``.
+
+    Raises:
+        WireError: INCOMPATIBLE.
+    """
+    together = use.trained_error + use.embedding_error
+    if use.codec == use.trained_codec or together <= MAX_CODEC_ERROR:
+        return
+    trained = use.trained_codec or FLOAT32
+    if use.trained_error <= MAX_CODEC_ERROR:
+        advice = f"Send rows as {trained!r} or in a codec with a smaller error, or train on rows sent as {use.codec!r}"
+    else:
+        advice = f"Send rows as {trained!r}, or train on rows in a codec with a smaller error"
+    raise WireError(
+        ErrorCode.INCOMPATIBLE,
+        f"model {model.reference} was trained on rows sent as {trained!r}, with an embedding error of "
+        f"{use.trained_error:.3g}; these are {use.codec!r}, with {use.embedding_error:.3g}: {together:.3g} together, "
+        f"and at most {MAX_CODEC_ERROR:g} is allowed. {advice}",
+    )
 
 
 def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tuple[SliceSpec, ...]:
@@ -163,7 +204,7 @@ def _check_behind(names: Sequence[str], spec: BackboneSpec, cut: CutSpec, who: s
     if not missing:
         return
     cuts = [one.name for one in spec.cuts if set(names) <= set(one.slices)]
-    advice = f"Cuts that still have all of them: {', '.join(cuts)}" if cuts else "No cut of this backbone has them"
+    advice = f"The last cut that still has all of them is {cuts[-1]!r}" if cuts else "No cut of this backbone has them"
     raise WireError(
         ErrorCode.INCOMPATIBLE,
         f"{who} slices that cannot be computed behind cut {cut.name!r}: {', '.join(missing)[:200]}. {advice}",

@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, SliceSpec
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, Preprocessing, SliceSpec
 
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.export import MAX_EXPORT_BYTES, export_module, sample_images
@@ -32,9 +32,11 @@ from trunkline_worker.engine.runtimes import (
     TRUNK_OUTPUT,
     OnnxRuntime,
     Runtime,
-    TorchRuntime,
+    exact_features,
     torch_candidates,
+    torch_runtime,
 )
+from trunkline_worker.engine.sample import sample_pictures
 from trunkline_worker.store.blobs import BlobStore
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,6 @@ INEXACT_GAIN = 1.25
 """An inexact runtime must be this many times as fast as the fastest exact one."""
 
 _TRUNK_FORMAT = 1
-_SAMPLE_ROWS = 8
 _REPEATS = 3
 _BUDGET_S = 2.0
 
@@ -165,7 +166,7 @@ class RuntimeChooser:
         behind = spec.cut(cut)
         assert behind is not None
         slices = [one for one in spec.slices if one.name in behind.slices]
-        sample = self._sample(cut, spec.preprocessing.input_size)
+        sample = self._sample(cut, spec.preprocessing)
         expected_BD = candidates[0].run(sample)
         measurements = []
         for runtime in candidates:
@@ -188,19 +189,18 @@ class RuntimeChooser:
                 break
         return len(sample) / max(best_s, 1e-9)
 
-    @torch.inference_mode()
-    def _sample(self, cut: str, size: int) -> npt.NDArray[np.generic]:
-        images = sample_images(_SAMPLE_ROWS, size)
-        if cut == INPUT_CUT:
-            return images.numpy()
-        return self._placed.stem(cut)(images.to(self._device)).cpu().contiguous().numpy()
+    def _sample(self, cut: str, preprocessing: Preprocessing) -> npt.NDArray[np.generic]:
+        pictures_BHWC = sample_pictures(self._backbone.samples, preprocessing)
+        return exact_features(self._placed, cut, pictures_BHWC, self._device)
 
     def _build(self, name: str, spec: BackboneSpec, cut: str) -> Runtime | None:
         """Build a runtime by name; None where this machine, or this network, has no such runtime."""
         if name != ONNX_FP32:
             if name not in torch_candidates(self._device):
                 return None
-            return TorchRuntime(self._placed.trunk(cut), name, self._device)
+            found = spec.cut(cut)
+            assert found is not None
+            return torch_runtime(self._placed, found, name, self._device)
         if not self._use_onnx:
             return None
         try:
@@ -230,6 +230,7 @@ class RuntimeChooser:
     def _note_path(self, spec: BackboneSpec, cut: str) -> str:
         parts = [
             _trunk_fingerprint(spec, cut),
+            self._backbone.samples.digest,
             self._device_name(),
             self._num_threads,
             self._use_onnx,

@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace, SliceSpec, Timings
+from trunkline_wire.quantise import PackedRows, codec_of
+from trunkline_wire.specs import (
+    FLOAT32,
+    INPUT_CUT,
+    BackboneSpec,
+    CodecUse,
+    CutCost,
+    CutSpec,
+    FeatureSpace,
+    SliceSpec,
+    Timings,
+)
 
 from trunkline_worker.backbones.backbone import Backbone
-from trunkline_worker.backbones.export import export_stem
 from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
 from trunkline_worker.engine.batcher import Batcher, Monotonic, Part, PartResult
-from trunkline_worker.engine.checks import check_model, check_rows, check_space, select_slices
+from trunkline_worker.engine.checks import check_codec, check_model, check_rows, check_space, select_slices
 from trunkline_worker.engine.choice import Prepared, RuntimeChooser
 from trunkline_worker.engine.compute import Compute, Work
-from trunkline_worker.engine.exports import STEMS, ExportStore, StoredExport
-from trunkline_worker.engine.images import ImageDecoder
+from trunkline_worker.engine.cutcosts import CutCosts, Key
+from trunkline_worker.engine.decoding import DecodedRows, RowDecoder
 from trunkline_worker.engine.multihead import Columns, Head, HeadCache, HeadPath, LoadHead
-from trunkline_worker.engine.pipeline import Collected, ImagePipeline
+from trunkline_worker.engine.pipeline import Collected, DecodingPipeline
 from trunkline_worker.engine.runtimes import place
+from trunkline_worker.engine.shared import Shared
+from trunkline_worker.engine.threads import Threads
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import ModelRecord
 
 # Shape suffix legend: B = rows, D = embedding columns, K = outputs
-
-Key = tuple[str, int]
-"""A group that shares a trunk pass: cut and input size."""
 
 MAX_RUNTIMES = 16
 """Most runtimes, one per cut and input size, that are kept in memory."""
@@ -43,8 +48,6 @@ _BATCH_ROWS = {"cpu": 32, "cuda": 256}
 _REFERENCE_SIZE = 224
 _MAX_GROWTH = 4
 
-T = TypeVar("T")
-
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
@@ -52,6 +55,7 @@ class _Target:
 
     spec: BackboneSpec
     cut: CutSpec
+    precision: str
 
     @property
     def behind(self) -> list[SliceSpec]:
@@ -59,6 +63,7 @@ class _Target:
 
     @property
     def key(self) -> Key:
+        """The group that shares a trunk pass."""
         return self.cut.name, self.spec.preprocessing.input_size
 
 
@@ -67,6 +72,7 @@ class _Outcome:
     values: npt.NDArray[np.float32]
     row_errors: dict[int, WireError]
     timings: Timings
+    codec_use: CodecUse
 
 
 class LocalEngine:
@@ -119,24 +125,19 @@ class LocalEngine:
         self._chooser = RuntimeChooser(
             backbone, placed, blobs, device=self._device, num_threads=threads, clock=clock, use_onnx=use_onnx
         )
-        self._exports = ExportStore(blobs)
+        self._threads = Threads(threads)
+        self._costs = CutCosts(backbone, placed, blobs, self._threads, device=self._device, num_threads=threads)
         self._compute = Compute(clock)
-        self._decoder = ImageDecoder(threads)
-        # One thread computes; exports, which take seconds, and short reads do not wait for it nor for each other.
-        self._compute_pool = ThreadPoolExecutor(
-            1, thread_name_prefix="trunkline-trunk", initializer=torch.set_num_threads, initargs=(threads,)
-        )
-        self._export_pool = ThreadPoolExecutor(1, thread_name_prefix="trunkline-export")
-        self._io_pool = ThreadPoolExecutor(2, thread_name_prefix="trunkline-io")
+        self._decoder = RowDecoder(threads)
         self._heads = HeadCache(
-            blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._io_pool
+            blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._threads.short_pool
         )
         self._batcher: Batcher[Work] = Batcher(
             self._run_batch, clock=clock, max_rows=self._max_rows, max_queued_rows=max_queued_rows
         )
-        self._pipeline = ImagePipeline(self._decoder, self._batcher, clock)
-        self._runtimes: OrderedDict[Key, asyncio.Task[Prepared]] = OrderedDict()
-        self._closed = False
+        self._pipeline = DecodingPipeline(self._batcher, clock)
+        # Requests under way hold on to a runtime that is dropped.
+        self._runtimes: Shared[Key, Prepared] = Shared(self._prepare, capacity=MAX_RUNTIMES)
 
     async def start(self, *, prepare: bool = True) -> None:
         """Begin to answer.
@@ -152,50 +153,48 @@ class LocalEngine:
     async def close(self) -> None:
         """Take nothing new, finish what waits, end the threads."""
         await self._batcher.close()
-        self._closed = True
-        loop = asyncio.get_running_loop()
-        for task in self._runtimes.values():
-            task.cancel()
-        for pool in (self._compute_pool, self._export_pool, self._io_pool):
-            await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
-        await loop.run_in_executor(None, self._decoder.close)
+        self._runtimes.cancel()
+        self._costs.close()
+        await self._threads.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._decoder.close)
 
     async def describe(self, input_size: int = 0) -> BackboneSpec:
         """Describe the backbone at an input size. See ``Engine``."""
         spec = await self._spec(input_size)
         own = self._backbone.preprocessing.input_size
         for key in ((INPUT_CUT, spec.preprocessing.input_size), (INPUT_CUT, own)):
-            task = self._runtimes.get(key)
-            if task is not None and task.done() and not task.cancelled() and task.exception() is None:
-                prepared = task.result()
+            prepared = self._runtimes.known(key)
+            if prepared is not None:
                 return dataclasses.replace(
                     spec, runtime=prepared.runtime.name, device=str(self._device), runtime_error=prepared.error
                 )
         return dataclasses.replace(spec, device=str(self._device))
 
-    async def stem(self, cut: str, input_size: int = 0) -> StemFile:
+    async def stem(self, cut: str, input_size: int = 0, precision: str = FLOAT32) -> StemFile:
         """Export a stem, or find it in storage. See ``Engine``."""
         spec = await self._spec(input_size)
-        self._backbone.stem(cut)  # refuses a cut that is unknown or has no stem
+        self._backbone.check_cut(cut)
+        if cut == INPUT_CUT:
+            self._backbone.stem(cut)  # refuses, saying why there is none
         found = spec.cut(cut)
         assert found is not None
-        # Looked for off the thread that exports: an old stem need not wait for a new one.
-        stored = await self._in(self._io_pool, self._find_stem, found.fingerprint)
-        if stored is None:
-            size = spec.preprocessing.input_size
-            stored = await self._in(self._export_pool, self._export_stem, cut, size, found.fingerprint)
+        stored = await self._costs.stem((cut, spec.preprocessing.input_size), precision)
         return StemFile(
-            spec.space(found), spec.preprocessing, found.feature_shape, stored.path, stored.size_bytes, stored.sha256
+            spec.space(found, precision),
+            spec.preprocessing,
+            found.feature_shape,
+            stored.path,
+            stored.size_bytes,
+            stored.sha256,
+            precision,
+            stored.embedding_error,
         )
 
-    def _find_stem(self, fingerprint: str) -> StoredExport | None:
-        found = self._exports.find(STEMS, fingerprint)
-        return None if found is None else found[0]
-
-    def _export_stem(self, cut: str, input_size: int, fingerprint: str) -> StoredExport:
-        # Again, on the one thread that exports: another caller may have been first.
-        found = self._find_stem(fingerprint)
-        return found or self._exports.put(STEMS, fingerprint, export_stem(self._backbone, cut, input_size))
+    async def cut_cost(self, cut: str, input_size: int = 0) -> CutCost:
+        """Measure what a cut costs, or find it in storage. See ``Engine``."""
+        spec = await self._spec(input_size)
+        self._backbone.check_cut(cut)
+        return await self._costs.cost((cut, spec.preprocessing.input_size))
 
     async def predict(
         self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
@@ -206,8 +205,8 @@ class LocalEngine:
         check_rows(rows, target.cut, is_input=space.is_input)
         check_model(model, target.spec, target.cut)
         selected = select_slices(model.slices, target.spec, target.cut)
-        outcome = await self._process(target, rows, selected, await self._head(model), deadline, start)
-        return Prediction(outcome.values, outcome.row_errors, outcome.timings)
+        outcome = await self._process(target, rows, selected, model, deadline, start)
+        return Prediction(outcome.values, outcome.row_errors, outcome.timings, outcome.codec_use)
 
     async def extract(
         self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
@@ -218,7 +217,7 @@ class LocalEngine:
         check_rows(rows, target.cut, is_input=space.is_input)
         selected = select_slices(slices, target.spec, target.cut)
         outcome = await self._process(target, rows, selected, None, deadline, start)
-        return Extraction(outcome.values, selected, outcome.row_errors, outcome.timings)
+        return Extraction(outcome.values, selected, outcome.row_errors, outcome.timings, outcome.codec_use)
 
     async def stats(self) -> EngineStats:
         """Return the counters. See ``Engine``."""
@@ -231,25 +230,28 @@ class LocalEngine:
 
     async def _target(self, space: FeatureSpace, input_size: int) -> _Target:
         spec = await self._spec(input_size)
-        return _Target(spec, check_space(space, spec))
+        return _Target(spec, *check_space(space, spec, self._backbone.check_cut))
 
     async def _spec(self, input_size: int) -> BackboneSpec:
         known = self._backbone.described(input_size)
         if known is not None:
             return known
-        return await self._in(self._io_pool, self._backbone.describe, input_size)
+        return await self._threads.short(self._backbone.describe, input_size)
 
     async def _process(
         self,
         target: _Target,
         rows: Payload,
         slices: tuple[SliceSpec, ...],
-        head: tuple[str, Head] | None,
+        model: ModelRecord | None,
         deadline: float | None,
         start: float,
     ) -> _Outcome:
         """Take checked rows through decoding, the line and a batch."""
+        head = None if model is None else await self._head(model)
         with self._batcher.hold(len(rows)) as hold:
+            self._runtimes.start(target.key)
+            use = await self._codec_use(target, rows, model, deadline)
             prepared = await self._prepared(target.key, deadline)
             names = tuple(one.name for one in slices)
             work = Work(prepared, Columns(target.behind), names, *(head or ("", None)))
@@ -258,8 +260,8 @@ class LocalEngine:
                 collected = Collected(result.values, {}, result.queue_s, 0.0, result.trunk_s, result.head_s)
             else:
                 collected = await self._pipeline.process(
-                    rows,
-                    target.spec.preprocessing,
+                    len(rows),
+                    lambda part: self._decoded(rows, part, target.spec),
                     key=target.key,
                     work=work,
                     hold=hold,
@@ -278,7 +280,35 @@ class LocalEngine:
                 head_s=collected.head_s,
                 total_s=self._clock.monotonic() - start,
             ),
+            use,
         )
+
+    async def _decoded(self, rows: PackedRows | Sequence[bytes], part: slice, spec: BackboneSpec) -> DecodedRows:
+        if isinstance(rows, PackedRows):
+            return await self._decoder.packed(rows.take(part))
+        return await self._decoder.images(rows[part], spec.preprocessing)
+
+    async def _codec_use(
+        self, target: _Target, rows: Payload, model: ModelRecord | None, deadline: float | None
+    ) -> CodecUse:
+        """Return how the rows were made and sent, having checked that the model may be used on them."""
+        try:
+            use = await self._costs.use(target.key, codec_of(rows), target.precision, self._left_s(deadline))
+        except TimeoutError as error:
+            raise WireError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"{codec_of(rows)} features at cut {target.cut.name!r} and {target.key[1]} px are sent for the first "
+                "time and what that does to the embedding is still being measured; the same call will work in some "
+                "seconds",
+            ) from error
+        if model is None:
+            return use
+        use = dataclasses.replace(use, trained_codec=model.codec, trained_error=model.codec_error)
+        check_codec(model, use)
+        return use
+
+    def _left_s(self, deadline: float | None) -> float | None:
+        return None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
 
     async def _head(self, model: ModelRecord) -> tuple[str, Head]:
         head = await self._heads.get(model.head_sha256)
@@ -295,22 +325,12 @@ class LocalEngine:
         return min(max(scaled, 1), _MAX_GROWTH * self._max_rows_own)
 
     async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
-        return await self._in(self._compute_pool, self._compute.run, parts)
+        return await self._threads.compute(self._compute.run, parts)
 
     async def _prepared(self, key: Key, deadline: float | None) -> Prepared:
         """Return the runtime of a group, choosing it on first use. Other groups go on meanwhile."""
-        task = self._runtimes.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._runtimes[key] = asyncio.get_running_loop().create_task(self._prepare(*key))
-        self._runtimes.move_to_end(key)
-        while len(self._runtimes) > MAX_RUNTIMES:
-            # Requests under way hold on to theirs.
-            self._runtimes.popitem(last=False)
-        if task.done():
-            return task.result()
-        left_s = None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
         try:
-            return await asyncio.wait_for(asyncio.shield(task), left_s)
+            return await self._runtimes.get(key, self._left_s(deadline))
         except TimeoutError as error:
             raise WireError(
                 ErrorCode.DEADLINE_EXCEEDED,
@@ -318,18 +338,13 @@ class LocalEngine:
                 "the same call will work in some seconds",
             ) from error
 
-    async def _prepare(self, cut: str, input_size: int) -> Prepared:
-        prepared = await self._in(self._export_pool, self._chooser.remembered, cut, input_size)
+    async def _prepare(self, key: Key) -> Prepared:
+        prepared = await self._threads.export(self._chooser.remembered, *key)
         if prepared is None:
-            candidates = await self._in(self._export_pool, self._chooser.candidates, cut, input_size)
+            candidates = await self._threads.export(self._chooser.candidates, *key)
             # Where batches run, so that none runs beside the measurement.
-            prepared = await self._in(self._compute_pool, self._chooser.measure, cut, input_size, candidates)
+            prepared = await self._threads.compute(self._chooser.measure, *key, candidates)
         return prepared
-
-    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
-        if self._closed:
-            raise WireError(ErrorCode.UNAVAILABLE, "this replica has shut down; the same call will reach another one")
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
 
 
 def _fail_overflown(collected: Collected) -> None:

@@ -1,21 +1,23 @@
-"""Encoded images through decoder and batcher: decoding the next rows while the trunk runs on the last ones."""
+"""Encoded rows through decoder and batcher: decoding the next ones while the trunk runs on the last ones."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import WireError
-from trunkline_wire.specs import Preprocessing
 
 from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic
 from trunkline_worker.engine.compute import Work
-from trunkline_worker.engine.images import ImageDecoder
+from trunkline_worker.engine.decoding import DecodedRows
 
 _SLICES_IN_FLIGHT = 2
+
+Decode = Callable[[slice], Awaitable[DecodedRows]]
+"""Decodes some of a request's rows."""
 
 
 @dataclass
@@ -38,18 +40,17 @@ class Collected:
         self.head_s += result.head_s
 
 
-class ImagePipeline:
-    """Decodes requests of encoded images slice by slice, so that decoded pictures never fill the memory."""
+class DecodingPipeline:
+    """Decodes requests slice by slice, so that decoded rows, many times as large, never fill the memory."""
 
-    def __init__(self, decoder: ImageDecoder, batcher: Batcher[Work], clock: Monotonic) -> None:
-        self._decoder = decoder
+    def __init__(self, batcher: Batcher[Work], clock: Monotonic) -> None:
         self._batcher = batcher
         self._clock = clock
 
     async def process(
         self,
-        images: Sequence[bytes],
-        preprocessing: Preprocessing,
+        num_rows: int,
+        decode: Decode,
         *,
         key: Hashable,
         work: Work,
@@ -61,8 +62,8 @@ class ImagePipeline:
         """Decode and run.
 
         Args:
-            images: Encoded, one per row.
-            preprocessing: At the input size of ``key``.
+            num_rows: Of the request.
+            decode: Decodes some of them.
             key: The batcher's group.
             work: What is wanted of the rows.
             hold: The rows' place in the batcher's count.
@@ -71,22 +72,22 @@ class ImagePipeline:
             width: Columns of what comes back.
 
         Raises:
-            WireError: As ``Batcher.submit`` does. A picture that cannot be read is an error of its row only.
+            WireError: As ``Batcher.submit`` does. A row that cannot be decoded is an error of its own only.
         """
-        collected = Collected(np.full((len(images), width), np.nan, dtype=np.float32))
+        collected = Collected(np.full((num_rows, width), np.nan, dtype=np.float32))
         gate = asyncio.Semaphore(_SLICES_IN_FLIGHT)
 
         async def one_slice(first: int) -> None:
             async with gate:
                 start = self._clock.monotonic()
-                decoded = await self._decoder.decode(images[first : first + slice_rows], preprocessing)
+                decoded = await decode(slice(first, min(first + slice_rows, num_rows)))
                 collected.decode_s += self._clock.monotonic() - start
                 collected.errors.update({first + row: error for row, error in decoded.errors.items()})
                 if decoded.good:
-                    result = await self._batcher.submit(key, decoded.images_BHWC, work, deadline=deadline, hold=hold)
+                    result = await self._batcher.submit(key, decoded.rows, work, deadline=deadline, hold=hold)
                     collected.add(result, [first + row for row in decoded.good])
 
-        tasks = [asyncio.ensure_future(one_slice(first)) for first in range(0, len(images), slice_rows)]
+        tasks = [asyncio.ensure_future(one_slice(first)) for first in range(0, num_rows, slice_rows)]
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import INPUT_CUT, CutSpec
 
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.export import session_options
@@ -40,7 +41,7 @@ class Runtime(Protocol):
         """Return the embedding of a batch.
 
         Shape:
-            features: (B, C, H, W) float32 or float16, or (B, H, W, 3) uint8 images; returns (B, D), float32, CPU.
+            features: (B, ...) float32 or float16, or (B, H, W, 3) uint8 images; returns (B, D), float32, CPU.
 
         Raises:
             WireError: WORKER_OOM.
@@ -50,8 +51,15 @@ class Runtime(Protocol):
 class TorchRuntime:
     """Torch, eager, channels last, in float32 or under autocast."""
 
-    def __init__(self, trunk: nn.Module, name: str, device: torch.device) -> None:
+    def __init__(self, trunk: nn.Module, name: str, device: torch.device, *, channels_first: bool = True) -> None:
         """Wrap a trunk of a backbone that ``place`` has put on the device.
+
+        Args:
+            trunk: The part behind a cut.
+            name: One of the ``TORCH_`` names.
+            device: Where it runs.
+            channels_first: Whether features of three axes are (C, H, W), whose memory is then laid out channels last.
+                Those with their channels elsewhere are left as they come.
 
         Raises:
             ValueError: If ``name`` is not one of the ``TORCH_`` names.
@@ -62,6 +70,7 @@ class TorchRuntime:
         self._device = device
         self._dtype = _AUTOCAST[name]
         self._trunk = trunk
+        self._channels_first = channels_first
 
     @torch.inference_mode()
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
@@ -89,7 +98,7 @@ class TorchRuntime:
         features = features.to(self._device, non_blocking=True)
         if features.dtype != torch.uint8:
             features = features.to(torch.float32)
-            if features.ndim == 4:
+            if features.ndim == 4 and self._channels_first:
                 features = features.contiguous(memory_format=torch.channels_last)
         autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._dtype is not None:
@@ -105,6 +114,36 @@ def place(backbone: Backbone, device: torch.device) -> Backbone:
     for module in placed.modules():
         module.to(device).to(memory_format=torch.channels_last)
     return placed
+
+
+def torch_runtime(placed: Backbone, cut: CutSpec, name: str, device: torch.device) -> TorchRuntime:
+    """Return the trunk behind a cut in torch.
+
+    Args:
+        placed: On the device, see ``place``.
+        cut: Where the features enter.
+        name: One of the ``TORCH_`` names.
+        device: Where it runs.
+    """
+    return TorchRuntime(placed.trunk(cut.name), name, device, channels_first=cut.channel_axis == 0)
+
+
+@torch.inference_mode()
+def exact_features(
+    placed: Backbone, cut: str, images_BHWC: npt.NDArray[np.uint8], device: torch.device
+) -> npt.NDArray[np.generic]:
+    """Return what the exact stem makes of pictures, float32; at ``input`` the pictures themselves.
+
+    Args:
+        placed: On the device, see ``place``.
+        cut: Where the stem ends.
+        images_BHWC: (B, H, W, 3), at the input size.
+        device: Where it runs.
+    """
+    if cut == INPUT_CUT:
+        return images_BHWC
+    features: npt.NDArray[np.generic] = placed.stem(cut)(_to_torch(images_BHWC).to(device)).cpu().contiguous().numpy()
+    return features
 
 
 def _to_torch(features: npt.NDArray[np.generic]) -> Tensor:

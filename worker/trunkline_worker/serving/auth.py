@@ -49,6 +49,7 @@ ACCESS: dict[str, Role] = {
     f"{_WIRE}CatalogService/GetServerInfo": Role.READER,
     f"{_WIRE}CatalogService/ListBackbones": Role.READER,
     f"{_WIRE}CatalogService/DescribeBackbone": Role.READER,
+    f"{_WIRE}CatalogService/DescribeCut": Role.READER,
     f"{_WIRE}CatalogService/FetchStem": Role.READER,
     f"{_WIRE}InferenceService/Predict": Role.READER,
     f"{_WIRE}InferenceService/StreamPredict": Role.READER,

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import BackboneSpec, FeatureSpace
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace
 
 from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends, Metadata
@@ -31,6 +31,10 @@ keep_replica_port_on_loopback()
 DEFAULT_TIMEOUT_S = 60.0
 """How long a call to a backbone may take where the caller stated no deadline, in seconds."""
 
+PREPARE_TIMEOUT_S = 600.0
+"""How long a call may take whose answer is made the first time it is asked for, in seconds: stems are exported and
+quantised, and what a cut costs is measured."""
+
 RETRY_S = 0.1
 """Pause before a call is sent again after the replica that had it died, in seconds."""
 
@@ -47,6 +51,8 @@ class BackboneConfig:
     max_queued_rows: int
     head_capacity: int
     storage_url: str
+    manifest: str | None = None
+    samples: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,12 @@ class Backbone:
         from trunkline_worker.engine.local import LocalEngine
 
         backbone = await asyncio.to_thread(
-            load_backbone, config.name, weights=config.weights, allow_untrained=config.allow_untrained
+            load_backbone,
+            config.name,
+            weights=config.weights,
+            allow_untrained=config.allow_untrained,
+            manifest=config.manifest,
+            samples=config.samples,
         )
         self._engine = LocalEngine(
             backbone,
@@ -89,9 +100,13 @@ class Backbone:
         """See ``Engine.describe``."""
         return await _returned(self._engine.describe(input_size))
 
-    async def stem(self, cut: str, input_size: int) -> StemFile | WireError:
+    async def stem(self, cut: str, input_size: int, precision: str) -> StemFile | WireError:
         """See ``Engine.stem``."""
-        return await _returned(self._engine.stem(cut, input_size))
+        return await _returned(self._engine.stem(cut, input_size, precision))
+
+    async def cut_cost(self, cut: str, input_size: int) -> CutCost | WireError:
+        """See ``Engine.cut_cost``."""
+        return await _returned(self._engine.cut_cost(cut, input_size))
 
     async def predict(
         self, space: FeatureSpace, rows: Payload, model: ModelRecord, timeout_s: float | None
@@ -141,10 +156,15 @@ class HandleEngine:
         self._specs[input_size] = (time.monotonic(), spec)
         return spec
 
-    async def stem(self, cut: str, input_size: int = 0) -> StemFile:
+    async def stem(self, cut: str, input_size: int = 0, precision: str = FLOAT32) -> StemFile:
         """See ``Engine.stem``."""
-        stem: StemFile = await self._call("stem", None, cut, input_size)
+        stem: StemFile = await self._call("stem", None, cut, input_size, precision, patience_s=PREPARE_TIMEOUT_S)
         return stem
+
+    async def cut_cost(self, cut: str, input_size: int = 0) -> CutCost:
+        """See ``Engine.cut_cost``."""
+        cost: CutCost = await self._call("cut_cost", None, cut, input_size, patience_s=PREPARE_TIMEOUT_S)
+        return cost
 
     async def predict(
         self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
@@ -165,8 +185,11 @@ class HandleEngine:
         stats: EngineStats = await self._call("stats", None)
         return stats
 
-    async def _call(self, method: str, timeout_s: float | None, *args: Any) -> Any:
-        deadline = time.monotonic() + (DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s)
+    async def _call(self, method: str, timeout_s: float | None, *args: Any, patience_s: float | None = None) -> Any:
+        """Call a replica, for ``timeout_s`` seconds at most; where the caller stated none, for ``patience_s``."""
+        if patience_s is None:
+            patience_s = DEFAULT_TIMEOUT_S
+        deadline = time.monotonic() + (patience_s if timeout_s is None else timeout_s)
         takes_timeout = method in ("predict", "extract")
         while True:
             remaining = deadline - time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.names import parse_reference
@@ -35,7 +36,9 @@ class ModelLookup:
         self._known: OrderedDict[tuple[str, str], tuple[float, ModelRecord]] = OrderedDict()
 
     async def find(self, tenant: str, reference: str) -> ModelRecord:
-        """Return the model that ``name`` or ``name@version`` means.
+        """Return the model that ``name`` or ``name@version`` means, without its candidates.
+
+        The record goes along with every batch, and no prediction needs them.
 
         Raises:
             WireError: INVALID_ARGUMENT, NOT_FOUND or UNAVAILABLE.
@@ -45,15 +48,16 @@ class ModelLookup:
         known = self._known.get(key)
         if known is not None:
             self._known.move_to_end(key)
-            read_at, model = known
+            read_at, remembered = known
             if parsed.version is not None or self._monotonic() - read_at < NEWEST_TTL_S:
-                return model
+                return remembered
         try:
-            model = await self._metadata.call("models.get", tenant, reference, timeout_s=LOOKUP_TIMEOUT_S)
+            found = await self._metadata.call("models.get", tenant, reference, timeout_s=LOOKUP_TIMEOUT_S)
         except WireError as error:
             if error.code is ErrorCode.UNAVAILABLE and known is not None:
                 return known[1]
             raise
+        model: ModelRecord = replace(found, candidates=())
         self._known[key] = (self._monotonic(), model)
         while len(self._known) > CAPACITY:
             self._known.popitem(last=False)

@@ -1,7 +1,7 @@
 """Rows packed into chunks: safetensors, so nothing stored can run code when it is read.
 
-A chunk holds features of equal shape, or encoded images one after another with offsets. Its blob's path is made of its
-own SHA-256, checked before it is taken apart.
+A chunk holds features of equal shape, as they are or packed; or encoded images one after another with offsets. Its
+blob's path is made of its own SHA-256, checked before it is taken apart.
 """
 
 from __future__ import annotations
@@ -10,27 +10,41 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_IMAGE_BYTES, MAX_RANK
+from trunkline_wire.quantise import IMAGES, PackedRows, check_packed
 
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import RowLocation
 
-Payload = npt.NDArray[np.generic] | Sequence[bytes]
-"""Features, (rows, ...); or encoded images, one per row."""
+# Shape suffix legend: B = rows, C = channels, Z = bytes of a row
+
+Payload = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
+"""Features, (rows, ...), or the same in fewer bytes; or encoded images, one per row."""
 
 MAX_CHUNK_BYTES = 256 * 2**20
 """Largest chunk."""
 
-IMAGES_CODEC = "images"
-"""Codec of rows that are encoded images."""
-
 _MAX_HEADER_BYTES = 4096
 _DTYPES = (np.dtype("<f4"), np.dtype("<f2"), np.dtype("u1"))
+
+_PACKED: Mapping[str, np.dtype[np.generic]] = {
+    "codec": np.dtype("u1"),
+    "layout": np.dtype("<u8"),
+    "data": np.dtype("u1"),
+    "scale": np.dtype("<f4"),
+    "offset": np.dtype("<f4"),
+}
+"""Tensors of packed rows, and their types: the codec's name in ASCII, the channel axis followed by the shape of a row,
+and the arrays of ``PackedRows``. Nothing is in the file's own metadata, whose entries come in no certain order."""
+
+_Tensors = Mapping[str, npt.NDArray[np.generic]]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 def chunk_path(sha256_hex: str) -> str:
@@ -38,25 +52,27 @@ def chunk_path(sha256_hex: str) -> str:
     return f"chunks/{sha256_hex[:2]}/{sha256_hex}"
 
 
-def codec_of(rows: Payload) -> str:
-    """Return the codec as row ids name it: ``images``, or the features' type."""
-    return rows.dtype.name if isinstance(rows, np.ndarray) else IMAGES_CODEC
-
-
 def pack_rows(rows: Payload) -> bytes:
     """Return rows as the bytes of a chunk. Equal rows give equal bytes.
 
     Args:
-        rows: float32, float16 or uint8 in any memory layout; or encoded images.
+        rows: float32, float16 or uint8 in any memory layout; packed rows; or encoded images.
 
     Raises:
-        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH or PAYLOAD_TOO_LARGE.
+        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH or PAYLOAD_TOO_LARGE; for packed rows also as
+            ``quantise.check_packed``.
     """
-    tensors = {"rows": _checked_features(rows)} if isinstance(rows, np.ndarray) else _joined_images(rows)
+    tensors: _Tensors
+    if isinstance(rows, np.ndarray):
+        tensors = {"rows": _checked_features(rows)}
+    elif isinstance(rows, PackedRows):
+        tensors = _packed_tensors(rows)
+    else:
+        tensors = _joined_images(rows)
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > MAX_CHUNK_BYTES - _MAX_HEADER_BYTES:
         raise WireError(ErrorCode.PAYLOAD_TOO_LARGE, f"a chunk of {size} bytes; at most {MAX_CHUNK_BYTES}: split it")
-    return safetensors.numpy.save(tensors)
+    return safetensors.numpy.save(dict(tensors))
 
 
 def _checked_features(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
@@ -69,6 +85,20 @@ def _checked_features(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     if rows.size == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, f"a chunk of shape {rows.shape} holds no values")
     return np.ascontiguousarray(rows, dtype=dtype)
+
+
+def _packed_tensors(rows: PackedRows) -> _Tensors:
+    if rows.data_BZ.size == 0:
+        raise WireError(ErrorCode.EMPTY_BATCH, f"a chunk of shape {rows.shape} holds no values")
+    check_packed(rows)
+    tensors: _Tensors = {
+        "codec": np.frombuffer(rows.codec.encode("ascii"), dtype=np.uint8),
+        "layout": np.array([rows.channel_axis, *rows.row_shape]),
+        "data": rows.data_BZ,
+        "scale": rows.scale_BC,
+        "offset": rows.offset_BC,
+    }
+    return {name: np.ascontiguousarray(tensor, dtype=_PACKED[name]) for name, tensor in tensors.items()}
 
 
 def _joined_images(rows: Sequence[bytes]) -> dict[str, npt.NDArray[np.generic]]:
@@ -94,7 +124,7 @@ def unpack_rows(data: bytes) -> Payload:
     if len(data) < 8 or header_bytes > min(_MAX_HEADER_BYTES, len(data) - 8):
         raise _corrupt("its header does not fit")
     try:
-        tensors: Mapping[str, npt.NDArray[np.generic]] = safetensors.numpy.load(data)
+        tensors: _Tensors = safetensors.numpy.load(data)
     except Exception as error:  # the parser, and numpy behind it, raise many kinds on damaged data
         raise _corrupt("it cannot be parsed") from error
     if tensors.keys() == {"rows"}:
@@ -104,7 +134,32 @@ def unpack_rows(data: bytes) -> Payload:
         return rows
     if tensors.keys() == {"encoded", "offsets"}:
         return _split_images(tensors["encoded"], tensors["offsets"])
+    if tensors.keys() == _PACKED.keys():
+        return _checked_packed(tensors)
     raise _corrupt("it holds neither features nor images")
+
+
+def _checked_packed(tensors: _Tensors) -> PackedRows:
+    for name, dtype in _PACKED.items():
+        rank = 1 if name in ("codec", "layout") else 2
+        if tensors[name].dtype != dtype or tensors[name].ndim != rank:
+            raise _corrupt(f"its {name} is {tensors[name].dtype} of shape {tensors[name].shape}")
+    if not 2 <= len(tensors["layout"]) <= MAX_RANK or len(tensors["data"]) == 0:
+        raise _corrupt(f"it holds {len(tensors['data'])} rows of {len(tensors['layout']) - 1} dimensions")
+    channel_axis, *row_shape = tensors["layout"].tolist()
+    rows = PackedRows(
+        codec=tensors["codec"].tobytes().decode("ascii", "replace"),
+        row_shape=tuple(row_shape),
+        channel_axis=channel_axis,
+        data_BZ=cast("npt.NDArray[np.uint8]", tensors["data"]),
+        scale_BC=cast("npt.NDArray[np.float32]", tensors["scale"]),
+        offset_BC=cast("npt.NDArray[np.float32]", tensors["offset"]),
+    )
+    try:
+        check_packed(rows)
+    except WireError as error:
+        raise _corrupt(error.message) from error
+    return rows
 
 
 def _split_images(encoded: npt.NDArray[np.generic], offsets: npt.NDArray[np.generic]) -> list[bytes]:
@@ -134,6 +189,8 @@ def take(rows: Payload, indices: Sequence[int] | npt.NDArray[np.integer]) -> Pay
         raise _corrupt(f"row {int(positions.max())} was asked for; it holds {len(rows)}")
     if isinstance(rows, np.ndarray):
         return rows[positions]
+    if isinstance(rows, PackedRows):
+        return rows.take(positions)
     return [rows[position] for position in positions.tolist()]
 
 
@@ -162,30 +219,62 @@ def read_rows(blobs: BlobStore, locations: Sequence[RowLocation]) -> Payload:
     """Return rows in the order of ``locations``, reading every chunk once.
 
     Raises:
-        WireError: EMPTY_BATCH, NOT_FOUND, CORRUPT_DATA; INCOMPATIBLE where the rows do not have one shape and kind.
+        WireError: EMPTY_BATCH, NOT_FOUND, CORRUPT_DATA; INCOMPATIBLE where the rows do not have one shape and codec.
     """
     if not locations:
         raise WireError(ErrorCode.EMPTY_BATCH, "no rows were asked for")
     by_chunk: dict[str, list[int]] = defaultdict(list)
     for position, location in enumerate(locations):
         by_chunk[location.chunk].append(position)
-    images: dict[int, bytes] = {}
-    features: npt.NDArray[np.generic] | None = None
+    gathered: Payload | None = None
     for chunk, positions in by_chunk.items():
         part = take(read_chunk(blobs, chunk), [locations[position].index for position in positions])
-        if not isinstance(part, np.ndarray):
-            images.update(zip(positions, part, strict=True))
-            continue
-        if features is None:
-            features = np.empty((len(locations), *part.shape[1:]), dtype=part.dtype)
-        if features.shape[1:] != part.shape[1:] or features.dtype != part.dtype:
-            raise WireError(
-                ErrorCode.INCOMPATIBLE,
-                f"rows of {part.dtype} {part.shape[1:]} among rows of {features.dtype} {features.shape[1:]}",
-            )
-        features[positions] = part
-    if features is None:
-        return [images[position] for position in range(len(locations))]
-    if images:
-        raise WireError(ErrorCode.INCOMPATIBLE, f"{len(images)} encoded images among rows of {features.dtype}")
-    return features
+        if gathered is None:
+            gathered = _room_for(part, len(locations))
+        if _kind(part) != _kind(gathered):
+            raise WireError(ErrorCode.INCOMPATIBLE, f"rows of {_kind(part)} among rows of {_kind(gathered)}")
+        _put(gathered, positions, part)
+    assert gathered is not None  # there was a location, so there was a chunk
+    return gathered
+
+
+def _kind(rows: Payload) -> str:
+    """Return in words what rows must have in common to stand beside one another."""
+    if isinstance(rows, np.ndarray):
+        return f"{rows.dtype} {rows.shape[1:]}"
+    if isinstance(rows, PackedRows):
+        return f"{rows.codec} {rows.row_shape} with channels in axis {rows.channel_axis}"
+    return IMAGES
+
+
+def _room_for(part: Payload, num_rows: int) -> Payload:
+    """Return room for rows of the kind of ``part``."""
+    if isinstance(part, np.ndarray):
+        return _rows_like(part, num_rows)
+    if isinstance(part, PackedRows):
+        return PackedRows(
+            part.codec,
+            part.row_shape,
+            part.channel_axis,
+            _rows_like(part.data_BZ, num_rows),
+            _rows_like(part.scale_BC, num_rows),
+            _rows_like(part.offset_BC, num_rows),
+        )
+    return [b""] * num_rows
+
+
+def _rows_like(part: npt.NDArray[_Scalar], num_rows: int) -> npt.NDArray[_Scalar]:
+    return np.empty((num_rows, *part.shape[1:]), dtype=part.dtype)
+
+
+def _put(gathered: Payload, positions: Sequence[int], part: Payload) -> None:
+    """Put rows where they belong among others of their kind."""
+    if isinstance(gathered, np.ndarray) and isinstance(part, np.ndarray):
+        gathered[positions] = part
+    elif isinstance(gathered, PackedRows) and isinstance(part, PackedRows):
+        gathered.data_BZ[positions] = part.data_BZ
+        gathered.scale_BC[positions] = part.scale_BC
+        gathered.offset_BC[positions] = part.offset_BC
+    elif isinstance(gathered, list) and not isinstance(part, np.ndarray | PackedRows):
+        for position, image in zip(positions, part, strict=True):
+            gathered[position] = image

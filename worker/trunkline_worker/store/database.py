@@ -29,7 +29,7 @@ class Database:
     """Connections to one database. Safe to use from several threads, except in memory."""
 
     def __init__(self, url: str, *, busy_timeout_s: float = 10.0) -> None:
-        """Open the database and make or check its tables.
+        """Open the database and make its tables, or bring those of an earlier version to this one.
 
         Args:
             url: ``sqlite:////path/file.db``, ``sqlite://`` (in memory, gone with this object) or
@@ -37,15 +37,19 @@ class Database:
             busy_timeout_s: How long a transaction waits for another's.
 
         Raises:
-            WireError: UNSUPPORTED for another kind of database, INCOMPATIBLE for tables of another version,
+            WireError: UNSUPPORTED for another kind of database, INCOMPATIBLE for tables of a later version,
                 UNAVAILABLE or STORAGE_FULL.
         """
         self._url = _parse(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         self._busy_timeout_s = busy_timeout_s
         self._engine = self._sqlite_engine() if self.is_sqlite else self._postgres_engine()
-        with self.write() as connection:
-            schema.create(connection)
+        try:
+            with self.write() as connection:
+                schema.create(connection)
+        except BaseException:
+            self.close()
+            raise
         if self._file:
             # SQLite syncs the file, not the directory that names it.
             _sync_directory(os.path.dirname(os.path.abspath(self._file)))

@@ -79,7 +79,7 @@ class Datasets:
             if earlier is not None:
                 return self.find(connection, tenant, earlier)
             # In this transaction, so that no row can have gone by the time its dataset is named.
-            self._check_stored(connection, tenant, space, row_ids)
+            codec = self._stored_codec(connection, tenant, space, row_ids)
             newest = _newest(connection, tenant, name)
             if newest is not None and newest.digest == digest and newest.space == space_text:
                 record = _record(newest)
@@ -94,6 +94,7 @@ class Datasets:
                     class_names=tuple(class_names),
                     num_targets=0 if values is None else values.shape[1],
                     create_time=now,
+                    codec=codec,
                 )
                 connection.execute(
                     context.database.insert_or_ignore(_contents).values(
@@ -115,6 +116,7 @@ class Datasets:
                         class_names=serial.dumps(list(class_names)),
                         num_targets=record.num_targets,
                         create_time=now,
+                        codec=record.codec,
                     )
                 )
             idempotency.remember(
@@ -186,9 +188,10 @@ class Datasets:
         ).scalar_one()
         return len(np.unique(np.frombuffer(packed, dtype="<u4")))
 
-    def _check_stored(
+    def _stored_codec(
         self, connection: sa.Connection, tenant: str, space: FeatureSpace, row_ids: Sequence[bytes]
-    ) -> None:
+    ) -> str:
+        """Check that all rows are there, of one space and one codec, and return the codec."""
         num_missing, spaces = self._rows.spaces(connection, tenant, row_ids)
         if num_missing:
             raise WireError(
@@ -205,6 +208,8 @@ class Datasets:
         if len(spaces) > 1:
             codecs = ", ".join(sorted(codec for _, codec in spaces))
             raise WireError(ErrorCode.INCOMPATIBLE, f"rows of one dataset have one codec; got {codecs}")
+        ((_, codec),) = spaces
+        return codec
 
 
 def _check_rows(row_ids: Sequence[bytes]) -> None:
@@ -276,4 +281,5 @@ def _record(row: sa.Row[tuple[object, ...]]) -> DatasetRecord:
         class_names=tuple(serial.loads(row.class_names)),
         num_targets=row.num_targets,
         create_time=row.create_time,
+        codec=row.codec,
     )

@@ -39,8 +39,9 @@ class Models:
         return _record(row)
 
     def list(self, tenant: str) -> list[ModelRecord]:
-        """Return every version of every model, by name and version."""
-        query = sa.select(_table).where(_table.c.tenant == tenant).order_by(_table.c.name, _table.c.version)
+        """Return every version of every model, by name and version, without the candidates."""
+        columns = [column for column in _table.c if column is not _table.c.candidates]
+        query = sa.select(*columns).where(_table.c.tenant == tenant).order_by(_table.c.name, _table.c.version)
         with self._context.database.read() as connection:
             return [_record(row) for row in connection.execute(query)]
 
@@ -76,6 +77,7 @@ class Models:
                 job_id=job_id,
                 create_time=now,
                 manifest=serial.manifest_to_text(published),
+                candidates=serial.candidates_to_text(published.candidates),
             )
         )
         return published

@@ -28,7 +28,11 @@ class JobState(enum.Enum):
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """A version of a dataset. ``space`` is ``IMAGES`` where the rows are images."""
+    """A version of a dataset.
+
+    ``space`` is ``IMAGES`` where the rows are images. ``codec`` says how the rows were made and sent, as
+    ``codec_label`` does; empty where that is not known.
+    """
 
     tenant: str
     name: str
@@ -39,6 +43,7 @@ class DatasetRecord:
     class_names: tuple[str, ...]
     num_targets: int
     create_time: float
+    codec: str = ""
 
     @property
     def reference(self) -> str:
@@ -126,8 +131,22 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A set of slices that was tried, and how well it did. See ``Candidate`` in registry.proto."""
+
+    slices: tuple[str, ...]
+    width: int
+    score: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class ModelRecord:
-    """A trained model: immutable. ``task`` is ``classification`` or ``regression``."""
+    """A trained model: immutable. ``task`` is ``classification`` or ``regression``.
+
+    ``codec`` and ``codec_error`` say how the rows that it was trained on were made and sent, as ``codec_label`` does,
+    and the embedding error of that. An empty codec is not known and counts as exact. ``candidates`` are best first.
+    """
 
     tenant: str
     name: str
@@ -145,6 +164,9 @@ class ModelRecord:
     versions: Mapping[str, str]
     job_id: str
     create_time: float
+    codec: str = ""
+    codec_error: float = 0.0
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def reference(self) -> str:

@@ -39,7 +39,7 @@ class Rows:
             tenant: Whose rows they are.
             chunk_sha256: The chunk's id: SHA-256 of its packed bytes, in hex.
             space: Where the features live.
-            codec: How the rows are encoded, as in their ids.
+            codec: How the rows were made and sent, as ``codec_label`` says.
             row_ids: One per row of the chunk, in its order.
 
         Returns:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
 
-VERSION = 1
-"""Raised with every change to the tables that older code could not read."""
+from trunkline_worker.store import migrations
+
+VERSION = 2
+"""Raised with every change to the tables, together with a step in ``migrations`` that makes it where there is data."""
 
 metadata = sa.MetaData()
 
@@ -83,6 +85,8 @@ datasets = sa.Table(
     sa.Column("class_names", sa.Text, nullable=False),
     sa.Column("num_targets", sa.Integer, nullable=False),
     sa.Column("create_time", sa.Float, nullable=False),
+    # How the rows were made and sent; empty where that is not known.
+    sa.Column("codec", sa.String, nullable=False, server_default=""),
     sa.ForeignKeyConstraint(["tenant", "digest"], ["dataset_contents.tenant", "dataset_contents.digest"]),
 )
 
@@ -136,6 +140,8 @@ models = sa.Table(
     sa.Column("job_id", sa.String, nullable=False),
     sa.Column("create_time", sa.Float, nullable=False),
     sa.Column("manifest", sa.Text, nullable=False),
+    # Beside the manifest, so that a list of models need not read them.
+    sa.Column("candidates", sa.Text, nullable=False, server_default="[]"),
     # At most one model per job, whatever the code above does.
     sa.UniqueConstraint("tenant", "job_id"),
     sa.ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.id"]),
@@ -154,19 +160,28 @@ idempotency = sa.Table(
 
 
 def create(connection: sa.Connection) -> None:
-    """Make the tables in an empty database, or check that those there are of this version.
+    """Make the tables in an empty database, or bring those of an earlier version to this one. Data stays.
+
+    Args:
+        connection: A write transaction: either all of it happens or nothing.
 
     Raises:
-        WireError: INCOMPATIBLE.
+        WireError: INCOMPATIBLE, for tables that a later program made.
     """
-    if sa.inspect(connection).has_table(store_info.name):
-        version = connection.execute(sa.select(store_info.c.schema_version)).scalar()
-        if version != VERSION:
-            raise WireError(
-                ErrorCode.INCOMPATIBLE,
-                f"the metadata database has schema version {version}, this program needs {VERSION}; "
-                "use the Trunkline version that made it, or another database",
-            )
+    if not sa.inspect(connection).has_table(store_info.name):
+        metadata.create_all(connection, checkfirst=False)
+        connection.execute(store_info.insert().values(id=1, schema_version=VERSION))
         return
-    metadata.create_all(connection, checkfirst=False)
-    connection.execute(store_info.insert().values(id=1, schema_version=VERSION))
+    found: int = connection.execute(sa.select(store_info.c.schema_version)).scalar_one()
+    version = found
+    while version in migrations.STEPS and version < VERSION:
+        migrations.STEPS[version](connection)
+        version += 1
+    if version != VERSION:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"the metadata database has schema version {found}, this program needs {VERSION}; "
+            "use the Trunkline version that made it, or another database",
+        )
+    if version != found:
+        connection.execute(store_info.update().values(schema_version=version))

@@ -9,9 +9,10 @@ from typing import Any
 import sqlalchemy as sa
 from trunkline_wire.specs import FeatureSpace
 
-from trunkline_worker.store.records import JobSpec, ModelRecord
+from trunkline_worker.store.records import Candidate, JobSpec, ModelRecord
 
 _MODEL_COLUMNS = ("tenant", "name", "version", "job_id", "create_time")
+_CANDIDATES = "candidates"
 
 
 def dumps(value: Any) -> str:
@@ -47,7 +48,7 @@ def spec_from_text(text: str) -> JobSpec:
 
 def manifest_to_text(model: ModelRecord) -> str:
     """Return as JSON what the columns of the models' table do not say."""
-    names = [one.name for one in fields(model) if one.name not in _MODEL_COLUMNS]
+    names = [one.name for one in fields(model) if one.name not in (*_MODEL_COLUMNS, _CANDIDATES)]
     values = {name: getattr(model, name) for name in names}
     values["space"] = asdict(model.space)
     for name in ("metrics", "versions"):
@@ -55,13 +56,25 @@ def manifest_to_text(model: ModelRecord) -> str:
     return dumps(values)
 
 
+def candidates_to_text(candidates: tuple[Candidate, ...]) -> str:
+    """Return sets of slices that were tried as JSON."""
+    return dumps([asdict(one) for one in candidates])
+
+
 def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
-    """Read what ``manifest_to_text`` wrote, the columns of the models' table beside it."""
+    """Read what ``manifest_to_text`` wrote, the columns of the models' table beside it.
+
+    What a manifest of an earlier version does not say takes the record's default. Candidates that were not selected
+    are left out.
+    """
     values = json.loads(text)
     values["space"] = FeatureSpace(**values["space"])
     for name in ("class_names", "slices"):
         values[name] = tuple(values[name])
-    return ModelRecord(**values, **{name: columns[name] for name in _MODEL_COLUMNS})
+    candidates = tuple(
+        Candidate(**{**one, "slices": tuple(one["slices"])}) for one in json.loads(columns.get(_CANDIDATES, "[]"))
+    )
+    return ModelRecord(**values, **{name: columns[name] for name in _MODEL_COLUMNS}, candidates=candidates)
 
 
 def public_text(text: str, limit: int) -> str:

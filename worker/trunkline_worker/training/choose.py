@@ -15,17 +15,22 @@ from trunkline_worker.heads.model import CLASSIFICATION
 from trunkline_worker.training import selection
 from trunkline_worker.training.fit import Rows
 from trunkline_worker.training.progress import Progress
+from trunkline_worker.training.scoring import Candidate, score_sets
 from trunkline_worker.training.softmax import cross_validate_l2
 from trunkline_worker.training.split import FOLDS, SUBSAMPLE, Indices, folds, random_stream, subsample
+from trunkline_worker.training.standardise import standardisation
 
-# Shape suffix legend: N = rows, D = columns of the embedding, M = outputs, F = repetitions of the folds
+# Shape suffix legend: N = rows, D = columns of the embedding, M = outputs
 
 MLP_L2 = 0.1
 """For MLPs, where cross-validating a strength would cost as many trainings."""
 
-_L2_ROWS = 512
+_L2_ROWS, _L2_CLASSES, _L2_FOLDS = 512, 256, 5
 _L2_PER_COLUMN = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _RIDGE_STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-10, 3))
+
+_NAMED = 6
+"""Slices of a set that a message names."""
 
 
 def choose_slices(
@@ -37,7 +42,7 @@ def choose_slices(
     training_index: Indices,
     seed: int,
     progress: Progress,
-) -> list[selection.Candidate]:
+) -> list[Candidate]:
     """Score sets of slices on the training rows, at most some hundred of them, and return them best first.
 
     Raises:
@@ -45,7 +50,12 @@ def choose_slices(
     """
     progress.tell("select", 0.0)
     training_classes_N = None if classes_N is None else classes_N[training_index]
-    _check_enough(training_classes_N, len(training_index))
+    if not _enough(training_classes_N, len(training_index)):
+        raise WireError(
+            ErrorCode.BAD_LABELS,
+            "too few rows to compare slices: embedding 'auto' needs 4 rows, and 2 of some class, besides those "
+            "that are held out. Add rows, hold none out, or name the embedding: 'pooled'",
+        )
     picked = subsample(
         training_classes_N,
         len(training_index),
@@ -54,25 +64,24 @@ def choose_slices(
         random_stream(seed, SUBSAMPLE),
     )
     rows = torch.from_numpy(training_index[picked]).to(embedding_ND.device)
-    picked_classes_N: Indices | None = None
-    picked_truth = truth[rows]
-    if training_classes_N is not None:
-        _, dense_N = np.unique(training_classes_N[picked], return_inverse=True)
-        picked_classes_N = dense_N.astype(np.int64)
-        picked_truth = torch.from_numpy(picked_classes_N).to(truth.device)
+    x_ND, picked_truth = embedding_ND[rows].float(), truth[rows]
+    picked_classes_N = None if training_classes_N is None else training_classes_N[picked]
+    unlike = _unlike(x_ND, picked_truth)
+    if _enough(None if picked_classes_N is None else picked_classes_N[unlike], len(unlike)):
+        rows = torch.from_numpy(unlike).to(x_ND.device)
+        x_ND, picked_truth = x_ND[rows], picked_truth[rows]
+    if task == CLASSIFICATION:
+        _, picked_truth = torch.unique(picked_truth, return_inverse=True)
+    else:
+        picked_truth = picked_truth[:, :: -(-picked_truth.shape[1] // selection.MAX_TARGETS)]
     candidates = selection.select_slices(
-        embedding_ND[rows].float(),
-        slices,
-        task,
-        picked_truth,
-        _folds(picked_classes_N, len(picked), selection.REPETITIONS, seed),
-        check=lambda done: progress.tell("select", done),
+        x_ND, slices, task, picked_truth, check=lambda done: progress.tell("select", done)
     )
     best = candidates[0]
     metrics = {"score": best.score, "num_candidates": float(len(candidates)), "num_features": float(best.width)}
     if best.accuracy is not None:
         metrics["cv_accuracy"] = best.accuracy
-    progress.tell("select", 1.0, metrics, f"chose {', '.join(best.slices)}", always=True)
+    progress.tell("select", 1.0, metrics, _summary(candidates), always=True)
     return candidates
 
 
@@ -89,48 +98,63 @@ def choose_l2(
     if config.kind == "mlp":
         return MLP_L2
     num_rows, num_columns = training.x_ND.shape
-    picked = subsample(classes_N, num_rows, _L2_ROWS, num_rows, random_stream(seed, SUBSAMPLE))
+    picked = subsample(classes_N, num_rows, _L2_ROWS, _L2_CLASSES, random_stream(seed, SUBSAMPLE))
     sample = training if len(picked) == num_rows else training.take(torch.from_numpy(picked).to(training.truth.device))
-    sample_classes_N = None if classes_N is None else classes_N[picked]
-    fitted = selection.standardisation(sample.x_ND, widths)
+    fitted = standardisation(sample.x_ND, widths)
     x_ND = (sample.x_ND.float() - fitted.mean_D) / fitted.scale_D
-    repetitions = 1 if task == CLASSIFICATION else selection.REPETITIONS
-    folds_FN = _folds(sample_classes_N, len(picked), repetitions, seed)
     if task == CLASSIFICATION:
+        sample_classes_N = None if classes_N is None else classes_N[picked]
+        num_folds = min(_L2_FOLDS, len(picked))
+        folds_N = folds(sample_classes_N, len(picked), num_folds, random_stream(seed, FOLDS))
+        present, dense_N = torch.unique(sample.truth, return_inverse=True)
         scores = cross_validate_l2(
             x_ND,
-            sample.truth,
-            int(sample.truth.max()) + 1,
-            folds_FN[0].to(x_ND.device),
+            dense_N,
+            len(present),
+            torch.from_numpy(folds_N).to(x_ND.device),
             [num_columns * one for one in _L2_PER_COLUMN],
             check=progress.check,
         )
         return min(scores, key=lambda one: scores[one])
     name = "all"
-    (scored,) = selection.score_sets(
+    (scored,) = score_sets(
         [(name,)],
         {name: (x_ND @ x_ND.T).double() / num_columns},
         {name: num_columns},
         task,
         sample.truth,
-        folds_FN,
         strengths=_RIDGE_STRENGTHS,
         check=lambda done: progress.check(),
     )
     return scored.strength * num_columns * num_rows
 
 
-def _check_enough(classes_N: Indices | None, num_rows: int) -> None:
-    if num_rows < 4 or (classes_N is not None and int(np.bincount(classes_N).max()) < 2):
-        raise WireError(
-            ErrorCode.BAD_LABELS,
-            "too few rows to compare slices: embedding 'auto' needs 4 training rows, and 2 of some class. Add rows, or "
-            "name the embedding: 'pooled'",
-        )
+def _enough(classes_N: Indices | None, num_rows: int) -> bool:
+    return num_rows >= 4 and (classes_N is None or int(np.bincount(classes_N).max()) >= 2)
 
 
-def _folds(classes_N: Indices | None, num_rows: int, repetitions: int, seed: int) -> Tensor:
-    random = random_stream(seed, FOLDS)
-    num_folds = min(selection.NUM_FOLDS, num_rows)
-    drawn = [folds(classes_N, num_rows, num_folds, random) for _ in range(repetitions)]
-    return torch.from_numpy(np.stack(drawn))
+def _unlike(x_ND: Tensor, truth: Tensor) -> Indices:
+    """Return the rows that repeat no earlier one, label included.
+
+    A row that was uploaded twice says nothing about slices: left out, it is predicted by its twin.
+    """
+    first: dict[tuple[bytes, bytes], int] = {}
+    for row, (columns_D, label) in enumerate(zip(x_ND.cpu().numpy(), truth.cpu().numpy(), strict=True)):
+        first.setdefault((columns_D.tobytes(), label.tobytes()), row)
+    return np.array(list(first.values()), dtype=np.int64)
+
+
+def _summary(candidates: Sequence[Candidate]) -> str:
+    best, *others = candidates
+    if not others:
+        return f"chose {_described(best)}; there was nothing else to choose from"
+    return f"chose {_described(best)}; the runner-up is {_described(others[0])}"
+
+
+def _described(candidate: Candidate) -> str:
+    names = ", ".join(candidate.slices[:_NAMED])
+    if len(candidate.slices) > _NAMED:
+        names += f" and {len(candidate.slices) - _NAMED} more"
+    accuracy = "" if candidate.accuracy is None else f", accuracy {candidate.accuracy:.3f}"
+    score = round(candidate.score, 3) + 0.0  # no "-0.000"
+    return f"{names} (score {score:.3f}{accuracy})"

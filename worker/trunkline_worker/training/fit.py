@@ -15,9 +15,9 @@ from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.minibatch import Split, fit_minibatches, schedule
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.ridge import fit_ridge
-from trunkline_worker.training.selection import standardisation
 from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare
 from trunkline_worker.training.split import WEIGHTS, random_stream
+from trunkline_worker.training.standardise import standardisation
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import BackboneSpec, FeatureSpace, SliceSpec
+from trunkline_wire.quantise import IMAGES
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CodecUse, CutCost, CutSpec, FeatureSpace, SliceSpec
 
 from trunkline_worker.engine.api import Extraction, Payload
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
@@ -20,7 +21,7 @@ from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import Clock
 from trunkline_worker.store.failpoints import Failpoints
-from trunkline_worker.store.records import Event, JobSpec, Lease, ModelRecord
+from trunkline_worker.store.records import Candidate, DatasetRecord, Event, JobSpec, Lease, ModelRecord
 from trunkline_worker.training.keeper import LeaseKeeper
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
 
@@ -31,12 +32,18 @@ logger = logging.getLogger(__name__)
 EMBED_ROWS = 128
 """Rows that are sent through the trunk in one piece, and kept in one chunk."""
 
+_EXACT = frozenset({"", IMAGES, "uint8", FLOAT32})
+"""Codecs, as ``codec_label`` names them, that do nothing to the embedding; the empty one is not known."""
+
 
 class Trunk(Protocol):
     """A backbone somewhere, called from a thread that may wait."""
 
     def describe(self, backbone: str, input_size: int) -> BackboneSpec:
         """Describe the backbone at an input size."""
+
+    def cut_cost(self, backbone: str, cut: str, input_size: int) -> CutCost:
+        """Say what codecs and stems cost at a cut."""
 
     def extract(self, batches: Iterator[tuple[FeatureSpace, Payload]]) -> Iterator[Extraction]:
         """Return the whole embedding of each batch, in order, keeping a few in flight."""
@@ -97,42 +104,74 @@ def run_job(lease: Lease, tools: JobTools) -> None:
             tools.metadata("jobs.fail", job.id, lease.fence, ErrorCode.INTERNAL, message)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a dataset's rows enter the trunk."""
+
+    spec: BackboneSpec
+    space: FeatureSpace
+    cut: CutSpec
+
+    @property
+    def slices(self) -> tuple[SliceSpec, ...]:
+        """The slices of the embedding behind the cut, side by side from column 0."""
+        widths = {one.name: one.width for one in self.spec.slices}
+        slices, start = [], 0
+        for name in self.cut.slices:
+            slices.append(SliceSpec(name, start, start + widths[name]))
+            start += widths[name]
+        return tuple(slices)
+
+    @property
+    def embedding_key(self) -> str:
+        """The key that embeddings are cached under: all that the numbers depend on besides the row.
+
+        The network and its preprocessing, the stem where it is not exact, and the columns behind the cut.
+        """
+        exact = self.cut.precision_of(self.space.fingerprint) == FLOAT32
+        origin = self.spec.embedding_fingerprint if exact else self.space.fingerprint
+        columns = json.dumps([self.cut.name, *((one.name, one.width) for one in self.slices)])
+        return f"{origin}-{hashlib.sha256(columns.encode()).hexdigest()[:32]}"
+
+
 def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
     job = lease.job
     content = tools.metadata("datasets.rows", job.tenant, job.spec.dataset)
-    spec = tools.trunk.describe(job.spec.backbone, job.spec.input_size)
-    space = content.record.space
-    if not space.backbone:
-        cut = spec.cut(space.cut)
-        assert cut is not None  # every backbone has the cut `input`
-        space = spec.space(cut)
-    slices, embedding_ND = _embedding(job.tenant, spec, space, content.row_ids, tools, keeper)
+    source = _source(tools.trunk.describe(job.spec.backbone, job.spec.input_size), content.record.space)
+    embedding_ND, use = _embedding(job.tenant, source, content.row_ids, tools, keeper)
+    codec_error = _codec_error(content.record.codec, source, use, tools.trunk)
     labels = Labels(content.record.class_names, content.class_indices, content.targets)
     started = tools.clock.monotonic()
-    result = train_head(embedding_ND, slices, labels, job.spec, on_event=keeper.report, should_stop=keeper.should_stop)
+    result = train_head(
+        embedding_ND, source.slices, labels, job.spec, on_event=keeper.report, should_stop=keeper.should_stop
+    )
     result.metrics["train_s"] = tools.clock.monotonic() - started
     keeper.report(Event("publish"))
-    return _publish(lease, spec, space, content.record, result, tools)
+    return _publish(lease, source, content.record, codec_error, result, tools)
 
 
-def _embedding(
-    tenant: str,
-    spec: BackboneSpec,
-    space: FeatureSpace,
-    row_ids: Sequence[bytes],
-    tools: JobTools,
-    keeper: LeaseKeeper,
-) -> tuple[tuple[SliceSpec, ...], npt.NDArray[np.float32]]:
-    """Return the embedding of every row, sending through the trunk only rows that never went before."""
+def _source(spec: BackboneSpec, space: FeatureSpace) -> _Source:
+    """Find where rows enter, and check that the backbone still is what they were made for."""
     cut = spec.cut(space.cut)
-    if cut is None or cut.fingerprint != space.fingerprint:
+    if cut is not None and not space.backbone:
+        space = spec.space(cut)
+    if cut is None or cut.precision_of(space.fingerprint) is None:
         raise WireError(
             ErrorCode.INCOMPATIBLE,
             f"the dataset's features were made with other weights or preprocessing than {spec.name} has now; "
             "upload the images again",
         )
-    slices = _behind(spec, cut.slices)
-    key = f"{spec.embedding_fingerprint}-{space.cut}"
+    return _Source(spec, space, cut)
+
+
+def _embedding(
+    tenant: str, source: _Source, row_ids: Sequence[bytes], tools: JobTools, keeper: LeaseKeeper
+) -> tuple[npt.NDArray[np.float32], CodecUse]:
+    """Return the embedding of every row, sending through the trunk only rows that never went before.
+
+    Beside it, what the trunk said of the rows' codec; nothing where no row was sent.
+    """
+    key = source.embedding_key
     unique = list(dict.fromkeys(row_ids))
     missing = [unique[index] for index in tools.metadata("embeddings.missing", tenant, key, unique)]
     keeper.report(Event("embed", 0.0 if missing else 1.0, {"rows": len(unique), "cached": len(unique) - len(missing)}))
@@ -144,9 +183,10 @@ def _embedding(
             if keeper.should_stop():
                 raise TrainingCancelled
             locations = tools.metadata("rows.locate", tenant, group)
-            yield space, chunks.read_rows(tools.blobs, locations)
+            yield source.space, chunks.read_rows(tools.blobs, locations)
 
     done = 0
+    use = CodecUse()
     for group, extraction in zip(groups, tools.trunk.extract(batches()), strict=True):
         if extraction.row_errors:
             row, error = min(extraction.row_errors.items())
@@ -158,28 +198,44 @@ def _embedding(
         sha256 = chunks.write_chunk(tools.blobs, extraction.embedding_BD)
         tools.failpoints.hit("job.embedding_written")
         tools.metadata("embeddings.add_chunk", tenant, key, sha256, group)
+        use = extraction.codec_use
         done += len(group)
         keeper.report(Event("embed", done / len(missing), {"rows": len(unique), "cached": len(unique) - len(missing)}))
 
     locations = tools.metadata("embeddings.locate", tenant, key, row_ids)
     embedding_ND = chunks.read_rows(tools.blobs, locations)
-    if not isinstance(embedding_ND, np.ndarray) or embedding_ND.shape[1] != slices[-1].stop:
+    if not isinstance(embedding_ND, np.ndarray) or embedding_ND.shape[1] != source.slices[-1].stop:
         raise WireError(ErrorCode.CORRUPT_DATA, "the cached embeddings do not have the backbone's width")
-    return slices, embedding_ND.astype(np.float32, copy=False)
+    return embedding_ND.astype(np.float32, copy=False), use
 
 
-def _behind(spec: BackboneSpec, names: Sequence[str]) -> tuple[SliceSpec, ...]:
-    """Return the slices of the embedding behind a cut: a suffix of the whole one, counted from 0."""
-    wanted = [one for one in spec.slices if one.name in set(names)]
-    first = wanted[0].start
-    return tuple(SliceSpec(one.name, one.start - first, one.stop - first) for one in wanted)
+def _codec_error(codec: str, source: _Source, use: CodecUse, trunk: Trunk) -> float:
+    """Return what a dataset's codec, its stem included, does to the embedding.
+
+    The trunk is asked only where something is lost and no row went through it.
+    """
+    if codec in _EXACT:
+        return 0.0
+    if use.codec == codec:
+        return use.embedding_error
+    cost = trunk.cut_cost(source.spec.name, source.cut.name, source.space.input_size)
+    name, _, precision = codec.partition("@")
+    coded, stem = cost.codec(name), cost.stem(precision or FLOAT32)
+    if coded is None or stem is None:
+        raise WireError(
+            ErrorCode.UNSUPPORTED,
+            f"the dataset's rows were sent as {codec!r}, which cut {source.cut.name!r} of {source.spec.name} does not "
+            "offer now; upload the images again",
+        )
+    # Together they are measured only where rows are sent; there they came to less than the sum.
+    return coded.embedding_error + stem.embedding_error
 
 
 def _publish(
     lease: Lease,
-    spec: BackboneSpec,
-    space: FeatureSpace,
-    dataset: Any,
+    source: _Source,
+    dataset: DatasetRecord,
+    codec_error: float,
     result: TrainingResult,
     tools: JobTools,
 ) -> ModelRecord:
@@ -195,20 +251,23 @@ def _publish(
         task=head.task,
         class_names=tuple(head.class_names),
         num_outputs=head.num_outputs,
-        space=space,
-        embedding_fingerprint=spec.embedding_fingerprint,
+        space=source.space,
+        embedding_fingerprint=source.spec.embedding_fingerprint,
         slices=tuple(head.slices),
         metrics=dict(result.metrics),
-        dataset=f"{dataset.name}@{dataset.version}",
+        dataset=dataset.reference,
         dataset_digest=dataset.digest,
         head_sha256=sha256,
         versions=dict(tools.versions),
         job_id=job.id,
         create_time=tools.clock.now(),
+        codec=dataset.codec,
+        codec_error=codec_error,
+        candidates=tuple(Candidate(one.slices, one.width, one.score, one.accuracy) for one in result.candidates),
     )
     tools.blobs.put(head_path(sha256), data)
     tools.failpoints.hit("job.head_written")
-    tools.blobs.put(manifest_path(job.id, lease.fence), _manifest(record, job.spec, spec, result))
+    tools.blobs.put(manifest_path(job.id, lease.fence), _manifest(record, job.spec, source.spec, result))
     tools.failpoints.hit("job.manifest_written")
     return record
 
@@ -219,9 +278,11 @@ def manifest_path(job_id: str, fence: int) -> str:
 
 
 def _manifest(record: ModelRecord, job: JobSpec, spec: BackboneSpec, result: TrainingResult) -> bytes:
+    model = {**asdict(record), "version": None}
+    del model["candidates"]  # they stand below, and say more there
     manifest = {
         "format": 1,
-        "model": {**asdict(record), "version": None},
+        "model": model,
         "job": asdict(job),
         "backbone": {"weights": spec.weights, "weights_sha256": spec.weights_sha256, "runtime": spec.runtime},
         "preprocessing": asdict(spec.preprocessing),

@@ -18,7 +18,7 @@ from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, measure_head
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.progress import Progress, TrainingCancelled
-from trunkline_worker.training.selection import Candidate
+from trunkline_worker.training.scoring import Candidate
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
 

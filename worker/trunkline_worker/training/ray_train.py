@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import BackboneSpec, FeatureSpace
+from trunkline_wire.specs import BackboneSpec, CutCost, FeatureSpace
 
 from trunkline_worker.engine.api import Extraction, Payload
 from trunkline_worker.store.blobs import CachedBlobs
@@ -121,6 +121,10 @@ class HandleTrunk:
     def describe(self, backbone: str, input_size: int) -> BackboneSpec:
         """Describe the backbone at an input size."""
         return self._finish(lambda: self._handle(backbone).describe.remote(input_size), None)
+
+    def cut_cost(self, backbone: str, cut: str, input_size: int) -> CutCost:
+        """Say what codecs and stems cost at a cut. Takes seconds where nobody has asked before."""
+        return self._finish(lambda: self._handle(backbone).cut_cost.remote(cut, input_size), None)
 
     def extract(self, batches: Iterator[tuple[FeatureSpace, Payload]]) -> Iterator[Extraction]:
         """Return the whole embedding of each batch, in order. A batch whose replica died is sent again."""

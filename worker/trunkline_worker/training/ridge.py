@@ -14,10 +14,9 @@ from torch import Tensor
 
 from trunkline_worker.training.lbfgs import minimise
 
-# Shape suffix legend: N = rows, D = columns, M = outputs, A = kernels, S = strengths, F = repetitions of the folds
+# Shape suffix legend: N = rows, D = columns, M = outputs, A = kernels, S = strengths
 
 _MAX_CLOSED_FORM = 4096
-_BATCH_CELLS = 2**23
 _FLOOR = 1e-10
 """Smallest penalty, as a fraction of the kernel's mean diagonal: keeps dependent columns from being divided by zero."""
 
@@ -78,48 +77,31 @@ def _iterate(x_ND: Tensor, targets_NM: Tensor, l2: float, check: Callable[[], No
     return minimum.x_PV.view(shape).double()
 
 
-def held_out_predictions(
-    kernels_ANN: Tensor,
-    targets_NM: Tensor,
-    folds_FN: Tensor,
-    strengths: Sequence[float],
-    *,
-    check: Callable[[float], None],
-) -> Tensor:
-    """Predict each row by kernel ridge trained on the other folds, for every kernel and strength.
+def left_out_predictions(kernels_ANN: Tensor, targets_NM: Tensor, strengths: Sequence[float]) -> Tensor:
+    """Predict each row by kernel ridge, intercept free, fitted to all the other rows: for every kernel and strength.
 
-    With ``C`` the kernel plus the penalty and ``a = C^-1 Y``, what a fold ``b`` is off by, once it is left out, is
-    ``(C^-1[b, b])^-1 a[b]``: one inverse serves all folds, and all repetitions of them.
+    With ``C`` the kernel plus the penalty, ``u = C^-1 1`` and ``P = C^-1 - u u' / (1' u)``, what row ``i`` is off by,
+    once it is left out, is ``(P Y)[i] / P[i, i]``: one inverse serves all rows. As the intercept is fitted without the
+    row too, nothing about its target reaches its prediction.
 
     Args:
-        kernels_ANN: Mean diagonal near 1.
-        targets_NM: Centred.
-        folds_FN: Fold of each row, once per repetition.
+        kernels_ANN: Mean diagonal near 1. Their type is the one that is computed in.
+        targets_NM: What to predict.
         strengths: Penalty per row, so ``strength * N`` on the diagonal.
-        check: Called between batches with the fraction done; may raise to stop.
 
     Shape:
-        returns (A, S, F, N, M), float64.
+        returns (A, S, N, M).
     """
-    num_kernels, num_rows, _ = kernels_ANN.shape
-    targets_NM = targets_NM.double()
-    strengths_S = torch.tensor(strengths, dtype=torch.float64, device=kernels_ANN.device)
-    shift_SNN = torch.diag_embed((strengths_S * num_rows)[:, None].expand(-1, num_rows))
-    members = [
-        [torch.nonzero(fold_N == fold).squeeze(1) for fold in range(int(fold_N.max()) + 1)] for fold_N in folds_FN
-    ]
-    predictions = targets_NM.new_empty(
-        (num_kernels, len(strengths), len(folds_FN), num_rows, targets_NM.shape[1]),
-    )
-    size = max(1, _BATCH_CELLS // (len(strengths) * num_rows**2))
-    for start in range(0, num_kernels, size):
-        check(start / num_kernels)
-        shifted = kernels_ANN[start : start + size, None].double() + shift_SNN
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        dual = inverse @ targets_NM
-        for repetition, folds in enumerate(members):
-            for rows in folds:
-                block = inverse[..., rows[:, None], rows]
-                off = torch.cholesky_solve(dual[..., rows, :], torch.linalg.cholesky(block))
-                predictions[start : start + size, :, repetition, rows] = targets_NM[rows] - off
-    return predictions
+    num_rows = kernels_ANN.shape[1]
+    penalty_S1 = torch.tensor(strengths, dtype=kernels_ANN.dtype, device=kernels_ANN.device)[:, None] * num_rows
+    # A free intercept takes up any constant in the kernel. With one, the row of ones is not an almost lost direction of
+    # a centred kernel, and subtracting its part from the inverse costs no digits.
+    shifted_ASNN = (kernels_ANN[:, None] + 1.0).repeat(1, len(strengths), 1, 1)
+    shifted_ASNN.diagonal(dim1=2, dim2=3).add_(penalty_S1)
+    inverse_ASNN = torch.cholesky_inverse(torch.linalg.cholesky(shifted_ASNN))
+    u_ASN1 = inverse_ASNN.sum(dim=3, keepdim=True)
+    total_AS11 = u_ASN1.sum(dim=2, keepdim=True)
+    dual_ASNM = inverse_ASNN @ targets_NM
+    dual_ASNM -= u_ASN1 * (dual_ASNM.sum(dim=2, keepdim=True) / total_AS11)
+    diagonal_ASN1 = inverse_ASNN.diagonal(dim1=2, dim2=3)[..., None] - u_ASN1.square() / total_AS11
+    return targets_NM - dual_ASNM / diagonal_ASN1

@@ -59,13 +59,16 @@ def subsample(
 ) -> Indices:
     """Return at most ``max_rows`` rows of at most ``max_classes`` classes, ascending, the classes' shares kept.
 
-    Every class chosen keeps at least two rows where it has them.
+    Every class chosen keeps at least two rows where it has them. Where there are more classes than wanted, those of a
+    single row go last: nothing can be compared by them.
     """
     if classes_N is None:
         return np.sort(random.permutation(num_rows)[:max_rows]).astype(np.int64)
     groups = _groups(classes_N)
     if len(groups) > max_classes:
-        groups = [groups[one] for one in np.sort(random.permutation(len(groups))[:max_classes])]
+        drawn = random.permutation(len(groups))
+        single = np.array([len(groups[one]) == 1 for one in drawn])
+        groups = [groups[one] for one in np.sort(drawn[np.argsort(single, kind="stable")][:max_classes])]
     total = sum(len(group) for group in groups)
     share = min(1.0, max_rows / total)
     kept = [random.permutation(group)[: max(2, int(share * len(group)))] for group in groups]

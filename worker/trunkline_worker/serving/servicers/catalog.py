@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,8 @@ import grpc
 from trunkline_wire import WIRE_VERSION, messages
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_MESSAGE_BYTES, STEM_CHUNK_BYTES
+from trunkline_wire.quantise import CODECS, IMAGES
+from trunkline_wire.specs import FLOAT32
 from trunkline_wire.v1 import catalog_pb2 as pb
 from trunkline_wire.v1 import catalog_pb2_grpc, error_pb2
 
@@ -40,14 +43,17 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             tenant=current_call().tenant,
             storage_shared=self._backends.storage_shared,
             storage_note=self._backends.storage_note,
+            codecs=(*CODECS, IMAGES),
         )
 
     async def ListBackbones(
         self, request: pb.ListBackbonesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListBackbonesResponse:
-        """Describe every backbone at its own input size, the default first."""
+        """Describe every backbone at its own input size, the default first. Class names are left out."""
         specs = await asyncio.gather(*(engine.describe() for engine in self._backends.engines.values()))
-        return pb.ListBackbonesResponse(backbones=[messages.backbone_to_proto(spec) for spec in specs])
+        return pb.ListBackbonesResponse(
+            backbones=[messages.backbone_to_proto(dataclasses.replace(spec, class_names=())) for spec in specs]
+        )
 
     async def DescribeBackbone(
         self, request: pb.DescribeBackboneRequest, context: grpc.aio.ServicerContext
@@ -57,12 +63,20 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         spec = await self._backends.engine(name).describe(request.input_size)
         return pb.DescribeBackboneResponse(backbone=messages.backbone_to_proto(spec))
 
+    async def DescribeCut(
+        self, request: pb.DescribeCutRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeCutResponse:
+        """Say what every codec and stem costs at a cut."""
+        name = request.backbone or self._backends.default_backbone
+        cost = await self._backends.engine(name).cut_cost(request.cut, request.input_size)
+        return pb.DescribeCutResponse(cost=messages.cut_cost_to_proto(cost))
+
     async def FetchStem(
         self, request: pb.FetchStemRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.FetchStemResponse]:
         """Send a stem's file: a header, its bytes in order, an end message."""
         name = request.backbone or self._backends.default_backbone
-        stem = await self._backends.engine(name).stem(request.cut, request.input_size)
+        stem = await self._backends.engine(name).stem(request.cut, request.input_size, request.precision or FLOAT32)
         data = await asyncio.to_thread(self._backends.blobs.get, stem.path)
         if hashlib.sha256(data).hexdigest() != stem.sha256:
             raise WireError(
@@ -76,6 +90,8 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
                 feature_shape=stem.feature_shape,
                 size_bytes=len(data),
                 sha256=stem.sha256,
+                precision=stem.precision,
+                embedding_error=stem.embedding_error,
             ),
         )
         seq = 0

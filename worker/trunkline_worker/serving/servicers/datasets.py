@@ -11,8 +11,9 @@ import numpy as np
 from trunkline_wire import codecs, messages
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_CLASSES, MAX_DATASET_ROWS, MAX_FIND_ROWS
+from trunkline_wire.quantise import BFLOAT16, CODECS, PackedRows, codec_of
 from trunkline_wire.rows import ROW_ID_BYTES
-from trunkline_wire.specs import FeatureSpace
+from trunkline_wire.specs import FLOAT32, CutSpec, FeatureSpace, codec_label
 from trunkline_wire.v1 import dataset_pb2 as pb
 from trunkline_wire.v1 import dataset_pb2_grpc, error_pb2
 
@@ -111,53 +112,72 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
         # Blocking work (hashing, packing, the write and its fsync) stays off the event loop.
         rows = await asyncio.to_thread(_checked_rows, chunk)
         space = messages.space_from_proto(chunk.space)
-        await self._check_space(space, rows)
+        precision = await self._check_space(space, rows)
         sha256 = await asyncio.to_thread(chunks.write_chunk, self._backends.blobs, rows)
         # The index comes last: what it names is durable.
         added: int = await self._backends.metadata.call(
-            "rows.add_chunk", tenant, sha256, space, chunks.codec_of(rows), list(chunk.row_ids)
+            "rows.add_chunk", tenant, sha256, space, codec_label(codec_of(rows), precision), list(chunk.row_ids)
         )
         return added
 
-    async def _check_space(self, space: FeatureSpace, rows: Payload) -> None:
+    async def _check_space(self, space: FeatureSpace, rows: Payload) -> str:
+        """Check that rows belong into a feature space, and return the precision of the stem that made them."""
         if not space.backbone:
-            if not space.is_input or isinstance(rows, np.ndarray):
+            if not space.is_input or isinstance(rows, np.ndarray | PackedRows):
                 raise WireError(
                     ErrorCode.INVALID_ARGUMENT, "rows without a backbone must be encoded images at the cut 'input'"
                 )
-            return
+            return FLOAT32
         spec = await self._backends.engine(space.backbone).describe(space.input_size)
         cut = spec.cut(space.cut)
         if cut is None:
             raise WireError(
                 ErrorCode.NOT_FOUND,
-                f"{space.backbone} has no cut {space.cut[:80]!r}; there is {', '.join(one.name for one in spec.cuts)}",
+                f"{space.backbone} has no cut {space.cut[:80]!r}. It has {len(spec.cuts)} cuts; where its stages end: "
+                + ", ".join(one.name for one in spec.cuts if one.is_stage),
             )
-        if cut.fingerprint != space.fingerprint:
+        precision = cut.precision_of(space.fingerprint)
+        if precision is None:
             raise WireError(
                 ErrorCode.INCOMPATIBLE,
                 f"these features were made with other weights or preprocessing than {space.backbone} has now; "
                 "fetch the stem again",
             )
-        if not isinstance(rows, np.ndarray):
-            if not space.is_input:
-                raise WireError(ErrorCode.DTYPE_MISMATCH, f"the cut {space.cut!r} takes features, not encoded images")
-            return
-        if rows.shape[1:] != cut.feature_shape:
-            raise WireError(
-                ErrorCode.SHAPE_MISMATCH,
-                f"rows of shape {rows.shape[1:]}; the cut {space.cut!r} at input size {space.input_size} needs "
-                f"{cut.feature_shape}",
-            )
-        if (rows.dtype == np.uint8) != space.is_input:
-            raise WireError(
-                ErrorCode.DTYPE_MISMATCH,
-                f"rows of {rows.dtype} at the cut {space.cut!r}; images are uint8, features float16 or float32",
-            )
+        _check_layout(space, cut, rows)
+        return precision
+
+
+def _check_layout(space: FeatureSpace, cut: CutSpec, rows: Payload) -> None:
+    """Check type and shape of rows at a cut."""
+    if not isinstance(rows, np.ndarray | PackedRows):
+        if not space.is_input:
+            raise WireError(ErrorCode.DTYPE_MISMATCH, f"the cut {space.cut!r} takes features, not encoded images")
+        return
+    if rows.shape[1:] != cut.feature_shape:
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"rows of shape {rows.shape[1:]}; the cut {space.cut!r} at input size {space.input_size} needs "
+            f"{cut.feature_shape}",
+        )
+    codec = codec_of(rows)
+    if (codec == "uint8") != space.is_input:
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH,
+            f"rows of {codec} at the cut {space.cut!r}; images are uint8, features one of {', '.join(CODECS)}",
+        )
+    # Values of bfloat16 have no scales, so it does not matter what they count along.
+    if isinstance(rows, PackedRows) and codec != BFLOAT16 and rows.channel_axis != cut.channel_axis:
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"rows quantised along axis {rows.channel_axis}; a row at the cut {space.cut!r}, of shape "
+            f"{cut.feature_shape}, counts channels along axis {cut.channel_axis}",
+        )
 
 
 def _checked_rows(chunk: pb.RowChunk) -> Payload:
     content = hashlib.sha256(chunk.rows.data)
+    content.update(chunk.rows.affine.scale)
+    content.update(chunk.rows.affine.offset)
     for image in chunk.rows.encoded:
         content.update(image)
     if content.digest() != chunk.sha256:
@@ -166,8 +186,6 @@ def _checked_rows(chunk: pb.RowChunk) -> Payload:
     if len(chunk.row_ids) != len(rows):
         raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(chunk.row_ids)} row ids for {len(rows)} rows")
     _row_ids(chunk.row_ids, len(rows))
-    if not isinstance(rows, np.ndarray):
-        return list(rows)
     return rows
 
 
@@ -186,7 +204,7 @@ def _labels(request: pb.CommitDatasetRequest, num_rows: int) -> tuple[tuple[str,
     kind = request.WhichOneof("labels")
     if kind == "targets":
         targets = codecs.decode(request.targets.values, max_rows=MAX_DATASET_ROWS)
-        if isinstance(targets, list) or targets.dtype != np.float32 or targets.ndim != 2:
+        if not isinstance(targets, np.ndarray) or targets.dtype != np.float32 or targets.ndim != 2:
             raise WireError(ErrorCode.BAD_LABELS, "targets must be float32 of shape (rows, outputs)")
         if len(targets) != num_rows:
             raise WireError(ErrorCode.BAD_LABELS, f"{len(targets)} targets for {num_rows} rows")

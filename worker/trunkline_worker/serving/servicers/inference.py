@@ -102,6 +102,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             labels=labels,
             row_errors=_row_errors(prediction.row_errors),
             timings=messages.timings_to_proto(prediction.timings),
+            codec_use=messages.codec_use_to_proto(prediction.codec_use),
         )
 
     async def _extract_held(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
@@ -118,6 +119,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             slices=messages.slices_to_proto(extraction.slices),
             row_errors=_row_errors(extraction.row_errors),
             timings=messages.timings_to_proto(extraction.timings),
+            codec_use=messages.codec_use_to_proto(extraction.codec_use),
         )
 
     async def _check_reply_size(self, space: FeatureSpace, slices: Sequence[str], num_rows: int) -> None:

@@ -40,6 +40,7 @@ def dataset_to_proto(record: DatasetRecord) -> dataset_pb2.Dataset:
         class_names=record.class_names,
         num_targets=record.num_targets,
         create_time=timestamp(record.create_time),
+        codec=record.codec,
     )
 
 
@@ -144,6 +145,12 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
         versions=record.versions,
         job_id=record.job_id,
         create_time=timestamp(record.create_time),
+        codec=record.codec,
+        codec_error=record.codec_error,
+        candidates=[
+            registry_pb2.Candidate(slices=one.slices, width=one.width, score=one.score, accuracy=one.accuracy)
+            for one in record.candidates
+        ],
     )
 
 

@@ -103,7 +103,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             name, size, cut_name = spec.backbone or self._backends.default_backbone, spec.input_size, INPUT_CUT
         described = await self._backends.engine(name).describe(size)
         cut = described.cut(cut_name)
-        if cut is None or (space.backbone and cut.fingerprint != space.fingerprint):
+        if cut is None or (space.backbone and cut.precision_of(space.fingerprint) is None):
             raise WireError(
                 ErrorCode.INCOMPATIBLE,
                 f"the features of dataset {dataset.name}@{dataset.version} were made with other weights or "

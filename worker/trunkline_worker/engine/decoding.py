@@ -1,36 +1,40 @@
-"""Encoded images to the array that enters the network: in threads of their own, each row failing by itself."""
+"""Rows as they are sent to the array that enters the network: in threads of their own."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.preprocess import decode_image, preprocess_image
+from trunkline_wire.quantise import PackedRows, unpack
 from trunkline_wire.specs import Preprocessing
+
+_SHORT_BYTES = 2**16
+"""Packed rows of fewer bytes are unpacked at once: a thread would take longer to answer."""
 
 
 @dataclass(frozen=True)
-class DecodedImages:
+class DecodedRows:
     """The rows that could be decoded.
 
     Attributes:
-        images_BHWC: uint8, the good rows side by side.
+        rows: The good rows side by side: (B, H, W, 3) uint8 images, or (B, ...) float32 features.
         good: Their indices in what was given.
         errors: Index to error, for the others.
     """
 
-    images_BHWC: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.generic]
     good: list[int]
-    errors: dict[int, WireError]
+    errors: dict[int, WireError] = field(default_factory=dict)
 
 
-class ImageDecoder:
-    """A bounded pool of threads that decode and preprocess."""
+class RowDecoder:
+    """A bounded pool of threads. Takes a bounded number of rows: all of them are in memory at once."""
 
     def __init__(self, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="trunkline-decode")
@@ -39,8 +43,8 @@ class ImageDecoder:
         """Wait for what is running and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def decode(self, images: Sequence[bytes], preprocessing: Preprocessing) -> DecodedImages:
-        """Decode a bounded number of images: all of them are in memory at once."""
+    async def images(self, images: Sequence[bytes], preprocessing: Preprocessing) -> DecodedRows:
+        """Decode and preprocess image files, each failing by itself."""
         loop = asyncio.get_running_loop()
         outcomes = await asyncio.gather(
             *(loop.run_in_executor(self._pool, _decode_one, image, preprocessing) for image in images)
@@ -51,7 +55,15 @@ class ImageDecoder:
         stacked = np.empty((len(decoded), size, size, 3), dtype=np.uint8)
         for position, image in enumerate(decoded.values()):
             stacked[position] = image
-        return DecodedImages(stacked, list(decoded), errors)
+        return DecodedRows(stacked, list(decoded), errors)
+
+    async def packed(self, rows: PackedRows) -> DecodedRows:
+        """Unpack features to float32."""
+        if rows.nbytes <= _SHORT_BYTES:
+            features = unpack(rows)
+        else:
+            features = await asyncio.get_running_loop().run_in_executor(self._pool, unpack, rows)
+        return DecodedRows(features, list(range(len(rows))))
 
 
 def _decode_one(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8] | WireError:

@@ -1,0 +1,111 @@
+"""Options that several commands share: which stem, and how its features travel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from trunkline.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from trunkline.client import Client
+    from trunkline.models import Model
+    from trunkline.stems import Stem
+
+StemOption = Annotated[
+    str | None,
+    typer.Option("--stem", help="BACKBONE:CUT. Send features computed here instead of images.", metavar="BACKBONE:CUT"),
+]
+InputSize = Annotated[int | None, typer.Option(help="Side of the square images are brought to, in pixels.", min=1)]
+Codec = Annotated[
+    str | None,
+    typer.Option(help="How features travel: float32, float16, bfloat16, int8, int4, each also with +zstd, or auto."),
+]
+Precision = Annotated[str | None, typer.Option(help="Stem to run here: float32, or int8 (smaller, not quite exact).")]
+MaxError = Annotated[
+    float | None, typer.Option(help="Largest embedding error of codec and stem together. With auto: 0.05.", min=0)
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the stem. 1: the calling one alone.", min=1)]
+
+
+def split_stem(text: str) -> tuple[str, str]:
+    """Return the backbone and the cut that ``BACKBONE:CUT`` names."""
+    backbone, colon, cut = text.partition(":")
+    if not backbone or not colon or not cut:
+        raise InvalidArgumentError(
+            f"{text!r} names no stem; expected BACKBONE:CUT", hint="`trunkline backbones` has the names of both"
+        )
+    return backbone, cut
+
+
+def find_stem(
+    client: Client,
+    text: str | None,
+    input_size: int | None,
+    *,
+    codec: str | None,
+    precision: str | None,
+    max_error: float | None,
+    threads: int | None,
+) -> Stem | None:
+    """Return the stem that ``BACKBONE:CUT`` names, or None.
+
+    Raises:
+        InvalidArgumentError: Something is said about a stem, and there is none.
+    """
+    if text is None:
+        if any(one is not None for one in (codec, precision, max_error, threads)):
+            raise InvalidArgumentError(
+                "--codec, --precision, --max-error and --threads are about the features of a stem; images go as they "
+                "are",
+                hint="Give --stem BACKBONE:CUT too, or leave them out",
+            )
+        return None
+    backbone, cut = split_stem(text)
+    return client.stem(
+        backbone,
+        cut=cut,
+        input_size=input_size,
+        codec=codec or "float16",
+        precision=precision or "float32",
+        max_error=max_error,
+        threads=threads,
+    )
+
+
+def find_model_stem(
+    client: Client,
+    model: Model,
+    text: str | None,
+    *,
+    send_images: bool,
+    codec: str | None,
+    precision: str | None,
+    max_error: float | None,
+    threads: int | None,
+) -> Stem | Literal[False] | None:
+    """Return the stem for a model's rows: the one named, else its own; None leaves it the choice, False has none.
+
+    Raises:
+        InvalidArgumentError: Something is said about a stem, and images are to be sent.
+    """
+    asked = any(one is not None for one in (codec, precision, max_error, threads))
+    if send_images and (asked or text is not None):
+        raise InvalidArgumentError(
+            "--send-images sends no features; --stem, --codec, --precision, --max-error and --threads are about those",
+            hint="Leave one or the other out",
+        )
+    if text is not None:
+        return find_stem(
+            client,
+            text,
+            model.space.input_size,
+            codec=codec,
+            precision=precision,
+            max_error=max_error,
+            threads=threads,
+        )
+    if asked:
+        return model.stem(codec=codec, precision=precision, max_error=max_error, threads=threads)
+    return False if send_images else None

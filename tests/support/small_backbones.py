@@ -1,0 +1,52 @@
+"""Backbones of a few hundred numbers, untrained: features of every rank, and some that overflow."""
+
+import torch
+from torch import nn
+from trunkline_wire.specs import Preprocessing
+from trunkline_worker.backbones.backbone import Backbone, WeightsInfo, sha256_of
+from trunkline_worker.backbones.samples import BUNDLED
+
+SIZE = 32
+
+
+class _Places(nn.Module):
+    """Rows of (C, H, W), then (H, W, C), then (T, C), then one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.norm = nn.LayerNorm(16)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(4)))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.norm(self.patch(x).permute(0, 2, 3, 1)))
+        return self.head(x.flatten(1, 2).mean(1))
+
+
+class _Large(nn.Module):
+    """Features beyond what float16 holds at ``first``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2)
+        self.shrink = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 16, 3, 2)
+        self.head = nn.Linear(16, 5)
+        with torch.no_grad():
+            self.first.weight *= 1e7
+            self.shrink.running_var.fill_(1e12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.shrink(self.first(x)).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def small_backbone(kind: str = "places", samples=BUNDLED) -> Backbone:
+    """Make one: ``places`` (``patch``, ``norm``, ``blocks.3``, ``flatten``, ``mean`` ...) or ``large``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = _Large() if kind == "large" else _Places()
+    preprocessing = Preprocessing(SIZE, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    info = WeightsInfo("random", pretrained=False)
+    return Backbone(kind, network, preprocessing, info, sha256_of(network), samples=samples)

@@ -1,0 +1,33 @@
+"""Steps from one version of the tables to the next, each run once on a database that has data in it.
+
+A step knows the tables as they were in its day and is never changed afterwards: it says everything in SQL of its own
+and uses nothing of ``schema``, which goes on. SQLite and PostgreSQL read it alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import sqlalchemy as sa
+
+_CODECS_OF_DATASETS = """
+UPDATE datasets SET codec = COALESCE((
+    SELECT chunks.codec
+    FROM dataset_contents AS contents
+    JOIN rows AS first ON first.tenant = contents.tenant AND first.row_id = substr(contents.row_ids, 1, 32)
+    JOIN chunks ON chunks.id = first.chunk_id
+    WHERE contents.tenant = datasets.tenant AND contents.digest = datasets.digest
+), '')
+"""
+"""All rows of a dataset have one codec, which the chunk of its first row knows. Quantised stems came later."""
+
+
+def _from_1(connection: sa.Connection) -> None:
+    """Datasets say how their rows were made and sent, and models which sets of slices were tried."""
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN codec VARCHAR DEFAULT '' NOT NULL"))
+    connection.execute(sa.text("ALTER TABLE models ADD COLUMN candidates TEXT DEFAULT '[]' NOT NULL"))
+    connection.execute(sa.text(_CODECS_OF_DATASETS))
+
+
+STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1}
+"""By the version that a step starts from; it ends at the one after it."""
