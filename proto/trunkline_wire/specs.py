@@ -14,9 +14,6 @@ INT8 = "int8"
 PRECISIONS = (FLOAT32, INT8)
 """Precisions of stems."""
 
-INT8_STEM_FORMAT = 1
-"""Raised with every change of how stems are quantised: features of the old ones are not those of the new."""
-
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -212,9 +209,9 @@ def int8_fingerprint(fingerprint: str, calibration: str) -> str:
 
     Args:
         fingerprint: Of the exact stem's features.
-        calibration: Digest of the pictures that the stem was calibrated on.
+        calibration: Digest of the pictures that the stem was calibrated on, and of how.
     """
-    return hashlib.sha256(f"int8-v{INT8_STEM_FORMAT}\0{fingerprint}\0{calibration}".encode()).hexdigest()
+    return hashlib.sha256(f"int8-v1\0{fingerprint}\0{calibration}".encode()).hexdigest()
 
 
 def embedding_fingerprint(weights_sha256: str, preprocessing: Preprocessing) -> str:

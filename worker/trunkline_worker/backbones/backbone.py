@@ -252,7 +252,7 @@ class Backbone:
                     is_stage=cut.name in first_columns,
                     stem_macs=macs,
                     stem_parameters=cut.num_parameters,
-                    int8_fingerprint="" if is_input else int8_fingerprint(fingerprint, self.samples.digest),
+                    int8_fingerprint="" if is_input else int8_fingerprint(fingerprint, self.samples.calibration_digest),
                 )
             )
         return BackboneSpec(
