@@ -367,7 +367,7 @@ def codec_lines(
 
 
 def plot(ways: Sequence[Way], costs: Sequence[tuple[CutCost, float, int]], jpeg_ms: float, draws: int) -> None:
-    jpegs = [(one.bytes_per_row, one.accuracy, f"quality {one.name[-2:]}") for one in ways if one.codec == "images"]
+    jpegs = [(one.bytes_per_row, one.accuracy, f"q{one.name[-2:]}") for one in ways if one.codec == "images"]
     series = [Series("JPEG", jpegs)]
     for codec in PLOTTED:
         chosen = [one for one in ways if one.codec == codec]
@@ -379,7 +379,7 @@ def plot(ways: Sequence[Way], costs: Sequence[tuple[CutCost, float, int]], jpeg_
         f"accuracy, mean of {draws} draws",
         series,
     )
-    series = [Series("JPEG", [(costs[0][0].jpeg_bytes_per_row, jpeg_ms, "quality 90")], line=False)]
+    series = [Series("JPEG", [(costs[0][0].jpeg_bytes_per_row, jpeg_ms, "q90")], line=False)]
     for codec in PLOTTED:
         found = [(cost.codec(codec), client_ms, short(cost.cut.name)) for cost, client_ms, _ in costs]
         series.append(Series(codec, [(one.bytes_per_row, ms, name) for one, ms, name in found if one], line=False))

@@ -278,6 +278,13 @@ def test_a_network_that_ends_in_features_is_pooled_at_its_output() -> None:
     assert (spec.slices[-1].name, spec.slices[-1].width) == ("pooled", 12)
 
 
+def test_a_network_that_ends_in_a_sum_is_pooled_at_its_output() -> None:
+    network = nn.Sequential(_conv(3, 8, 2), Residual(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    spec = _check(network).describe()
+    assert (spec.cuts[-1].name, spec.slices[-1].width) == ("3", 8)
+    assert "1" in [cut.name for cut in spec.cuts]
+
+
 class Branches(nn.Module):
     """Two networks side by side, whose answers are added: nothing but the input crosses alone."""
 
@@ -350,3 +357,23 @@ def test_channels_are_found_where_they_come_last() -> None:
         embedding = backbone.trunk("second")(features)
     torch.testing.assert_close(embedding[:, :12], features.mean((1, 2)))
     torch.testing.assert_close(embedding[:, 24:28], features.reshape(2, 2, 8, 2, 8, 12).mean((2, 4))[..., 0].flatten(1))
+
+
+class Places(nn.Module):
+    """Adds an encoding of places, made from the picture's size once and used in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = _conv(3, 8, 2), _conv(8, 8), _conv(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = x.shape[2] // 2
+        places = torch.arange(side, dtype=torch.float32).sin().reshape(1, 1, 1, side)
+        x = self.second(self.first(x) + places) + places
+        return self.head(self.third(x).mean((2, 3)))
+
+
+def test_what_is_made_of_sizes_alone_does_not_cross() -> None:
+    backbone = _check(Places(), resizable=False)
+    assert {"first", "second", "add_1", "third"} <= set(backbone.cut_names)

@@ -57,7 +57,7 @@ def points(
         until: Name of the last node that counts.
         name_of: Paths of modules that end at a node, the innermost first, to the one that names it; empty for none.
     """
-    nodes = needed(module.graph, until)
+    nodes = needed(module.graph, values, until)
     place = {node: index for index, node in enumerate(nodes)}
     last_use = [max((place[user] for user in node.users if user in place), default=len(nodes)) for node in nodes]
     names = _Names(name_of)
@@ -91,18 +91,22 @@ def points(
     return result
 
 
-def needed(graph: fx.Graph, until: str) -> list[fx.Node]:
-    """Return the nodes that depend on the input and that ``until`` depends on, in order."""
+def needed(graph: fx.Graph, values: Mapping[str, Value], until: str) -> list[fx.Node]:
+    """Return the nodes that depend on the input and that ``until`` depends on, in order.
+
+    What is made of the input's sizes alone, such as an encoding of places, does not depend on it: a part makes its own.
+    """
     wanted: set[fx.Node] = {next(node for node in graph.nodes if node.name == until)}
     for node in reversed(graph.nodes):
         if node in wanted:
             wanted.update(node.all_input_nodes)
     nodes: list[fx.Node] = []
-    known: set[fx.Node] = set()
+    dependent: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in wanted and (node.op == "placeholder" or not known.isdisjoint(node.all_input_nodes)):
-            known.add(node)
+        if node in wanted and (node.op == "placeholder" or not dependent.isdisjoint(node.all_input_nodes)):
             nodes.append(node)
+            if not values[node.name].is_known:
+                dependent.add(node)
     return nodes
 
 

@@ -142,7 +142,7 @@ def make_plan(backbone: str, network: nn.Module, traced: Traced) -> Plan:
     found = points(module, values, output, lambda ends: min(ends, key=len, default=""))
     stages = Stages(network, module.graph, values, found)
     found = points(module, values, output, stages.name_of)
-    nodes = needed(module.graph, output)
+    nodes = needed(module.graph, values, output)
     pooled = _pooled(module, nodes, values, found)
     numbers = _parameters_before(module, nodes)
     cuts = []
@@ -182,14 +182,18 @@ def _pooled(
 ) -> Point:
     """Return the cut before the network's classifier, or the output of a network that has none of its own.
 
-    The classifier is the last linear layer or convolution, unless a layer with weights of its own, such as a
-    normalisation, follows: then the network ends in features. And what enters it must be one tensor.
+    The classifier is the last linear layer or convolution. If a layer with weights of its own, such as a normalisation,
+    follows, or if its output is added to something else place by place, the network ends in features. And what enters
+    the classifier must be one tensor.
     """
     cuts = [point for point in found if point.is_cut]
     place = {node.name: index for index, node in enumerate(nodes)}
+    crossing_alone = {cut.node for cut in cuts}
     macs = list(itertools.accumulate(values[node.name].macs for node in nodes))
     for node in reversed(nodes):
-        if _is_classifier(module, node):
+        if _is_weighted(module, node):
+            if node.name not in crossing_alone and len(values[node.name].shape or ()) != 1:
+                break
             before = [cut for cut in cuts if place[cut.node] < place[node.name]]
             # Where most of the network lies between, several tensors go in side by side.
             whole = bool(before) and 2 * macs[place[before[-1].node]] >= macs[-1]
@@ -199,7 +203,7 @@ def _pooled(
     return cuts[-1]
 
 
-def _is_classifier(module: fx.GraphModule, node: fx.Node) -> bool:
+def _is_weighted(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), _CLASSIFIER_MODULES)
     return node.op == "call_function" and node.target in _CLASSIFIER_FUNCTIONS
