@@ -12,6 +12,7 @@ from trunkline._cut_table import cut_row, judge
 from trunkline._jpeg import JpegSize, measure_jpeg, spread
 from trunkline.cli import cuts as command
 from trunkline.stems import RUN_ROWS, Stem
+from trunkline_wire.limits import MAX_PAYLOAD_BYTES
 from trunkline_wire.quantise import CODECS, ZSTD, row_bytes
 from trunkline_wire.specs import (
     BackboneSpec,
@@ -260,6 +261,20 @@ class TestBench:
         assert set(sizes) == {codec + suffix for codec in CODECS for suffix in ("", ZSTD)}
         for codec in CODECS:
             assert sizes[codec] == row_bytes((3, 16, 16), codec) >= sizes[codec + ZSTD]
+
+    def test_rows_of_an_early_cut_are_measured_by_as_many_as_fit_a_message(self, stem, monkeypatch):
+        wide = (3, 512, 512)
+        monkeypatch.setattr(stem, "feature_shape", wide)
+        taken = []
+
+        def run(self, rows):
+            taken.append(len(rows))
+            return np.zeros((len(rows), *wide), np.float32)
+
+        monkeypatch.setattr(Stem, "run", run)
+        sizes = measure_codecs(stem, generated_pictures(RUN_ROWS))
+        assert taken[0] * row_bytes(wide, "float32") <= MAX_PAYLOAD_BYTES < RUN_ROWS * row_bytes(wide, "float32")
+        assert sizes["float32"] == row_bytes(wide, "float32")
 
     def test_codec_that_cannot_hold_the_features(self, stem, monkeypatch):
         whole = Stem.run
