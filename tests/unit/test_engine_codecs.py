@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engines import with_engine
 from small_backbones import SIZE, small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_CODEC_ERROR
@@ -27,7 +28,6 @@ from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.config import HeadConfig
 from trunkline_worker.heads.model import Head, TrainedHead
 from trunkline_worker.store.blobs import BlobStore
-from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.records import ModelRecord
 
 # One row is (C, H, W), (H, W, C), (T, C), a vector.
@@ -53,25 +53,6 @@ def spec(backbone: Backbone) -> BackboneSpec:
 @pytest.fixture
 def blobs(tmp_path: Path) -> BlobStore:
     return BlobStore(f"file://{tmp_path}/store")
-
-
-def _with_engine(
-    backbone: Backbone, blobs: BlobStore, test: Callable[[LocalEngine], Awaitable[None]], **options: object
-) -> None:
-    async def main() -> None:
-        engine = LocalEngine(
-            backbone,
-            blobs,
-            **{"clock": SystemClock(), "num_threads": 1, "use_onnx": False, "device": "cpu", **options},  # type: ignore[arg-type]
-        )
-        await engine.start(prepare=False)
-        async with asyncio.timeout(60):
-            try:
-                await test(engine)
-            finally:
-                await engine.close()
-
-    asyncio.run(main())
 
 
 def _cut(spec: BackboneSpec, name: str = CUT) -> CutSpec:
@@ -160,7 +141,7 @@ def test_every_codec_gives_the_embedding_of_what_it_holds(
             assert result.codec_use.embedding_error == error
         assert (await engine.stats()).queued_rows == 0
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_large_packed_request_is_unpacked_in_slices_and_in_order(
@@ -184,7 +165,7 @@ def test_a_large_packed_request_is_unpacked_in_slices_and_in_order(
         assert sorted(sizes, reverse=True) == [4, 4, 4, 4, 4, 3]
         assert result.timings.decode_s > 0
 
-    _with_engine(backbone, blobs, test, max_rows=1)  # four rows of this size in a batch
+    with_engine(backbone, blobs, test, max_rows=1)  # four rows of this size in a batch
 
 
 def test_packed_rows_of_several_callers_share_a_batch(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -200,7 +181,7 @@ def test_packed_rows_of_several_callers_share_a_batch(backbone: Backbone, blobs:
         assert (await engine.stats()).trunk_calls - before.trunk_calls < len(payloads)
         _close(np.concatenate([one.embedding_BD for one in results]), _embedding(backbone, CUT, features))
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_bad_packed_rows_are_refused_before_they_cost_anything(
@@ -234,7 +215,7 @@ def test_bad_packed_rows_are_refused_before_they_cost_anything(
         assert (await engine.stats()).trunk_calls == 0
         assert engine._costs._tables.known(("blocks.0", SIZE, FLOAT32)) is None
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_rows_at_the_input_are_exact_and_nothing_is_measured_for_them(
@@ -252,7 +233,7 @@ def test_rows_at_the_input_are_exact_and_nothing_is_measured_for_them(
         assert result.codec_use == CodecUse("images", 0.0, "int8", 0.01)
         assert engine._costs._tables.known((INPUT_CUT, SIZE, FLOAT32)) is None
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_model_says_what_it_was_trained_on_and_takes_what_is_close_enough(
@@ -283,7 +264,7 @@ def test_a_model_says_what_it_was_trained_on_and_takes_what_is_close_enough(
             await _refused(engine.predict(space, payload, model), ErrorCode.INCOMPATIBLE, *parts)
         assert (await engine.stats()).trunk_calls == before
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +321,7 @@ def test_a_name_that_is_no_cut_is_answered_by_the_backbone(
         other = dataclasses.replace(space, cut="blocks.7", backbone="vgg16")
         await _refused(engine.extract(other, features), ErrorCode.INCOMPATIBLE, "vgg16")
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_exact_rows_of_a_quantised_stem_have_its_error(
@@ -357,7 +338,7 @@ def test_exact_rows_of_a_quantised_stem_have_its_error(
         for precision in (FLOAT32, INT8):
             assert engine._costs._tables.known((CUT, SIZE, precision)) is None  # not needed
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_errors_of_codecs_need_no_export(
@@ -369,7 +350,7 @@ def test_errors_of_codecs_need_no_export(
     async def test(engine: LocalEngine) -> None:
         assert (await engine.extract(spec.space(_cut(spec)), features)).codec_use.codec == "float16"
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def _all_rows(features: np.ndarray, cut: CutSpec) -> Sequence[object]:

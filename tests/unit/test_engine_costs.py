@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from engines import with_engine
 from small_backbones import SIZE, small_backbone
 from trunkline_wire.compress import compress
 from trunkline_wire.errors import ErrorCode, WireError
@@ -24,7 +24,7 @@ from trunkline_worker.engine.costs import CodecMeter, jpeg_files
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.engine.sample import NUM_PICTURES
 from trunkline_worker.store.blobs import BlobStore
-from trunkline_worker.store.clock import ManualClock, SystemClock
+from trunkline_worker.store.clock import ManualClock
 
 # One row is (C, H, W), (H, W, C), (T, C), a vector.
 CUTS = ["patch", "blocks.0", "flatten", "mean"]
@@ -55,32 +55,13 @@ def _no_stems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stems, "export_stem", fails)
 
 
-def _with_engine(
-    backbone: Backbone, blobs: BlobStore, test: Callable[[LocalEngine], Awaitable[None]], **options: object
-) -> None:
-    async def main() -> None:
-        engine = LocalEngine(
-            backbone,
-            blobs,
-            **{"clock": SystemClock(), "num_threads": 1, "use_onnx": False, "device": "cpu", **options},  # type: ignore[arg-type]
-        )
-        await engine.start(prepare=False)
-        async with asyncio.timeout(60):
-            try:
-                await test(engine)
-            finally:
-                await engine.close()
-
-    asyncio.run(main())
-
-
 def _cost(backbone: Backbone, blobs: BlobStore, cut: str) -> CutCost:
     found: list[CutCost] = []
 
     async def test(engine: LocalEngine) -> None:
         found.append(await engine.cut_cost(cut))
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
     return found[0]
 
 
@@ -155,7 +136,7 @@ def test_a_codec_that_cannot_hold_the_features_is_not_offered(blobs: BlobStore) 
         await engine.extract(space, rows.astype(np.float32))
         assert (await engine.cut_cost("second")).codec("float16") is not None
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_an_error_that_is_no_number_is_not_offered(
@@ -180,13 +161,13 @@ def test_callers_share_one_measurement_and_later_engines_read_it(
         found.extend(await asyncio.gather(*(engine.cut_cost(INPUT_CUT) for _ in range(3))))
         found.append(await engine.cut_cost(INPUT_CUT, SIZE))
 
-    _with_engine(backbone, blobs, test)
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
     assert references == [INPUT_CUT]
     assert all(one == found[0] for one in found)
     # Other pictures, or another size, is another measurement.
     other = small_backbone(samples=dataclasses.replace(backbone.samples, digest="ab"))
-    _with_engine(other, blobs, test)
+    with_engine(other, blobs, test)
     assert references == [INPUT_CUT] * 2
 
 
@@ -228,7 +209,7 @@ def test_a_measurement_that_fails_is_tried_again(
                     await engine.cut_cost(INPUT_CUT)
         assert (await engine.cut_cost(INPUT_CUT)).codecs
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_full_storage_costs_the_note_not_the_answer(
@@ -253,7 +234,7 @@ def test_unknown_cuts_and_sizes_are_refused(backbone: Backbone, blobs: BlobStore
                 await engine.cut_cost(cut, size)
             assert caught.value.code is code
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_the_first_use_of_a_codec_without_time_is_told_and_measured(backbone: Backbone, blobs: BlobStore) -> None:
@@ -275,4 +256,4 @@ def test_the_first_use_of_a_codec_without_time_is_told_and_measured(backbone: Ba
             await engine.extract(spec.space(cut), rows, timeout_s=0.0)
         assert (await engine.stats()).queued_rows == 0
 
-    _with_engine(backbone, blobs, test, clock=ManualClock())
+    with_engine(backbone, blobs, test, clock=ManualClock())

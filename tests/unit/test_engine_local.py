@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 
+import engines
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,8 @@ from trunkline_worker.store.records import ModelRecord
 SIZE = 64
 CUT = "layer3"
 
+with_engine = functools.partial(engines.with_engine, patience_s=120)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> None:
@@ -52,25 +56,6 @@ def spec(backbone: Backbone) -> BackboneSpec:
 @pytest.fixture
 def blobs(tmp_path: Path) -> BlobStore:
     return BlobStore(f"file://{tmp_path}/store")
-
-
-def _with_engine(
-    backbone: Backbone, blobs: BlobStore, test: Callable[[LocalEngine], Awaitable[None]], **options: object
-) -> None:
-    async def main() -> None:
-        engine = LocalEngine(
-            backbone,
-            blobs,
-            **{"clock": SystemClock(), "num_threads": 1, "use_onnx": False, "device": "cpu", **options},  # type: ignore[arg-type]
-        )
-        await engine.start(prepare=False)
-        async with asyncio.timeout(120):
-            try:
-                await test(engine)
-            finally:
-                await engine.close()
-
-    asyncio.run(main())
 
 
 @torch.inference_mode()
@@ -158,7 +143,7 @@ def test_extract_gives_the_embedding_behind_the_cut(backbone: Backbone, blobs: B
         assert 0 < times.trunk_s <= times.total_s
         assert times.decode_s == 0
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_one_trunk_pass_serves_many_models(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -193,7 +178,7 @@ def test_one_trunk_pass_serves_many_models(backbone: Backbone, blobs: BlobStore,
             np.testing.assert_allclose(result.outputs_BK, head.predict(x).numpy(), atol=0.05)
             assert float(result.outputs_BK.sum()) == pytest.approx(1.0, abs=1e-5)
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_rows_come_back_to_whoever_sent_them(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -206,7 +191,7 @@ def test_rows_come_back_to_whoever_sent_them(backbone: Backbone, blobs: BlobStor
         for (a, b), result in zip(cuts, results, strict=True):
             _close(result.embedding_BD, expected[a:b])
 
-    _with_engine(backbone, blobs, test, max_rows=1)  # four rows of this size in a batch: requests are cut in slices
+    with_engine(backbone, blobs, test, max_rows=1)  # four rows of this size in a batch: requests are cut in slices
 
 
 def test_images_are_decoded_and_one_bad_one_fails_alone(
@@ -234,7 +219,7 @@ def test_images_are_decoded_and_one_bad_one_fails_alone(
         assert set(all_bad.row_errors) == {0, 1}
         assert np.isnan(all_bad.embedding_BD).all()
 
-    _with_engine(backbone, blobs, test, max_rows=1)
+    with_engine(backbone, blobs, test, max_rows=1)
 
 
 def test_images_for_no_backbone_take_the_models_size(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -248,7 +233,7 @@ def test_images_for_no_backbone_take_the_models_size(backbone: Backbone, blobs: 
         result = await engine.predict(IMAGES, [picture], model)
         np.testing.assert_allclose(result.outputs_BK, expected.numpy(), atol=0.05)
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_row_on_which_the_network_overflows_fails_alone(
@@ -263,7 +248,7 @@ def test_a_row_on_which_the_network_overflows_fails_alone(
         assert np.isnan(result.embedding_BD[1]).all()
         _close(result.embedding_BD[[0, 2]], expected[[0, 2]])
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_bad_rows_are_refused_before_they_cost_anything(
@@ -297,7 +282,7 @@ def test_bad_rows_are_refused_before_they_cost_anything(
             await _refused(engine.extract(space, rows), code, *parts)  # type: ignore[arg-type]
         assert (await engine.stats()).trunk_calls == 0
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_another_space_is_refused_naming_both_sides(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -322,7 +307,7 @@ def test_another_space_is_refused_naming_both_sides(backbone: Backbone, blobs: B
         ]:
             await _refused(engine.extract(dataclasses.replace(space, **change), features), code, *parts)  # type: ignore[arg-type]
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_model_that_does_not_fit_is_refused(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -347,7 +332,7 @@ def test_a_model_that_does_not_fit_is_refused(backbone: Backbone, blobs: BlobSto
         await _refused(engine.predict(space, features, gone), ErrorCode.NOT_FOUND)
         assert (await engine.stats()).trunk_calls == 0
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_unknown_and_early_slices_are_refused_with_what_there_is(
@@ -361,7 +346,7 @@ def test_unknown_and_early_slices_are_refused_with_what_there_is(
         await _refused(engine.extract(space, features, ["layer2.std"]), ErrorCode.INCOMPATIBLE, "'layer2'")
         await _refused(engine.extract(space, features, ["pooled", "pooled"]), ErrorCode.INVALID_ARGUMENT, "twice")
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_deadline_that_has_passed_costs_nothing(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -380,7 +365,7 @@ def test_a_deadline_that_has_passed_costs_nothing(backbone: Backbone, blobs: Blo
         )
         assert (INPUT_CUT, 96) in engine._runtimes
 
-    _with_engine(backbone, blobs, test, clock=ManualClock())
+    with_engine(backbone, blobs, test, clock=ManualClock())
 
 
 def test_a_full_engine_says_when_to_come_back(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -397,7 +382,7 @@ def test_a_full_engine_says_when_to_come_back(backbone: Backbone, blobs: BlobSto
         assert (await engine.stats()).queued_rows == 0
         await engine.extract(space, pictures)
 
-    _with_engine(backbone, blobs, test, max_queued_rows=10)
+    with_engine(backbone, blobs, test, max_queued_rows=10)
 
 
 def test_memory_that_runs_out_is_named(
@@ -415,7 +400,7 @@ def test_memory_that_runs_out_is_named(
         )
         await _refused(engine.extract(_space(spec), features), ErrorCode.WORKER_OOM, "fewer rows")
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_stem_is_exported_once_for_all_and_found_again(
@@ -449,7 +434,7 @@ def test_a_stem_is_exported_once_for_all_and_found_again(
         await _refused(engine.stem(INPUT_CUT, SIZE), ErrorCode.INVALID_ARGUMENT, "no stem")
         await _refused(engine.stem("maxpool", 7), ErrorCode.INVALID_ARGUMENT, "32 to 1024")
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_describe_says_which_runtime_runs(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -463,7 +448,7 @@ def test_describe_says_which_runtime_runs(backbone: Backbone, blobs: BlobStore, 
         assert 0 <= after.runtime_error <= 0.02
         await _refused(engine.describe(31), ErrorCode.INVALID_ARGUMENT)
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_closing_finishes_what_was_accepted_and_takes_nothing_new(
@@ -482,7 +467,7 @@ def test_closing_finishes_what_was_accepted_and_takes_nothing_new(
         await _refused(engine.extract(space, pictures), ErrorCode.UNAVAILABLE)
         await _refused(engine.describe(160), ErrorCode.UNAVAILABLE)
 
-    _with_engine(backbone, blobs, test, max_rows=1)
+    with_engine(backbone, blobs, test, max_rows=1)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from engines import with_engine
 from onnx import numpy_helper
 from small_backbones import SIZE, small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
@@ -28,7 +29,6 @@ from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.engine.sample import sample_pictures
 from trunkline_worker.engine.stems import MAX_INT8_STEM_ERROR, StemMaker
 from trunkline_worker.store.blobs import BlobStore
-from trunkline_worker.store.clock import SystemClock
 
 CUT = "norm"
 REAL_CUT = "blocks.1"
@@ -102,19 +102,6 @@ def tools(exported: bytes, monkeypatch: pytest.MonkeyPatch) -> Tools:
     return made
 
 
-def _with_engine(backbone: Backbone, blobs: BlobStore, test: Callable[[LocalEngine], Awaitable[None]]) -> None:
-    async def main() -> None:
-        engine = LocalEngine(backbone, blobs, clock=SystemClock(), num_threads=1, use_onnx=False, device="cpu")
-        await engine.start(prepare=False)
-        async with asyncio.timeout(60):
-            try:
-                await test(engine)
-            finally:
-                await engine.close()
-
-    asyncio.run(main())
-
-
 def _cut(spec: BackboneSpec) -> CutSpec:
     found = spec.cut(CUT)
     assert found is not None
@@ -167,14 +154,14 @@ def test_a_quantised_stem_is_made_once_and_kept_with_its_error(
         assert blobs.get_checked(again.path, again.sha256) == data
         assert (tools.exports, len(tools.calibrated)) == (1, 2)
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
     async def later(engine: LocalEngine) -> None:
         assert (await engine.stem(CUT, 0, INT8)).precision == INT8
         assert (await engine.cut_cost(CUT)).stem(INT8) is not None
         assert (tools.exports, len(tools.calibrated)) == (1, 2)
 
-    _with_engine(backbone, blobs, later)
+    with_engine(backbone, blobs, later)
 
 
 def test_codec_and_quantised_stem_are_measured_together(
@@ -207,13 +194,13 @@ def test_codec_and_quantised_stem_are_measured_together(
             assert use.embedding_error <= 1.01 * (cost.embedding_error + stem.embedding_error)
             assert use.embedding_error != cost.embedding_error
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
     async def later(engine: LocalEngine) -> None:
         rows = np.zeros((1, *cut.feature_shape), np.float16)
         assert (await engine.extract(spec.space(cut, INT8), rows)).codec_use in uses
 
-    _with_engine(backbone, blobs, later)
+    with_engine(backbone, blobs, later)
     assert tools.exports == len(tools.calibrated) == 1
 
 
@@ -223,7 +210,7 @@ def test_calibration_and_measurement_use_different_pictures(
     async def test(engine: LocalEngine) -> None:
         await engine.stem(CUT, 0, INT8)
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
     (calibrated,) = tools.calibrated
     seen = {one.tobytes() for one in calibrated}
     assert calibrated.dtype == np.uint8
@@ -254,7 +241,7 @@ def test_a_quantised_stem_over_the_bound_is_not_offered(
         assert int8.size_bytes > 0
         assert (await engine.stem(CUT)).precision == FLOAT32
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_stem_that_cannot_be_quantised_is_refused_with_the_reason(
@@ -270,7 +257,7 @@ def test_a_stem_that_cannot_be_quantised_is_refused_with_the_reason(
         tools.broken = None
         assert (await engine.stem(CUT, 0, INT8)).precision == INT8  # not remembered
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_failure_that_says_nothing_about_the_stem_is_raised_and_not_remembered(
@@ -283,7 +270,7 @@ def test_a_failure_that_says_nothing_about_the_stem_is_raised_and_not_remembered
         tools.broken = None
         assert (await engine.cut_cost(CUT)).stem(INT8).refused == ""  # type: ignore[union-attr]
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_stem_that_cannot_be_exported_leaves_the_codecs(
@@ -305,7 +292,7 @@ def test_a_stem_that_cannot_be_exported_leaves_the_codecs(
         assert cost.codec("int8") is not None
         assert calls == [CUT]
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def _overflow(model: onnx.ModelProto) -> None:
@@ -335,7 +322,7 @@ def test_files_that_nobody_should_run_are_not_kept(
         assert not blobs.exists(f"stems/{_cut(spec).int8_fingerprint}.json")
         assert reason in (await engine.cut_cost(CUT)).stem(INT8).refused  # type: ignore[union-attr]
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_what_there_is_no_stem_of_is_refused(backbone: Backbone, blobs: BlobStore, tools: Tools) -> None:
@@ -346,7 +333,7 @@ def test_what_there_is_no_stem_of_is_refused(backbone: Backbone, blobs: BlobStor
         assert (await engine.cut_cost(INPUT_CUT)).stems == ()
         assert tools.exports == 0
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_note_without_an_error_that_is_a_number_is_not_believed(
@@ -361,7 +348,7 @@ def test_a_note_without_an_error_that_is_a_number_is_not_believed(
             assert await engine.stem(CUT, 0, INT8) == stem
         assert len(tools.calibrated) == 5
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)
 
 
 def test_a_stem_is_exported_and_quantised_for_real(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
@@ -389,4 +376,4 @@ def test_a_stem_is_exported_and_quantised_for_real(backbone: Backbone, blobs: Bl
         assert error == pytest.approx(stem.embedding_error, rel=0.5, abs=2e-3)
         assert [one.name for one in onnx.load_from_string(data).graph.output] == [STEM_OUTPUT]
 
-    _with_engine(backbone, blobs, test)
+    with_engine(backbone, blobs, test)

@@ -31,14 +31,12 @@ class Point:
         node: The node's name in the graph.
         ends: Paths of the modules whose output it is, the innermost first.
         crossing: Names of all values that cross there; a cut is a point where this is the node itself alone.
-        macs: Multiply-adds per row up to here.
     """
 
     name: str
     node: str
     ends: tuple[str, ...]
     crossing: tuple[str, ...]
-    macs: int
 
     @property
     def is_cut(self) -> bool:
@@ -64,10 +62,8 @@ def points(
     result: list[Point] = []
     named: dict[int, str] = {}
     alive: list[int] = []
-    macs = 0
     for index, node in enumerate(nodes):
         value = values[node.name]
-        macs += value.macs
         alive = [one for one in alive if last_use[one] > index]
         if not value.is_known:
             alive.append(index)
@@ -84,10 +80,10 @@ def points(
             outer = around and (not before.ends or before.name.startswith(f"{around}."))
             named[index] = around if outer else before.name
             names.replace(before.name, named[index])
-            result.append(Point(named[index], node.name, ends, (named[index],), macs))
+            result.append(Point(named[index], node.name, ends, (named[index],)))
             continue
         named[index] = names.of(node)
-        result.append(Point(named[index], node.name, ends, tuple(named[one] for one in alive), macs))
+        result.append(Point(named[index], node.name, ends, tuple(named[one] for one in alive)))
     return result
 
 
@@ -172,7 +168,7 @@ def part(
         if node.name in wanted and node.name != start and not values[node.name].is_known:
             wanted.update(one.name for one in node.all_input_nodes)
     graph = fx.Graph()
-    extra = {"trunkline_first": first or nn.Identity()}
+    extra: dict[str, nn.Module] = {} if first is None else {"trunkline_first": first}
     features = graph.placeholder("features")
     rows: fx.Node | None = None
     made: dict[str, Any] = {}
