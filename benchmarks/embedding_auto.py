@@ -22,7 +22,7 @@ from trunkline_wire.preprocess import image_from_array, preprocess_image
 from trunkline_wire.specs import INPUT_CUT, SliceSpec
 from trunkline_worker.backbones.catalogue import DEFAULT_BACKBONE, load_backbone
 from trunkline_worker.store.records import Event, JobSpec
-from trunkline_worker.training.loop import Labels, TrainingResult, train_head
+from trunkline_worker.training.loop import Labels, Source, TrainingResult, train_head
 
 # Shape suffix legend: N = rows, D = columns of the embedding
 
@@ -115,7 +115,13 @@ def train(
 
     names = tuple(str(one) for one in range(int(labels.max()) + 1))
     started = time.perf_counter()
-    result = train_head(embedding_ND, slices, Labels(names, labels), spec, on_event=on_event, should_stop=lambda: False)
+    result = train_head(
+        [Source("b", embedding_ND, tuple(slices))],
+        Labels(names, labels),
+        spec,
+        on_event=on_event,
+        should_stop=lambda: False,
+    )
     total_s = time.perf_counter() - started
     select = seen.get("select", [started])
     return Run(result, select[-1] - select[0], seen["fit"][0] - select[-1], total_s)

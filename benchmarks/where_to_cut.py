@@ -33,7 +33,7 @@ from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.records import JobSpec
-from trunkline_worker.training.loop import Labels, train_head
+from trunkline_worker.training.loop import Labels, Source, train_head
 
 # Shape suffix legend: N, B = pictures, H = height, W = width, C = channels, D = embedding columns
 
@@ -103,8 +103,7 @@ def accuracy(
         rest = np.setdiff1d(np.arange(len(labels)), chosen)
         names = tuple(map(str, range(10)))
         result = train_head(
-            embedding_ND[chosen],
-            slices,
+            [Source(BACKBONE, embedding_ND[chosen], tuple(slices))],
             Labels(names, labels[chosen].astype(np.uint32), None),
             job,
             on_event=lambda event: None,

@@ -49,10 +49,13 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerOutOfMemoryError,
     )
+    from trunkline.heads import MLP, Conv, Linear, Prototype
+    from trunkline.local_models import LocalModel, local_model
+    from trunkline.local_vectors import LocalFeatures, local_features
     from trunkline.models import Model
     from trunkline.predictions import Prediction, RowPrediction
-    from trunkline.records import MLP, JobEvent, JobState, JobStatus, Linear
-    from trunkline.reports import ClassificationReport, RegressionReport, Report
+    from trunkline.records import JobEvent, JobState, JobStatus
+    from trunkline.reports import ClassificationReport, MultiLabelReport, RegressionReport, Report
     from trunkline.stems import Stem
     from trunkline.training import Job
 
@@ -64,6 +67,7 @@ __all__ = [
     "ClassificationReport",
     "Client",
     "ConfigError",
+    "Conv",
     "CorruptDataError",
     "CorruptImageError",
     "Dataset",
@@ -81,15 +85,19 @@ __all__ = [
     "JobStateError",
     "JobStatus",
     "Linear",
+    "LocalFeatures",
+    "LocalModel",
     "MLP",
     "MissingExtraError",
     "Model",
+    "MultiLabelReport",
     "NotFiniteError",
     "NotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "Prediction",
+    "Prototype",
     "RegressionReport",
     "Report",
     "RowPrediction",
@@ -103,26 +111,35 @@ __all__ = [
     "UploadReport",
     "WorkerOutOfMemoryError",
     "connect",
+    "local_features",
+    "local_model",
 ]
 
 _MODULES = {
     "ClassificationReport": "trunkline.reports",
     "Client": "trunkline.client",
+    "Conv": "trunkline.heads",
     "Dataset": "trunkline.datasets",
     "Job": "trunkline.training",
     "JobEvent": "trunkline.records",
     "JobState": "trunkline.records",
     "JobStatus": "trunkline.records",
-    "Linear": "trunkline.records",
-    "MLP": "trunkline.records",
+    "Linear": "trunkline.heads",
+    "LocalFeatures": "trunkline.local_vectors",
+    "LocalModel": "trunkline.local_models",
+    "MLP": "trunkline.heads",
     "Model": "trunkline.models",
+    "MultiLabelReport": "trunkline.reports",
     "Prediction": "trunkline.predictions",
+    "Prototype": "trunkline.heads",
     "RegressionReport": "trunkline.reports",
     "Report": "trunkline.reports",
     "RowPrediction": "trunkline.predictions",
     "Stem": "trunkline.stems",
     "UploadReport": "trunkline.datasets",
     "connect": "trunkline.connection",
+    "local_features": "trunkline.local_vectors",
+    "local_model": "trunkline.local_models",
 }
 """Where a name comes from, if not from ``trunkline.errors``. Loaded when it is first used: gRPC and NumPy take time."""
 

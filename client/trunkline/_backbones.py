@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutCost, FeatureSpace
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutCost, FeatureSpace, Preprocessing
 
 from trunkline._codecs import check_codec, check_offered
 from trunkline._features import Features
-from trunkline._inference import ImageFeed
+from trunkline._feeds import ImageFeed
 from trunkline.errors import IncompatibleModelError, NotFoundError
 
 if TYPE_CHECKING:
     from trunkline._calls.catalog import CatalogCalls
     from trunkline._deadline import Deadline
+    from trunkline.bottlenecks import Bottlenecks
     from trunkline.images import Picture
     from trunkline.records import ServerInfo
 
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
 class Backbones:
     """Descriptions of backbones and cuts. An input size of 0 is the backbone's own."""
 
-    def __init__(self, calls: CatalogCalls, info: ServerInfo) -> None:
+    def __init__(self, calls: CatalogCalls, info: ServerInfo, bottlenecks: Bottlenecks) -> None:
         """Keep who is asked, and what the cluster said about itself."""
         self._calls = calls
         self._info = info
+        self._bottlenecks = bottlenecks
         self._specs: dict[tuple[str, int], BackboneSpec] = {}
         self._costs: dict[tuple[str, str, int], CutCost] = {}
 
@@ -48,19 +51,28 @@ class Backbones:
             raise NotFoundError("the cluster has no backbone", hint="Start it with `trunkline up --backbone NAME`")
         return backbones[0].name
 
-    def image_feed(self, rows: Sequence[Picture], name: str, input_size: int, deadline: Deadline) -> ImageFeed:
-        """Return pictures on their way to a backbone.
+    def image_feed(self, rows: Sequence[Picture], spaces: Sequence[FeatureSpace], deadline: Deadline) -> ImageFeed:
+        """Return pictures on their way to backbones.
+
+        Args:
+            rows: The pictures.
+            spaces: Whose backbones and input sizes are meant, whatever their cuts; an input size of 0 is its own.
+            deadline: Of asking for descriptions.
 
         Raises:
-            NotFoundError: It takes none.
+            NotFoundError: One takes none.
         """
+        (space, preprocessing), *others = (self._input(one.backbone, one.input_size, deadline) for one in spaces)
+        return ImageFeed(rows, space, preprocessing, others)
+
+    def _input(self, name: str, input_size: int, deadline: Deadline) -> tuple[FeatureSpace, Preprocessing]:
         spec = self.describe(name, input_size, deadline)
         cut = spec.cut(INPUT_CUT)
         if cut is None:
             raise NotFoundError(
                 f"{spec.name} takes no images", hint=f"Give a stem: client.stem({spec.name!r}, cut=...)"
             )
-        return ImageFeed(rows, spec.space(cut), spec.preprocessing)
+        return spec.space(cut), spec.preprocessing
 
     def features(self, features: Any, space: FeatureSpace, codec: str | None, deadline: Deadline) -> Features:
         """Return features at hand, checked: the fingerprint of their space is compared with the cluster's.
@@ -76,12 +88,16 @@ class Backbones:
             raise NotFoundError(
                 f"{spec.name} has no cut {space.cut!r}", hint="client.describe(name).cuts has those there are"
             )
-        if cut.precision_of(space.fingerprint) is None:
+        if cut.precision_in(space) is None:
             raise IncompatibleModelError(
                 f"the features come from other weights or another preprocessing of {space.backbone} at {space.cut}",
                 hint=f"Compute them with client.stem({space.backbone!r}, cut={space.cut!r}, "
                 f"input_size={space.input_size})",
             )
+        if space.bottleneck:
+            bottleneck = self._bottlenecks.get(space.bottleneck, deadline)
+            cut = replace(cut, feature_shape=bottleneck.code_shape, channel_axis=bottleneck.channel_axis)
+            choice = choice or check_codec(bottleneck.codec)
         found = Features(features, space, cut, choice)
         if not space.is_input:
             check_offered(check_codec(found.codec), self._info)

@@ -42,6 +42,21 @@ def check_codec(name: str) -> CodecChoice:
         raise from_wire(error) from None
 
 
+def check_local_codec(name: str) -> str:
+    """Return the codec of local features.
+
+    Raises:
+        UnsupportedError: There is no such codec.
+        InvalidArgumentError: It asks for zstd.
+    """
+    choice = check_codec(name)
+    if choice.zstd:
+        raise InvalidArgumentError(
+            f"codec is {name!r}; local features travel without zstd", hint=f"Use codec={choice.codec!r}"
+        )
+    return choice.codec
+
+
 def offered_codecs(info: ServerInfo) -> tuple[str, ...]:
     """Return the codecs that both sides know."""
     return tuple(one for one in info.codecs or OLD_CODECS if one in quantise.CODECS)

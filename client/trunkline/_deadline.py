@@ -14,6 +14,12 @@ FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
 """Longest pause between two tries."""
 
+BASE_TIMEOUT_S = 60.0
+"""Deadline of an operation on many rows that states none: this much ..."""
+
+ROW_TIMEOUT_S = 0.25
+"""... and this much a row."""
+
 
 class Deadline:
     """A moment on the monotonic clock, or never."""
@@ -49,6 +55,11 @@ class Deadline:
         """Whether there is time for a pause and something after it."""
         left = self.remaining()
         return left is None or delay_s < left
+
+
+def rows_deadline(timeout_s: float | None, num_rows: int) -> Deadline:
+    """Return the deadline of an operation on many rows."""
+    return Deadline(BASE_TIMEOUT_S + ROW_TIMEOUT_S * num_rows if timeout_s is None else timeout_s)
 
 
 def retry_delay(attempt: int, asked_s: float = 0.0, *, random_float: Callable[[], float] = random.random) -> float:

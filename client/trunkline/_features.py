@@ -104,6 +104,23 @@ class Features:
         ]
 
 
+def paired(features: Any, space: FeatureSpace | Sequence[FeatureSpace]) -> list[tuple[Any, FeatureSpace]]:
+    """Return features with where they live: one pair, or one for each of several spaces.
+
+    Raises:
+        InvalidArgumentError: There are not as many features as spaces, or of different numbers of rows.
+    """
+    if isinstance(space, FeatureSpace):
+        return [(features, space)]
+    if not isinstance(features, (list, tuple)) or len(features) != len(space) or not space:
+        count = f"{len(features)}" if isinstance(features, (list, tuple)) else f"a {type(features).__name__}"
+        raise InvalidArgumentError(
+            f"features is {count} for {len(space)} backbones; a list with an array for each is needed",
+            hint=f"In this order: {', '.join(one.source for one in space)}",
+        )
+    return list(zip(features, space, strict=True))
+
+
 def check_packed(rows: PackedRows, cut: CutSpec, choice: CodecChoice | None) -> PackedRows:
     """Return packed features that fit a cut.
 

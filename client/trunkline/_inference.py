@@ -1,139 +1,25 @@
-"""Rows in, answers out: batches made as they are needed, several in flight, failures kept to their rows."""
+"""Rows in, answers out: several batches in flight, their answers put together, failures kept to their rows."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
-from trunkline_wire.specs import CodecUse, FeatureSpace, Preprocessing, SliceSpec, Timings
+from trunkline_wire.specs import CodecUse, SliceSpec, Timings
 
-from trunkline._calls import Batch, RawEmbedding, RawPrediction, Rows
-from trunkline._features import Features, rows_per_chunk
-from trunkline.errors import InternalError, InvalidArgumentError, PayloadTooLargeError, TrunklineError
+from trunkline._calls import Batch, RawEmbedding, RawPrediction
+from trunkline._feeds import Feed
+from trunkline.errors import InternalError, InvalidArgumentError, TrunklineError
 
-if TYPE_CHECKING:
-    from trunkline.images import Picture
-    from trunkline.stems import Stem
-
-# Shape suffix legend: N, B = rows, H = height, W = width, C = channels, K = outputs, D = embedding width
-
-DEFAULT_BATCH_ROWS = 64
-"""Most rows in a batch unless told otherwise."""
+# Shape suffix legend: N, B = rows, K = outputs, D = embedding width, X = outputs or embedding width
 
 DEFAULT_IN_FLIGHT = 4
 """Batches in flight unless told otherwise."""
 
 Answer = TypeVar("Answer", RawPrediction, RawEmbedding)
-
-
-class Feed(ABC):
-    """Rows on their way to the cluster. Rows that fail here are in ``errors``."""
-
-    def __init__(self, space: FeatureSpace, num_rows: int, num_bytes: int) -> None:
-        """Keep where the rows live, their number, and the size of one in bytes."""
-        self.space = space
-        self.num_rows = num_rows
-        self.errors: dict[int, TrunklineError] = {}
-        self._row_bytes = num_bytes
-
-    def batch_rows(self, wanted: int | None) -> int:
-        """Return how many rows travel together.
-
-        Raises:
-            PayloadTooLargeError: That many do not fit a message.
-            InvalidArgumentError: It is not a number of rows.
-        """
-        most = rows_per_chunk(self._row_bytes)
-        if wanted is None:
-            return min(most, DEFAULT_BATCH_ROWS)
-        if wanted < 1:
-            raise InvalidArgumentError(f"batch_size is {wanted}; expected 1 or more")
-        fits = min(MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES // self._row_bytes)
-        if min(wanted, self.num_rows) > fits:
-            raise PayloadTooLargeError(
-                f"{wanted} rows of {self._row_bytes} bytes do not fit a message", hint=f"Use batch_size={fits} or less"
-            )
-        return wanted
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the rows in batches, those left out that fail here."""
-        for start in range(0, self.num_rows, size):
-            numbers = range(start, min(start + size, self.num_rows))
-            batch = self._batch(numbers)
-            if batch is not None:
-                yield batch
-
-    @abstractmethod
-    def _batch(self, numbers: Sequence[int]) -> Batch | None:
-        """Return a batch of these rows, or None if every one of them failed."""
-
-    def _try_each(self, numbers: Sequence[int], make: Callable[[int], Any]) -> tuple[list[int], list[Any]]:
-        """Make something of each row, and note the rows for which that fails."""
-        good: list[int] = []
-        made: list[Any] = []
-        for number in numbers:
-            try:
-                made.append(make(number))
-                good.append(number)
-            except TrunklineError as error:
-                self.errors[number] = error
-        return good, made
-
-
-class FeatureFeed(Feed):
-    """Features at hand."""
-
-    def __init__(self, features: Features) -> None:
-        """Keep checked features."""
-        super().__init__(features.space, len(features), features.row_bytes)
-        self._features = features
-
-    def _batch(self, numbers: Sequence[int]) -> Batch:
-        some = self._features.take(slice(numbers[0], numbers[-1] + 1))
-        return Batch(some, tuple(numbers), self._features.compress)
-
-
-class StemFeed(Feed):
-    """Features that a stem computes while earlier ones are on their way."""
-
-    def __init__(self, rows: Sequence[Picture], stem: Stem) -> None:
-        """Keep rows and stem."""
-        super().__init__(stem.space, len(rows), stem.row_bytes)
-        self._rows = rows
-        self._stem = stem
-
-    def _batch(self, numbers: Sequence[int]) -> Batch | None:
-        stem = self._stem
-        good, pixels = self._try_each(numbers, lambda number: self._rows[number].preprocessed(stem.preprocessing))
-        if not good:
-            return None
-        return Batch(stem.pack(stem.run_pixels(np.stack(pixels))), tuple(good), stem.compress)
-
-
-class ImageFeed(Feed):
-    """Images: as files or resized and cropped, whichever is smaller. The numbers that enter the network are equal."""
-
-    def __init__(self, rows: Sequence[Picture], space: FeatureSpace, preprocessing: Preprocessing) -> None:
-        """Keep rows and what becomes of them."""
-        super().__init__(space, len(rows), preprocessing.input_size**2 * 3)
-        self._rows = rows
-        self._preprocessing = preprocessing
-
-    def _batch(self, numbers: Sequence[int]) -> Batch | None:
-        good, sizes = self._try_each(numbers, lambda number: self._rows[number].num_bytes())
-        rows: Rows
-        if sum(sizes) < self._row_bytes * len(good):
-            good, encoded = self._try_each(good, lambda number: self._rows[number].encoded())
-            rows = encoded
-        else:
-            good, pixels = self._try_each(good, lambda number: self._rows[number].preprocessed(self._preprocessing))
-            rows = np.stack(pixels) if good else []
-        return Batch(rows, tuple(good)) if good else None
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from trunkline_wire.specs import FLOAT32, INPUT_CUT, BackboneSpec, CutSpec
 
 from trunkline._codecs import (
     AUTO,
+    DEFAULT_CODEC,
     check_codec,
     check_error,
     check_max_error,
@@ -16,10 +18,20 @@ from trunkline._codecs import (
     choose_codec,
     offered_codecs,
 )
+from trunkline._onnx import check_threads, require_onnxruntime
 from trunkline._stem_files import StemCache, StemFile, checked_file
-from trunkline.errors import CorruptDataError, InvalidArgumentError, NotFoundError, UnsupportedError
+from trunkline.bottlenecks import Bottlenecks, BottleneckStem
+from trunkline.errors import (
+    CorruptDataError,
+    IncompatibleModelError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedError,
+)
+from trunkline.local_models import LocalModel
+from trunkline.own_stems import OwnStem
 from trunkline.progress import show_progress
-from trunkline.stems import Stem, check_threads, require_onnxruntime
+from trunkline.stems import Stem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +52,7 @@ class StemShelf:
         info: ServerInfo,
         cache_dir: Path,
         backbones: Backbones,
+        bottlenecks: Bottlenecks,
     ) -> None:
         """Keep who is asked.
 
@@ -48,11 +61,13 @@ class StemShelf:
             info: What the cluster said about itself.
             cache_dir: Where files are kept.
             backbones: Describes backbones and cuts.
+            bottlenecks: Finds bottlenecks.
         """
         self._calls = calls
         self._info = info
         self._cache = StemCache(cache_dir)
         self._backbones = backbones
+        self._bottlenecks = bottlenecks
         self._stems: dict[tuple[object, ...], Stem] = {}
 
     def get(
@@ -62,8 +77,9 @@ class StemShelf:
         input_size: int,
         *,
         precision: str,
-        codec: str,
+        codec: str | None,
         max_error: float | None,
+        bottleneck: str | None,
         threads: int | None,
         deadline: Deadline,
         progress: bool | None,
@@ -72,7 +88,14 @@ class StemShelf:
         check_precision(precision)
         check_threads(threads)
         bound = check_max_error(max_error)
-        choice = None if codec == AUTO else check_offered(check_codec(codec), self._info)
+        if bottleneck is not None:
+            if precision != FLOAT32:
+                raise InvalidArgumentError(
+                    "a bottleneck is for features of the exact stem", hint="Leave precision= out"
+                )
+            most = math.inf if max_error is None else bound
+            return self._narrow(name, cut_name, input_size, bottleneck, codec, most, threads, deadline, progress)
+        choice = None if codec == AUTO else check_offered(check_codec(codec or DEFAULT_CODEC), self._info)
         require_onnxruntime()
         spec, cut = self._find(name, cut_name, input_size, deadline)
         codec_error = None
@@ -100,6 +123,56 @@ class StemShelf:
                 codec_error=codec_error,
                 threads=threads,
             )
+        return self._stems[key]
+
+    def own(
+        self, local: LocalModel, name: str, cut_name: str, input_size: int, codec: str, deadline: Deadline
+    ) -> OwnStem:
+        """Return a local model in the place of a stem. See ``Client.own_stem``."""
+        choice = check_offered(check_codec(codec), self._info)
+        spec, cut = self._find(name, cut_name, input_size, deadline)
+        return OwnStem(local, spec, cut, str(choice))
+
+    def _narrow(
+        self,
+        name: str,
+        cut_name: str,
+        input_size: int,
+        sha256: str,
+        codec: str | None,
+        max_error: float,
+        threads: int | None,
+        deadline: Deadline,
+        progress: bool | None,
+    ) -> Stem:
+        """Return a stem with a bottleneck."""
+        choice = None if codec is None else check_codec(codec)
+        require_onnxruntime()
+        spec, cut = self._find(name, cut_name, input_size, deadline)
+        found = self._bottlenecks.get(sha256, deadline)
+        if found.space != spec.space(cut) or found.feature_shape != cut.feature_shape:
+            where = found.space
+            raise IncompatibleModelError(
+                f"the bottleneck {sha256[:12]} is for {where.backbone} at {where.cut}, input size {where.input_size}; "
+                f"asked for is {spec.name} at {cut.name}, input size {spec.preprocessing.input_size}",
+                hint="Ask for what it is for; if that is the same, the weights are others now: fit a new one",
+            )
+        if choice is not None and choice.codec != found.codec:
+            raise InvalidArgumentError(
+                f"codes of the bottleneck {sha256[:12]} travel as {found.codec}; codec is {codec}",
+                hint="Leave codec= out",
+            )
+        if found.embedding_error > max_error:
+            raise UnsupportedError(
+                f"the embedding error of the bottleneck {sha256[:12]} is {found.embedding_error:.3g}; at most "
+                f"{max_error:g} is allowed",
+                hint="Allow more with max_error=, or fit one with more code_channels",
+            )
+        zstd = choice is not None and choice.zstd
+        key = (sha256, zstd, threads)
+        if key not in self._stems:
+            data = self._file(spec, cut, FLOAT32, input_size, deadline, progress).data
+            self._stems[key] = BottleneckStem(data, spec.preprocessing, found, sha256, zstd=zstd, threads=threads)
         return self._stems[key]
 
     def _find(self, name: str, cut_name: str, input_size: int, deadline: Deadline) -> tuple[BackboneSpec, CutSpec]:

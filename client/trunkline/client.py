@@ -8,38 +8,40 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace
+from trunkline_wire.quantise import FLOAT16
+from trunkline_wire.specs import FLOAT32, INPUT_CUT, BackboneSpec, CutCost, FeatureSpace
 
 from trunkline import _html
 from trunkline._backbones import Backbones
 from trunkline._calls import Calls
-from trunkline._codecs import DEFAULT_CODEC
-from trunkline._deadline import Deadline
-from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, StemFeed, run
+from trunkline._codecs import check_codec, check_offered
+from trunkline._deadline import Deadline, rows_deadline
+from trunkline._features import paired
+from trunkline._feeds import FeatureFeed, Feed, StemFeed
+from trunkline._inference import DEFAULT_IN_FLIGHT, run
+from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
+from trunkline._row_sources import FeatureRows, ImageRows, RowSource, StemRows
 from trunkline._stem_shelf import StemShelf
+from trunkline._upload import Upload, check_upload
+from trunkline.bottlenecks import Bottlenecks
 from trunkline.config import Settings
-from trunkline.datasets import (
-    Dataset,
-    FeatureRows,
-    ImageRows,
-    RowSource,
-    StemRows,
-    check_upload,
-    rows_deadline,
-    upload_rows,
-)
+from trunkline.datasets import Dataset
 from trunkline.errors import (
     DeadlineExceededError,
     EmptyBatchError,
     InvalidArgumentError,
 )
+from trunkline.heads import Head
 from trunkline.models import Model
 from trunkline.predictions import Prediction
 from trunkline.progress import show_progress
-from trunkline.records import MLP, Linear, ServerInfo
-from trunkline.training import Job, make_spec
+from trunkline.records import ServerInfo
+from trunkline.stems import AnyStem, stem_list
+from trunkline.training import Job, check_spec_of, make_spec, submit
 
 if TYPE_CHECKING:
+    from trunkline.local_models import LocalModel
+    from trunkline.own_stems import OwnStem
     from trunkline.stems import Stem
 
 # Shape suffix legend: N = rows, D = embedding width
@@ -61,8 +63,9 @@ class Client:
         self.settings = settings
         self.info = info
         self._calls = calls
-        self._backbones = Backbones(calls.catalog, info)
-        self._stems = StemShelf(calls.catalog, info, settings.cache_dir, self._backbones)
+        self._bottlenecks = Bottlenecks(calls.trunk)
+        self._backbones = Backbones(calls.catalog, info, self._bottlenecks)
+        self._stems = StemShelf(calls.catalog, info, settings.cache_dir, self._backbones, self._bottlenecks)
 
     def __enter__(self) -> Client:
         """Return itself."""
@@ -117,8 +120,9 @@ class Client:
         cut: str,
         input_size: int | None = None,
         precision: str = FLOAT32,
-        codec: str = DEFAULT_CODEC,
+        codec: str | None = None,
         max_error: float | None = None,
+        bottleneck: str | None = None,
         threads: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
@@ -135,9 +139,12 @@ class Client:
                 quite exact. The cluster refuses it where it strays too far.
             codec: How its features travel: ``float32``, ``float16``, ``bfloat16``, or ``int8`` or ``int4`` with a scale
                 for each row and channel; each also with ``+zstd``, which loses nothing. ``auto`` asks the cluster once
-                and takes what needs the fewest bytes within ``max_error``.
+                and takes what needs the fewest bytes within ``max_error``. Default: ``float16``; with a bottleneck, the
+                one that it was trained for, and no other.
             max_error: Largest embedding error, codec and stem together. Default: 0.05 for ``auto``; a codec that is
-                named is not held to any.
+                named, or that goes with a bottleneck, is not held to any.
+            bottleneck: SHA-256 of a bottleneck on the cluster, which encodes the features into fewer channels. See
+                ``trunkline.torch.fit_bottleneck``.
             threads: Threads that the network runs on. 1 keeps it on the thread that calls. Default: ONNX Runtime's
                 choice.
             timeout_s: Deadline for everything. Default: 600 s, for the cluster may have to export it first.
@@ -145,7 +152,8 @@ class Client:
 
         Raises:
             MissingExtraError: ONNX Runtime is not installed.
-            NotFoundError: There is no such backbone or cut.
+            NotFoundError: There is no such backbone, cut or bottleneck.
+            IncompatibleModelError: The bottleneck is for other features.
             UnsupportedError: The cluster does not have that precision or codec, here or at all, or none is within
                 ``max_error``.
             CorruptDataError: The file arrived damaged, several times.
@@ -157,10 +165,43 @@ class Client:
             precision=precision,
             codec=codec,
             max_error=max_error,
+            bottleneck=bottleneck,
             threads=threads,
             deadline=Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s),
             progress=progress,
         )
+
+    def own_stem(
+        self,
+        local: LocalModel,
+        backbone: str,
+        *,
+        cut: str,
+        input_size: int | None = None,
+        codec: str = FLOAT16,
+        timeout_s: float | None = None,
+    ) -> OwnStem:
+        """Return a stem made of a local model: its output takes the place of the features at a cut.
+
+        Usable wherever a stem is. Models that are trained on its features take them alone, in the same codec: not
+        those of another local model, of the backbone's own stem, or images.
+
+        Args:
+            local: A local model that takes pictures (``input_size=``) and gives what the backbone takes at the cut,
+                such as a module trained in front of ``trunkline.torch.RemoteTrunk``.
+            backbone: Name of the backbone.
+            cut: Where the features enter it; ``describe`` lists the cuts and the shapes there.
+            input_size: Of the backbone, as in ``stem``; the local model has its own. Default: the backbone's own.
+            codec: How the features travel, as in ``stem``, ``auto`` left out. The local model's own codec is not used.
+            timeout_s: Deadline.
+
+        Raises:
+            NotFoundError: There is no such backbone or cut.
+            InvalidArgumentError: The local model takes no pictures.
+            ShapeMismatchError: Its output has another shape than the features at the cut.
+            UnsupportedError: The cluster does not read that codec.
+        """
+        return self._stems.own(local, backbone, cut, input_size or 0, codec, self._deadline(timeout_s))
 
     def upload(
         self,
@@ -168,7 +209,10 @@ class Client:
         labels: Any = None,
         *,
         name: str,
-        stem: Stem | None = None,
+        stem: AnyStem | Sequence[AnyStem] | None = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
+        remote: bool = True,
         input_size: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
@@ -180,11 +224,19 @@ class Client:
         Args:
             images: A uint8 array of (N, H, W), (N, H, W, 1) or (N, H, W, 3); a list of arrays, of ``PIL.Image``, of
                 paths or of encoded bytes; a folder of class folders; a CSV file or a table (pandas, polars) with
-                columns ``path`` and ``label``.
-            labels: Integers or strings for classes, floats (N,) or (N, M) for numbers. Taken from class folders or
-                the table if left out; for a table also the name of a column.
+                columns ``path`` and ``label``. None where local models have other rows and ``remote`` is False.
+            labels: Integers or strings for classes; a list, tuple or set of them for each row, or booleans of (N, K)
+                (an array, or a table whose columns name the classes), where a row may be of several; floats (N,) or
+                (N, M) for numbers. Taken from class folders or the table if left out; for a table also the name of a
+                column.
             name: Of the dataset.
-            stem: Computes features here, which are sent instead of the images.
+            stem: Computes features here, which are sent instead of the images. A list has one for each of several
+                backbones, whose embeddings will stand side by side.
+            local: A local model whose features stand beside, or several: see ``trunkline.local_model``. Also vectors
+                at hand: ``trunkline.local_features``.
+            local_inputs: What goes into the local model instead of the images, a row for each. For several local
+                models a dict by their names; one that is not named there gets the images.
+            remote: False: only local features are sent, and no backbone takes part.
             input_size: With a stem: must be the stem's. Without: what ``train`` takes for this dataset if it is told
                 nothing else; the images are sent as they are.
             timeout_s: Deadline for everything, reconnections included. None: 60 s and 0.25 s a row.
@@ -192,23 +244,30 @@ class Client:
 
         Raises:
             BadLabelsError: Before anything is sent.
+            ShapeMismatchError: Inputs have different numbers of rows.
             CorruptImageError: One cannot be decoded. What was sent before is kept.
             StorageFullError: The cluster's storage is full. What was acknowledged is kept.
+            UnsupportedError: The cluster is too old for several inputs, or for several classes a row.
         """
-        from trunkline.images import labelled, pictures
+        from trunkline.images import labelled
 
+        stems = stem_list(stem)
+        _check_choice(stems, local, remote, input_size)
         images, labels = labelled(images, labels)
-        rows = pictures(images)
-        checked = check_upload(name, labels, len(rows))
-        if stem is not None and input_size not in (None, stem.space.input_size):
-            raise InvalidArgumentError(
-                f"input_size is {input_size}; the stem's is {stem.space.input_size}", hint="Leave input_size= out"
-            )
-        deadline = rows_deadline(timeout_s, len(rows))
+        given = GivenImages(images)
+        local_rows = bind_local(local, local_inputs, given)
+        num_rows = len(given.pictures) if remote else local_rows[0].num_rows
+        checked = check_upload(name, labels, num_rows)
+        self._check_codecs(local_rows)
+        deadline = rows_deadline(timeout_s, num_rows)
         deadline.check("upload")
-        source: RowSource = ImageRows(rows) if stem is None else StemRows(rows, stem)
-        record, report = upload_rows(self._calls, source, checked, name, deadline=deadline, progress=progress)
-        return Dataset(record, None if stem is not None else input_size, report)
+        sources: list[RowSource] = [StemRows(given.pictures, one) for one in stems]
+        if remote and not stems:
+            sources.append(ImageRows(given.pictures))
+        sources += [one.source() for one in local_rows]
+        upload = Upload(self._calls, self.info, name, checked)
+        size = None if stems else input_size
+        return upload.run(sources, deadline=deadline, progress=progress, input_size=size)
 
     def upload_features(
         self,
@@ -216,19 +275,23 @@ class Client:
         labels: Any,
         *,
         name: str,
-        space: FeatureSpace,
+        space: FeatureSpace | Sequence[FeatureSpace],
         codec: str | None = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
     ) -> Dataset:
         """Make a dataset of features at hand, sending only what the cluster lacks.
 
         Args:
-            features: Output of a stem, float16 or float32, or of ``Stem.pack``.
+            features: Output of a stem, float16 or float32, or of ``Stem.pack``. A list of these for several backbones.
             labels: As in ``upload``.
             name: Of the dataset.
-            space: Where the features live: ``stem.space``.
+            space: Where the features live: ``stem.space``. A list for several backbones.
             codec: In which they travel, as in ``stem``. Default: as they are.
+            local: As in ``upload``; of vectors at hand, ``trunkline.local_features``.
+            local_inputs: What goes into local models, as in ``upload``; there are no images here.
             timeout_s: As in ``upload``.
             progress: As in ``upload``.
 
@@ -239,14 +302,21 @@ class Client:
             ShapeMismatchError, DtypeMismatchError, NotFiniteError, EmptyBatchError, BadLabelsError: Before anything
                 is sent.
             IncompatibleModelError: They come from other weights.
+            UnsupportedError: As in ``upload``.
         """
-        if len(features) == 0:
+        pairs = paired(features, space)
+        num_rows = len(pairs[0][0])
+        if num_rows == 0:
             raise EmptyBatchError("there are no features", hint="Give at least one row")
-        checked = check_upload(name, labels, len(features))
-        deadline = rows_deadline(timeout_s, len(features))
-        source = FeatureRows(self._backbones.features(features, space, codec, deadline))
-        record, report = upload_rows(self._calls, source, checked, name, deadline=deadline, progress=progress)
-        return Dataset(record, None, report)
+        local_rows = bind_local(local, local_inputs, GivenImages(None))
+        checked = check_upload(name, labels, num_rows)
+        self._check_codecs(local_rows)
+        deadline = rows_deadline(timeout_s, num_rows)
+        sources: list[RowSource] = [
+            FeatureRows(self._backbones.features(one, where, codec, deadline)) for one, where in pairs
+        ]
+        sources += [one.source() for one in local_rows]
+        return Upload(self._calls, self.info, name, checked).run(sources, deadline=deadline, progress=progress)
 
     def dataset(self, reference: str, *, timeout_s: float | None = None) -> Dataset:
         """Return a dataset: ``name`` (the newest version) or ``name@version``.
@@ -265,11 +335,13 @@ class Client:
         data: Dataset | str,
         *,
         name: str,
-        backbone: str | None = None,
+        backbone: str | Sequence[str] | None = None,
         input_size: int | None = None,
         embedding: str | Sequence[str] = "auto",
-        head: str | Linear | MLP = "linear",
+        head: str | Head = "linear",
         solver: str = "auto",
+        loss: str = "mse",
+        huber_delta: float = 1.0,
         epochs: int = 0,
         batch_size: int = 0,
         learning_rate: float = 0.0,
@@ -281,15 +353,21 @@ class Client:
     ) -> Job:
         """Train a head on a dataset. Returns at once; ``Job.result`` waits for the model.
 
+        What is learned follows from the labels: one class a row, several, or numbers.
+
         Args:
             data: The dataset, or its ``name`` or ``name@version``.
             name: Of the model.
-            backbone: For a dataset of images: who reads them. Default: the cluster's first.
-            input_size: For a dataset of images: side of the square they are brought to, in pixels.
+            backbone: For a dataset of images: who reads them. A list: several, whose embeddings stand side by side.
+                Default: the cluster's first.
+            input_size: For a dataset of images: side of the square they are brought to, in pixels, for every backbone.
             embedding: ``auto`` chooses slices by cross-validation, ``pooled`` is the last layer alone, a list names
-                slices.
-            head: ``linear``, ``mlp``, ``trunkline.Linear()`` or ``trunkline.MLP(hidden=(1024,), dropout=0.1)``.
-            solver: ``lbfgs`` (linear heads, to convergence), ``adam``, or ``auto``.
+                slices: ``SLICE`` of the first backbone, ``BACKBONE:SLICE`` of any.
+            head: ``linear``, ``mlp``, ``conv`` or ``prototype``, or one such as
+                ``trunkline.MLP(hidden=(256,), fuse="add")``.
+            solver: ``lbfgs`` (linear heads on inputs side by side, to convergence), ``adam``, or ``auto``.
+            loss: For numbers: ``mse``, or ``huber``, on which a few wild targets have little effect.
+            huber_delta: From where on ``huber`` is linear, in standard deviations of a target.
             epochs: Of ``adam``. 0: the cluster's default.
             batch_size: Of ``adam``. 0: the cluster's default.
             learning_rate: Of ``adam``. 0: the cluster's default.
@@ -302,23 +380,21 @@ class Client:
         Raises:
             NotFoundError: There is no such dataset, backbone or slice.
             InvalidArgumentError: Something is out of range.
+            UnsupportedError: The cluster is too old for such a head, loss, or for several backbones.
         """
-        reference = data if isinstance(data, str) else data.reference
-        if isinstance(data, Dataset):
-            own = data.space.backbone
-            if own and backbone not in (None, own):
-                raise InvalidArgumentError(
-                    f"{reference} holds features of {own}; backbone is {backbone!r}", hint="Leave backbone= out"
-                )
-            input_size = input_size if input_size is not None else data.input_size
+        backbones = [backbone] if isinstance(backbone, str) else list(backbone or ())
+        if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
+            input_size = data.input_size
         spec = make_spec(
             model=name,
-            dataset=reference,
-            backbone=backbone or "",
+            dataset=data if isinstance(data, str) else data.reference,
+            backbones=backbones,
             input_size=input_size or 0,
             embedding=embedding,
             head=head,
             solver=solver,
+            loss=loss,
+            huber_delta=huber_delta,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -327,7 +403,9 @@ class Client:
             refit=refit,
             seed=seed,
         )
-        return Job(self, self._calls.training.submit(spec, self._deadline(timeout_s)))
+        if isinstance(data, Dataset):
+            check_spec_of(spec, data)
+        return Job(self, submit(self._calls.training, spec, self.info, self._deadline(timeout_s)))
 
     def job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
         """Return a job by its id.
@@ -357,7 +435,7 @@ class Client:
         self,
         images: Any,
         *,
-        stem: Stem | None = None,
+        stem: AnyStem | None = None,
         backbone: str | None = None,
         input_size: int | None = None,
         slices: Sequence[str] | None = None,
@@ -394,8 +472,8 @@ class Client:
         if stem is not None:
             feed = StemFeed(rows, stem)
         else:
-            name = backbone or self._backbones.first(deadline)
-            feed = self._backbones.image_feed(rows, name, input_size or 0, deadline)
+            reader = FeatureSpace(backbone or self._backbones.first(deadline), INPUT_CUT, input_size or 0, "")
+            feed = self._backbones.image_feed(rows, [reader], deadline)
         return self._extract(feed, slices, batch_size, max_in_flight, deadline, progress)
 
     def extract_features(
@@ -424,13 +502,17 @@ class Client:
         features: Any,
         *,
         model: str | Model,
-        space: FeatureSpace | None = None,
+        space: FeatureSpace | Sequence[FeatureSpace] | None = None,
         codec: str | None = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
         timeout_s: float | None = None,
     ) -> Prediction:
         """Predict features at hand. See ``Model.predict_features``."""
         chosen = model if isinstance(model, Model) else self.model(model, timeout_s=timeout_s)
-        return chosen.predict_features(features, space=space, codec=codec, timeout_s=timeout_s)
+        return chosen.predict_features(
+            features, space=space, codec=codec, local=local, local_inputs=local_inputs, timeout_s=timeout_s
+        )
 
     def __repr__(self) -> str:
         """Return address and version."""
@@ -457,6 +539,11 @@ class Client:
             raise DeadlineExceededError(f"timeout_s is {timeout_s:g}: the deadline is past before the call")
         return deadline
 
+    def _check_codecs(self, local: Sequence[LocalInput]) -> None:
+        """Check that the cluster reads what local features travel in."""
+        for one in local:
+            check_offered(check_codec(one.codec), self.info)
+
     def _extract(
         self,
         feed: Feed,
@@ -481,3 +568,18 @@ class Client:
         if found.errors:
             raise found.errors[min(found.errors)]
         return found.matrix_NX
+
+
+def _check_choice(stems: Sequence[AnyStem], local: object, remote: bool, input_size: int | None) -> None:
+    """Check that what is to be uploaded makes sense together."""
+    if not remote and (stems or input_size is not None):
+        raise InvalidArgumentError(
+            "remote=False sends local features alone: no backbone reads them", hint="Leave stem= and input_size= out"
+        )
+    if not remote and (local is None or (isinstance(local, (list, tuple)) and not local)):
+        raise InvalidArgumentError("remote=False sends local features alone, and there are none", hint="Give local=")
+    for one in stems:
+        if input_size not in (None, one.space.input_size):
+            raise InvalidArgumentError(
+                f"input_size is {input_size}; the stem's is {one.space.input_size}", hint="Leave input_size= out"
+            )

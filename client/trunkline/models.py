@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline import _html
 from trunkline._codecs import parse_label
-from trunkline._inference import DEFAULT_IN_FLIGHT, FeatureFeed, Feed, StemFeed, run
-from trunkline.datasets import rows_deadline
-from trunkline.errors import BadLabelsError, IncompatibleModelError, UnsupportedError
-from trunkline.labels import Targets, encode_labels, label_names
-from trunkline.predictions import Prediction
+from trunkline._deadline import rows_deadline
+from trunkline._features import paired
+from trunkline._feeds import FeatureFeed, Feed
+from trunkline._inference import DEFAULT_IN_FLIGHT, run
+from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
+from trunkline._model_inputs import BackboneInputs, GivenStems, check_backbones, check_locals, check_own, input_of, join
+from trunkline._onnx import has_onnxruntime
+from trunkline.datasets import describe_source, describe_space, source_to_dict
+from trunkline.errors import BadLabelsError, InvalidArgumentError, UnsupportedError
+from trunkline.heads import head_summary
+from trunkline.labels import Targets, encode_labels, encode_memberships, label_names
+from trunkline.predictions import Prediction, label_sets
 from trunkline.progress import show_progress
-from trunkline.records import Candidate, ModelRecord
-from trunkline.reports import Report, classification_report, regression_report
-from trunkline.stems import Stem, has_onnxruntime
+from trunkline.records import Candidate, DatasetSource, ModelInput, ModelRecord
+from trunkline.reports import Report, classification_report, multi_label_report, regression_report
+from trunkline.stems import Stem
 
 if TYPE_CHECKING:
-    from trunkline._deadline import Deadline
     from trunkline.client import Client
 
 
@@ -57,7 +64,7 @@ class Model:
 
     @property
     def task(self) -> str:
-        """``classification`` or ``regression``."""
+        """``classification``, ``multi_label`` or ``regression``."""
         return self.record.task
 
     @property
@@ -91,6 +98,21 @@ class Model:
         return self.record.codec_error
 
     @property
+    def inputs(self) -> tuple[DatasetSource, ...]:
+        """Where the rows of all of its inputs live, the first included, and how those it was trained on were sent."""
+        return self.record.inputs
+
+    @property
+    def more_inputs(self) -> tuple[ModelInput, ...]:
+        """What it needs beside its first input."""
+        return self.record.more_inputs
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """What its head is made of. None if the cluster does not say."""
+        return self.record.head
+
+    @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Sets of slices that were tried in cross-validation, best first. Empty unless they were chosen automatically.
 
@@ -110,6 +132,7 @@ class Model:
         threads: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
+        backbone: str | None = None,
     ) -> Stem:
         """Return the stem that goes with it.
 
@@ -120,17 +143,29 @@ class Model:
             threads: As in ``Client.stem``.
             timeout_s: As in ``Client.stem``.
             progress: As in ``Client.stem``.
+            backbone: Which of its backbones is meant, if it has several. Default: the first.
 
         Raises:
-            UnsupportedError: It was trained on pictures.
+            UnsupportedError: It was trained on pictures, or on local features alone.
         """
-        space = self.space
+        chosen = input_of(self.record, backbone)
+        space = chosen.space
+        if space.is_local:
+            raise UnsupportedError(
+                f"{self.reference} was trained on local features alone: no stem goes with it",
+                hint="Give the local model with local=",
+            )
+        if space.local_model:
+            raise UnsupportedError(
+                f"{self.reference} was trained on features that {space.local_model!r}, a stem of your own, makes",
+                hint=f"Make it anew: client.own_stem(local, {space.backbone!r}, cut={space.cut!r})",
+            )
         if space.is_input:
             raise UnsupportedError(
                 f"{self.reference} was trained on pictures: no stem goes with it",
                 hint=f"Choose a cut yourself: client.stem({space.backbone!r}, cut=..., input_size={space.input_size})",
             )
-        own_codec, own_precision = parse_label(self.codec)
+        own_codec, own_precision = parse_label(chosen.codec)
         return self._client.stem(
             space.backbone,
             cut=space.cut,
@@ -138,6 +173,7 @@ class Model:
             precision=precision or own_precision,
             codec=codec or own_codec,
             max_error=max_error,
+            bottleneck=space.bottleneck or None,
             threads=threads,
             timeout_s=timeout_s,
             progress=progress,
@@ -147,7 +183,9 @@ class Model:
         self,
         images: Any,
         *,
-        stem: Stem | Literal[False] | None = None,
+        stem: GivenStems = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -157,13 +195,18 @@ class Model:
 
         Features are sent if there is a stem: the one given, else the one the model was trained with, in the same
         codec, if ONNX Runtime is installed. Otherwise the images are sent, as files or resized and cropped, whichever
-        is smaller. ``Prediction.codec_use`` says what that was.
+        is smaller. ``Prediction.codec_use`` says what that was. For a model of several backbones this is so for each
+        of them, and a file travels once.
 
         A row that fails leaves the others alone: see ``Prediction``.
 
         Args:
-            images: As in ``Client.upload``.
-            stem: Computes the features here. None: chosen as said above. False: none, images are sent.
+            images: As in ``Client.upload``. None for a model of local features alone whose rows are given otherwise.
+            stem: Computes the features here; a list has one for each of several backbones. None: chosen as said above.
+                False: none, images are sent.
+            local: The local model that it was trained with, or several. Vectors at hand:
+                ``trunkline.local_features``.
+            local_inputs: What goes into local models instead of the images, as in ``Client.upload``.
             batch_size: Rows that travel together. None: about 2 MiB, 64 rows at most.
             max_in_flight: Most batches without an answer.
             timeout_s: Deadline for everything, retries included. None: 60 s and 0.25 s a row.
@@ -171,29 +214,24 @@ class Model:
 
         Raises:
             IncompatibleModelError: The stem is not one of the model's backbone and input size, or its features differ
-                by more from what the model was trained on than is allowed.
+                by more from what the model was trained on than is allowed; or a local model is another one, or its
+                features travel in another codec.
+            InvalidArgumentError: A local model is missing, or is none of this model's.
+            ShapeMismatchError: Inputs have different numbers of rows.
             TrunklineError: Every row failed: the first row's error.
         """
-        from trunkline.images import pictures
-
-        rows = pictures(images)
-        deadline = rows_deadline(timeout_s, len(rows))
-        deadline.check("predict")
-        chosen = self._own_stem() if stem is None else stem
-        feed: Feed
-        if chosen:
-            self._check_stem(chosen, deadline)
-            feed = StemFeed(rows, chosen)
-        else:
-            feed = self._client._backbones.image_feed(rows, self.space.backbone, self.space.input_size, deadline)
-        return self._predict(feed, batch_size, max_in_flight, deadline, progress)
+        given = GivenImages(images)
+        found = check_locals(self.record, bind_local(local, local_inputs, given))
+        return self._predict_given(given, found, stem, batch_size, max_in_flight, timeout_s, progress)
 
     def predict_features(
         self,
         features: Any,
         *,
-        space: FeatureSpace | None = None,
+        space: FeatureSpace | Sequence[FeatureSpace] | None = None,
         codec: str | None = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -202,9 +240,12 @@ class Model:
         """Predict features at hand.
 
         Args:
-            features: Output of a stem, float16 or float32, or of ``Stem.pack``.
-            space: Where they live. Default: where the model was trained.
+            features: Output of a stem, float16 or float32, or of ``Stem.pack``. For a model of several backbones a list
+                of these, in the order of its inputs.
+            space: Where they live; a list for several backbones. Default: where the model was trained.
             codec: In which they travel, as in ``Client.stem``. Default: as they are.
+            local: As in ``predict``.
+            local_inputs: What goes into local models; there are no images here.
             batch_size: As in ``predict``.
             max_in_flight: As in ``predict``.
             timeout_s: As in ``predict``.
@@ -215,19 +256,35 @@ class Model:
 
         Raises:
             ShapeMismatchError, DtypeMismatchError, NotFiniteError, EmptyBatchError: Before anything is sent.
-            IncompatibleModelError: They come from other weights.
+            IncompatibleModelError: They come from other weights, or a local model is another one.
+            InvalidArgumentError: Features of a backbone or a local model are missing, or are none of this model's.
         """
-        where = space or self.space
-        deadline = rows_deadline(timeout_s, len(features))
-        feed = FeatureFeed(self._client._backbones.features(features, where, codec, deadline))
-        return self._predict(feed, batch_size, max_in_flight, deadline, progress)
+        own = [one.space for one in self.inputs if not one.space.is_local]
+        if not own:
+            raise InvalidArgumentError(
+                f"{self.reference} was trained on local features alone; these are of no backbone",
+                hint="Use predict(None, local=trunkline.local_features(...))",
+            )
+        where = space if space is not None else own[0] if len(own) == 1 else own
+        pairs = paired(features, where)
+        check_backbones(self.reference, own, [one for _, one in pairs])
+        found = check_locals(self.record, bind_local(local, local_inputs, GivenImages(None)))
+        deadline = rows_deadline(timeout_s, len(pairs[0][0]))
+        by_backbone = {
+            one.backbone: FeatureFeed(self._client._backbones.features(rows, one, codec, deadline))
+            for rows, one in pairs
+        }
+        feeds = [by_backbone[one.backbone] for one in own]
+        return self._predict(join(self.record, feeds, found), batch_size, max_in_flight, deadline, progress)
 
     def evaluate(
         self,
         images: Any,
         labels: Any = None,
         *,
-        stem: Stem | Literal[False] | None = None,
+        stem: GivenStems = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
         batch_size: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
@@ -235,9 +292,11 @@ class Model:
         """Predict rows whose labels are known, and measure how well that went.
 
         Args:
-            images: As in ``Client.upload``.
-            labels: One for each image; taken from class folders or a table if left out.
+            images: As in ``predict``.
+            labels: As in ``Client.upload``; taken from class folders or a table if left out.
             stem: As in ``predict``.
+            local: As in ``predict``.
+            local_inputs: As in ``predict``.
             batch_size: As in ``predict``.
             timeout_s: As in ``predict``.
             progress: As in ``predict``.
@@ -245,16 +304,19 @@ class Model:
         Raises:
             BadLabelsError: Labels are missing, of another number, or unknown to the model.
         """
-        from trunkline.images import labelled, pictures
+        from trunkline.images import labelled
 
         images, labels = labelled(images, labels)
-        rows = pictures(images)
-        truth = self._truth(labels, len(rows))
-        prediction = self.predict(rows, stem=stem, batch_size=batch_size, timeout_s=timeout_s, progress=progress)
+        given = GivenImages(images)
+        found = check_locals(self.record, bind_local(local, local_inputs, given))
+        truth = self._truth(labels, self._num_rows(given, found))
+        prediction = self._predict_given(given, found, stem, batch_size, DEFAULT_IN_FLIGHT, timeout_s, progress)
         good = np.array([row not in prediction.errors for row in range(len(prediction))])
         outputs, failed = prediction.outputs_NK[good], int((~good).sum())
         if self.task == "regression":
             report: Report = regression_report(self.reference, truth[good], outputs, num_failed=failed)
+        elif self.task == "multi_label":
+            report = multi_label_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
         else:
             report = classification_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
         return replace(report, codec_use=prediction.codec_use, candidates=self.candidates)
@@ -279,15 +341,42 @@ class Model:
             "codec_error": record.codec_error,
             "candidates": [asdict(one) for one in record.candidates],
             "head_sha256": record.head_sha256,
+            "more_inputs": [
+                {
+                    **source_to_dict(DatasetSource(one.space, one.codec)),
+                    "codec_error": one.codec_error,
+                    "slices": list(one.slices),
+                    "width": one.width,
+                }
+                for one in record.more_inputs
+            ],
+            "local_model": record.space.local_model,
+            "head": None if record.head is None else asdict(record.head),
             "versions": dict(record.versions),
             "job_id": record.job_id,
             "create_time": record.create_time.isoformat() if record.create_time else None,
         }
 
+    def slices_by_input(self) -> list[tuple[DatasetSource, tuple[str, ...]]]:
+        """Return each of its inputs with the slices that the head reads of it."""
+        slices = [self.slices, *(one.slices for one in self.more_inputs)]
+        return list(zip(self.inputs, slices, strict=True))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what it reads and what its head is made of, as names and values to be shown."""
+        errors = [self.codec_error, *(one.codec_error for one in self.more_inputs)]
+        rows: list[tuple[str, str]] = []
+        for (source, slices), error in zip(self.slices_by_input(), errors, strict=True):
+            measured = f", embedding error {error:.2g}" if source.codec and not source.space.is_local else ""
+            rows.append(("and" if rows else "input", describe_source(source) + measured))
+            if not source.space.is_local:
+                rows.append(("slices", ", ".join(slices)))
+        return [*rows, ("head", "" if self.head is None else head_summary(self.head))]
+
     def __repr__(self) -> str:
         """Return reference and task."""
         kind = f"{len(self.class_names)} classes" if self.class_names else f"{self.record.num_outputs} numbers"
-        return f"Model({self.reference!r}, {kind}, {self.space.backbone} at {self.space.cut})"
+        return f"Model({self.reference!r}, {kind}, {' and '.join(describe_space(one.space) for one in self.inputs)})"
 
     def _repr_html_(self) -> str:
         record = self.record
@@ -296,36 +385,43 @@ class Model:
             [
                 ("task", self.task),
                 ("classes", ", ".join(self.class_names[:20]) + (" ..." if len(self.class_names) > 20 else "")),
-                ("backbone", self.space.backbone),
-                ("cut", self.space.cut),
-                ("input size", self.space.input_size),
-                ("slices", ", ".join(self.slices)),
+                *self.facts(),
                 ("dataset", record.dataset),
-                ("codec", f"{self.codec}, embedding error {self.codec_error:.2g}" if self.codec else ""),
                 *((name, f"{value:.4g}") for name, value in sorted(record.metrics.items())),
             ],
         ) + _html.candidates(record.candidates)
 
-    def _own_stem(self) -> Stem | None:
-        return None if self.space.is_input or not has_onnxruntime() else self.stem()
+    def _own_stem(self, backbone: str) -> Stem | None:
+        """Return the stem that goes with the input of a backbone, None where images are sent instead."""
+        space = input_of(self.record, backbone).space
+        if space.is_input or space.local_model or not has_onnxruntime():
+            return None
+        return self.stem(backbone=backbone)
 
-    def _check_stem(self, stem: Stem, deadline: Deadline) -> None:
-        own, other = self.space, stem.space
-        if (own.backbone, own.input_size) != (other.backbone, other.input_size):
-            raise IncompatibleModelError(
-                f"{self.reference} needs {own.backbone} at input size {own.input_size}; "
-                f"the stem is of {other.backbone} at {other.input_size}",
-                hint=f"Use client.stem({own.backbone!r}, cut={own.cut!r}, input_size={own.input_size}), or no stem",
+    def _num_rows(self, given: GivenImages, local: Mapping[str, LocalInput]) -> int:
+        has_backbone = any(not one.space.is_local for one in self.inputs)
+        return len(given.pictures) if has_backbone else next(iter(local.values())).num_rows
+
+    def _predict_given(
+        self,
+        given: GivenImages,
+        local: Mapping[str, LocalInput],
+        stem: GivenStems,
+        batch_size: int | None,
+        max_in_flight: int,
+        timeout_s: float | None,
+        progress: bool | None,
+    ) -> Prediction:
+        readers = BackboneInputs(self.record, self._client._backbones, self._own_stem)
+        if not readers.spaces and stem:
+            raise InvalidArgumentError(
+                f"{self.reference} was trained on local features alone; a stem makes none of them",
+                hint="Leave stem= out",
             )
-        if own.cut != other.cut or own.fingerprint == other.fingerprint:
-            return
-        # Two stems of one cut, exact and quantised, have a fingerprint each. All others are of other weights.
-        cut = self._client._backbones.describe(own.backbone, own.input_size, deadline).cut(own.cut)
-        if cut is None or None in (cut.precision_of(own.fingerprint), cut.precision_of(other.fingerprint)):
-            raise IncompatibleModelError(
-                f"{self.reference} was trained on other weights of {own.backbone} than the stem has",
-                hint="Fetch the stem once more, or train again",
-            )
+        deadline = rows_deadline(timeout_s, self._num_rows(given, local))
+        deadline.check("predict")
+        feeds = readers.feeds(given.pictures, stem, deadline) if readers.spaces else []
+        return self._predict(join(self.record, feeds, local), batch_size, max_in_flight, deadline, progress)
 
     def _predict(
         self, feed: Feed, batch_size: int | None, max_in_flight: int, deadline: Any, progress: bool | None
@@ -346,11 +442,12 @@ class Model:
             model=found.model,
             class_names=self.class_names,
             outputs_NK=found.matrix_NX,
-            labels=found.labels,
+            labels=found.labels if self.task != "multi_label" else label_sets(found.matrix_NX, self.class_names),
             errors=found.errors,
             timings=found.timings,
             wall_s=time.monotonic() - started,
             codec_use=found.codec_use,
+            task=self.task,
         )
 
     def _truth(self, labels: Any, num_rows: int) -> Any:
@@ -364,6 +461,8 @@ class Model:
                     hint="Give as many as it was trained on",
                 )
             return targets.values_NM
+        if self.task == "multi_label":
+            return encode_memberships(labels, num_rows, self.class_names)
         names = label_names(labels)
         if len(names) != num_rows:
             raise BadLabelsError(f"{len(names)} labels for {num_rows} images", hint="Give one label for each image")

@@ -21,14 +21,22 @@ class RowPrediction:
     """What a model says about one row.
 
     Attributes:
-        label: The most probable class. None for numbers, and if the row failed.
+        label: The most probable class; where a row may be of several, all that are more probable than not. None for
+            numbers, and if the row failed.
         outputs_K: Probabilities of the classes, or values; NaN if the row failed.
         error: Why the row failed, or None.
     """
 
-    label: str | None
+    label: str | tuple[str, ...] | None
     outputs_K: npt.NDArray[np.float32]
     error: TrunklineError | None
+
+    @property
+    def text(self) -> str:
+        """What is said in a word or a few: the label, all of them, or the values."""
+        if isinstance(self.label, tuple):
+            return ", ".join(self.label) or "none"
+        return self.label if self.label is not None else ", ".join(f"{value:.4g}" for value in self.outputs_K)
 
 
 @dataclass(frozen=True)
@@ -42,26 +50,29 @@ class Prediction:
         model: The model that answered, as ``name@version``.
         class_names: In the order of the columns of ``probabilities``. Empty for numbers.
         outputs_NK: float32; probabilities or values.
-        labels: The most probable class of each row.
+        labels: The most probable class of each row; where a row may be of several, a tuple of all that are more
+            probable than not.
         errors: Row number to error.
         timings: Where the time in the cluster went, in seconds, summed over the batches.
         wall_s: Seconds the call took here.
         codec_use: How the rows were made and sent, what that does to the embedding, and what the model was trained on.
             Its ``codec`` is empty if the cluster is too old to say.
+        task: ``classification``, ``multi_label`` or ``regression``.
     """
 
     model: str
     class_names: tuple[str, ...]
     outputs_NK: npt.NDArray[np.float32]
-    labels: list[str | None]
+    labels: Sequence[str | tuple[str, ...] | None]
     errors: Mapping[int, TrunklineError]
     timings: Timings
     wall_s: float
     codec_use: CodecUse = field(default_factory=CodecUse)
+    task: str = "classification"
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
-        """(N, K) probabilities.
+        """(N, K) probabilities. Where a row may be of several classes, each on its own.
 
         Raises:
             UnsupportedError: The model predicts numbers.
@@ -83,9 +94,25 @@ class Prediction:
 
     @property
     def indices(self) -> npt.NDArray[np.int64]:
-        """(N,) indices of the labels in ``class_names``; -1 in rows that failed."""
+        """(N,) indices of the labels in ``class_names``; -1 in rows that failed.
+
+        Raises:
+            UnsupportedError: A row may be of several classes.
+        """
+        if self.task == "multi_label":
+            raise UnsupportedError(f"{self.model} may find several classes in a row", hint="Use .label_sets()")
         known = {name: index for index, name in enumerate(self.class_names)}
-        return np.array([-1 if one is None else known[one] for one in self.labels], dtype=np.int64)
+        return np.array([known.get(str(one), -1) for one in self.labels], dtype=np.int64)
+
+    def label_sets(self, threshold: float = 0.5) -> list[tuple[str, ...] | None]:
+        """Return the classes of each row whose probability is above a threshold; None for a row that failed.
+
+        Raises:
+            UnsupportedError: A row is of one class, or numbers are predicted.
+        """
+        if self.task != "multi_label":
+            raise UnsupportedError(f"{self.model} finds one class in a row, or numbers", hint="Use .labels or .values")
+        return label_sets(self.outputs_NK, self.class_names, threshold)
 
     def raise_for_errors(self) -> None:
         """Raise the error of the first row that failed, if any did."""
@@ -113,13 +140,14 @@ class Prediction:
             if one.error is not None:
                 row["error"] = {"code": one.error.code.name if one.error.code else "", "message": one.error.message}
             elif self.class_names:
-                row["label"] = one.label
+                row["labels" if self.task == "multi_label" else "label"] = one.label
                 row["probabilities"] = dict(zip(self.class_names, one.outputs_K.tolist(), strict=True))
             else:
                 row["values"] = one.outputs_K.tolist()
             rows.append(row)
         return {
             "model": self.model,
+            "task": self.task,
             "rows": rows,
             "timings": vars(self.timings),
             "wall_s": self.wall_s,
@@ -141,13 +169,25 @@ class Prediction:
             if one.error is not None:
                 rows.append((number, "failed", one.error.message))
             elif self.class_names:
-                rows.append((number, one.label, f"{float(one.outputs_K.max()):.3f}"))
+                rows.append((number, one.text, f"{float(one.outputs_K.max()):.3f}"))
             else:
-                rows.append((number, ", ".join(f"{value:.4g}" for value in one.outputs_K), ""))
+                rows.append((number, one.text, ""))
         use = self.codec_use
         trained = f"{use.trained_codec}, embedding error {use.trained_error:.2g}" if use.trained_codec else ""
         facts = [("sent as", _sent(use) if use.codec else ""), ("trained on", trained)]
         return _html.facts(f"Prediction of {self.model}", facts) + _html.table(("row", "prediction", ""), rows)
+
+
+def label_sets(
+    probabilities_NK: npt.NDArray[np.float32], class_names: Sequence[str], threshold: float = 0.5
+) -> list[tuple[str, ...] | None]:
+    """Return the classes of each row whose probability is above a threshold; None where it is NaN."""
+    return [
+        None
+        if np.isnan(row).any()
+        else tuple(name for name, value in zip(class_names, row, strict=True) if value > threshold)
+        for row in probabilities_NK
+    ]
 
 
 def _sent(use: CodecUse) -> str:

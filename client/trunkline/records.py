@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline.errors import TrunklineError
@@ -34,8 +35,23 @@ class ServerInfo:
 
 
 @dataclass(frozen=True)
+class DatasetSource:
+    """Where the rows of one input of a dataset live. ``codec`` says how they were made and sent."""
+
+    space: FeatureSpace
+    codec: str = ""
+
+
+@dataclass(frozen=True)
 class DatasetRecord:
-    """A version of a dataset. ``codec`` says how its rows were made and sent. See ``Dataset.codec``."""
+    """A version of a dataset.
+
+    Class names and ``num_targets`` together say that a row may be of several classes.
+
+    Attributes:
+        codec: How the rows of the first input were made and sent. See ``Dataset.codec``.
+        more_inputs: What stands beside the first input.
+    """
 
     name: str
     version: int
@@ -46,11 +62,17 @@ class DatasetRecord:
     num_targets: int
     create_time: datetime | None
     codec: str = ""
+    more_inputs: tuple[DatasetSource, ...] = ()
 
     @property
     def reference(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def inputs(self) -> tuple[DatasetSource, ...]:
+        """All of its inputs, the first included."""
+        return (DatasetSource(self.space, self.codec), *self.more_inputs)
 
 
 class JobState(enum.Enum):
@@ -69,24 +91,6 @@ class JobState(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A head of one linear layer on the standardised embedding."""
-
-
-@dataclass(frozen=True)
-class MLP:
-    """A head with hidden layers.
-
-    Attributes:
-        hidden: Width of each hidden layer.
-        dropout: Probability of dropping a hidden unit while training, 0 to 1.
-    """
-
-    hidden: tuple[int, ...] = (1024,)
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True)
 class FitConfig:
     """How a head is trained. See ``Client.train``."""
 
@@ -98,11 +102,27 @@ class FitConfig:
     validation_fraction: float
     refit: bool
     seed: int
+    loss: str = "mse"
+    huber_delta: float = 1.0
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """One more backbone that reads a dataset of images. Input size 0 is its own."""
+
+    backbone: str
+    input_size: int = 0
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``."""
+    """What to train.
+
+    Attributes:
+        embedding: ``pooled``, ``auto`` or ``slices``.
+        head: What the head is made of. None if it is of a kind that this version does not know.
+        more_backbones: Who reads a dataset of images beside ``backbone``.
+    """
 
     model: str
     dataset: str
@@ -110,8 +130,9 @@ class JobSpec:
     input_size: int
     embedding: str
     slices: tuple[str, ...]
-    head: Linear | MLP
+    head: HeadConfig | None
     fit: FitConfig
+    more_backbones: tuple[BackboneChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,14 +189,38 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ModelInput:
+    """One more tensor that a model needs for each row, beside the first one.
+
+    Attributes:
+        space: Where its rows live.
+        embedding_fingerprint: Of the backbone's embedding; empty for local features.
+        slices: Of the embedding that the head reads; local features are one, of the local model's name.
+        width: Columns in all.
+        codec: As that of ``ModelRecord``.
+        codec_error: Likewise.
+    """
+
+    space: FeatureSpace
+    embedding_fingerprint: str
+    slices: tuple[str, ...]
+    width: int
+    codec: str = ""
+    codec_error: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """A trained model: immutable.
 
     Attributes:
+        task: ``classification``, ``multi_label`` or ``regression``.
         codec: How the rows that it was trained on were made and sent: ``float16``, ``int8@int8``, ``images`` ...
         codec_error: What that does to the embedding.
         candidates: Sets of slices that were tried, best first. Empty unless they were chosen automatically, and in
             lists of models.
+        more_inputs: What it needs beside its first input, in the order of the head's columns.
+        head: What its head is made of. None if the cluster does not say, or this version does not know the kind.
     """
 
     name: str
@@ -196,8 +241,18 @@ class ModelRecord:
     codec: str = ""
     codec_error: float = 0.0
     candidates: tuple[Candidate, ...] = ()
+    more_inputs: tuple[ModelInput, ...] = ()
+    head: HeadConfig | None = None
 
     @property
     def reference(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def inputs(self) -> tuple[DatasetSource, ...]:
+        """Where the rows of all of its inputs live, the first included, and how those it was trained on were sent."""
+        return (
+            DatasetSource(self.space, self.codec),
+            *(DatasetSource(one.space, one.codec) for one in self.more_inputs),
+        )

@@ -89,16 +89,8 @@ class ClassificationReport:
             f"macro F1 {self.macro_f1:.4f}, calibration error {self.calibration_error:.4f}",
             *([f"rows sent as {_sent(self.codec_use)}"] if self.codec_use.codec else []),
             "",
+            *_class_lines(self.classes),
         ]
-        shown = self.classes[:_MAX_TEXT_CLASSES]
-        width = max((len(one.name) for one in shown), default=5)
-        lines.append(f"{'class':<{width}}  precision  recall      f1  support")
-        lines += [
-            f"{one.name:<{width}}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>6.3f}  {one.support:>7}"
-            for one in shown
-        ]
-        if len(self.classes) > len(shown):
-            lines.append(f"... and {len(self.classes) - len(shown)} more classes")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -117,12 +109,8 @@ class ClassificationReport:
                 ("sent as", _sent(self.codec_use)),
             ],
         )
-        scores = _html.table(
-            ("class", "precision", "recall", "F1", "support"),
-            [(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support) for c in self.classes],
-        )
         confusion = self._confusion_html() if len(self.classes) <= _MAX_TEXT_CLASSES else ""
-        return head + scores + confusion + _html.candidates(self.candidates)
+        return head + _class_table(self.classes) + confusion + _html.candidates(self.candidates)
 
     def _confusion_html(self) -> str:
         largest = max(1, int(self.confusion_KK.max(initial=0)))
@@ -203,7 +191,84 @@ class RegressionReport:
         ) + _html.candidates(self.candidates)
 
 
-Report = ClassificationReport | RegressionReport
+@dataclass(frozen=True)
+class MultiLabelReport:
+    """How well a model does that tells for each class whether a row is of it: at probabilities above 0.5.
+
+    Attributes:
+        model: ``name@version``.
+        num_rows: Rows that were measured.
+        num_failed: Rows that could not be predicted; not measured.
+        subset_accuracy: Fraction of rows whose classes are all right.
+        micro_f1: F1 over all rows and classes together.
+        macro_f1: Mean F1 over the classes that occur.
+        classes: Scores of each class.
+        codec_use: How the rows were made and sent. See ``Prediction``.
+        candidates: Sets of slices that were tried when the model was trained. See ``Model``.
+    """
+
+    model: str
+    num_rows: int
+    num_failed: int
+    subset_accuracy: float
+    micro_f1: float
+    macro_f1: float
+    classes: tuple[ClassScore, ...]
+    codec_use: CodecUse = field(default_factory=CodecUse)
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def task(self) -> str:
+        """``multi_label``."""
+        return "multi_label"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "num_rows": self.num_rows,
+            "num_failed": self.num_failed,
+            "subset_accuracy": self.subset_accuracy,
+            "micro_f1": self.micro_f1,
+            "macro_f1": self.macro_f1,
+            "classes": [vars(one) for one in self.classes],
+            "codec_use": vars(self.codec_use),
+        }
+
+    def summary(self) -> str:
+        """Return it as text."""
+        return "\n".join(
+            [
+                f"{self.model}: micro F1 {self.micro_f1:.4f} on {self.num_rows} rows"
+                + (f" ({self.num_failed} could not be predicted)" if self.num_failed else ""),
+                f"macro F1 {self.macro_f1:.4f}, all classes right in {self.subset_accuracy:.4f} of the rows",
+                *([f"rows sent as {_sent(self.codec_use)}"] if self.codec_use.codec else []),
+                "",
+                *_class_lines(self.classes),
+            ]
+        )
+
+    def __repr__(self) -> str:
+        """Return the figures that matter most."""
+        return f"MultiLabelReport({self.model!r}, micro_f1={self.micro_f1:.4f}, num_rows={self.num_rows})"
+
+    def _repr_html_(self) -> str:
+        head = _html.facts(
+            f"Report on {self.model}",
+            [
+                ("micro F1", f"{self.micro_f1:.4f}"),
+                ("macro F1", f"{self.macro_f1:.4f}"),
+                ("subset accuracy", f"{self.subset_accuracy:.4f}"),
+                ("rows", self.num_rows),
+                ("could not be predicted", self.num_failed or None),
+                ("sent as", _sent(self.codec_use)),
+            ],
+        )
+        return head + _class_table(self.classes) + _html.candidates(self.candidates)
+
+
+Report = ClassificationReport | MultiLabelReport | RegressionReport
 
 
 def classification_report(
@@ -224,24 +289,44 @@ def classification_report(
     predicted_N = probabilities_NK.argmax(axis=1)
     confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(confusion, (truth_N, predicted_N), 1)
-    right = confusion.diagonal().astype(np.float64)
-    support, named = confusion.sum(axis=1), confusion.sum(axis=0)
-    precision = _ratio(right, named)
-    recall = _ratio(right, support)
-    f1 = _ratio(2 * right, support + named)
-    occurs = (support + named) > 0
+    classes, macro_f1 = _class_scores(class_names, confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0))
     return ClassificationReport(
         model=model,
         num_rows=len(truth_N),
         num_failed=num_failed,
         accuracy=float((predicted_N == truth_N).mean()),
-        macro_f1=float(f1[occurs].mean()),
+        macro_f1=macro_f1,
         calibration_error=calibration_error(truth_N, probabilities_NK),
-        classes=tuple(
-            ClassScore(name, float(precision[k]), float(recall[k]), float(f1[k]), int(support[k]))
-            for k, name in enumerate(class_names)
-        ),
+        classes=classes,
         confusion_KK=confusion,
+    )
+
+
+def multi_label_report(
+    model: str,
+    class_names: Sequence[str],
+    truth_NK: npt.NDArray[np.integer[Any]],
+    probabilities_NK: npt.NDArray[np.float32],
+    *,
+    num_failed: int = 0,
+) -> MultiLabelReport:
+    """Measure a model that tells for each class whether a row is of it.
+
+    Shape:
+        truth_NK: (N, K), 0 or 1.
+        probabilities_NK: (N, K).
+    """
+    truth, said = truth_NK.astype(bool), probabilities_NK > 0.5
+    right_K, support_K, named_K = (truth & said).sum(axis=0), truth.sum(axis=0), said.sum(axis=0)
+    classes, macro_f1 = _class_scores(class_names, right_K, support_K, named_K)
+    return MultiLabelReport(
+        model=model,
+        num_rows=len(truth),
+        num_failed=num_failed,
+        subset_accuracy=float((truth == said).all(axis=1).mean()),
+        micro_f1=float(_ratio(2 * right_K.sum(), support_K.sum() + named_K.sum())),
+        macro_f1=macro_f1,
+        classes=classes,
     )
 
 
@@ -280,11 +365,52 @@ def regression_report(
     )
 
 
+def _class_scores(
+    class_names: Sequence[str],
+    right_K: npt.NDArray[np.integer[Any]],
+    support_K: npt.NDArray[np.integer[Any]],
+    named_K: npt.NDArray[np.integer[Any]],
+) -> tuple[tuple[ClassScore, ...], float]:
+    """Return the scores of each class, and the mean F1 over those that occur.
+
+    Shape:
+        right_K, support_K, named_K: (K,), how often a class was found, is there, and was said to be.
+    """
+    precision, recall = _ratio(right_K, named_K), _ratio(right_K, support_K)
+    f1 = _ratio(2 * right_K, support_K + named_K)
+    occurs = (support_K + named_K) > 0
+    classes = tuple(
+        ClassScore(name, float(precision[k]), float(recall[k]), float(f1[k]), int(support_K[k]))
+        for k, name in enumerate(class_names)
+    )
+    return classes, float(f1[occurs].mean()) if occurs.any() else 0.0
+
+
+def _class_lines(classes: Sequence[ClassScore]) -> list[str]:
+    """Return the scores of classes as lines of text, of many classes the first."""
+    shown = classes[:_MAX_TEXT_CLASSES]
+    width = max((len(one.name) for one in shown), default=5)
+    lines = [
+        f"{one.name:<{width}}  {one.precision:>9.3f}  {one.recall:>6.3f}  {one.f1:>6.3f}  {one.support:>7}"
+        for one in shown
+    ]
+    more = [f"... and {len(classes) - len(shown)} more classes"] if len(classes) > len(shown) else []
+    return [f"{'class':<{width}}  precision  recall      f1  support", *lines, *more]
+
+
+def _class_table(classes: Sequence[ClassScore]) -> str:
+    return _html.table(
+        ("class", "precision", "recall", "F1", "support"),
+        [(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support) for c in classes],
+    )
+
+
 def _sent(use: CodecUse) -> str:
     return f"{use.codec}, embedding error {use.embedding_error:.2g}" if use.codec else ""
 
 
-def _ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Divide; nothing over nothing is 0."""
-    result: npt.NDArray[np.float64] = np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
+    above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    result: npt.NDArray[np.float64] = np.where(below > 0, above / np.maximum(below, 1), 0.0)
     return result

@@ -1,8 +1,8 @@
-"""Stems: the part of a backbone that runs here, on ONNX Runtime."""
+"""Stems: what makes the features at a cut here. The part of a backbone before it, on ONNX Runtime, is the usual one."""
 
 from __future__ import annotations
 
-import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,8 @@ from trunkline_wire import quantise
 from trunkline_wire.specs import FLOAT32, FeatureSpace, Preprocessing
 
 from trunkline._codecs import check_codec, packed
-from trunkline.errors import (
-    IncompatibleModelError,
-    InvalidArgumentError,
-    MissingExtraError,
-    NotFiniteError,
-    UnsupportedError,
-)
+from trunkline._onnx import check_threads, open_session, require_onnxruntime
+from trunkline.errors import IncompatibleModelError, InvalidArgumentError, NotFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
     from trunkline._calls import Rows
@@ -30,59 +25,37 @@ RUN_ROWS = 32
 """Rows that go through a stem at once."""
 
 
-class Stem:
-    """The part of a backbone before a cut, as a function from pictures to features.
+class AnyStem(ABC):
+    """A function from pictures to features at a cut, and how these travel.
 
     Attributes:
         space: Which network, cut where, fed with what, through which stem.
-        preprocessing: How a picture becomes the numbers that enter.
+        preprocessing: How a picture becomes the pixels that enter.
         feature_shape: Shape of one row of features.
         channel_axis: Which axis of a row counts channels.
-        precision: ``float32``, or ``int8`` for the quantised network.
-        stem_error: Embedding error of its features: 0 for ``float32``, None if the cluster never told.
         codec: How its features travel: ``float16``, ``int8+zstd`` ...
-        codec_error: Embedding error of the codec alone. None where nobody asked: it was named, not chosen.
-        threads: Threads of ONNX Runtime; None leaves it the choice.
-        size_bytes: Of the file.
     """
 
     def __init__(
         self,
-        data: bytes,
         space: FeatureSpace,
         preprocessing: Preprocessing,
         feature_shape: tuple[int, ...],
         *,
-        channel_axis: int = 0,
-        precision: str = FLOAT32,
-        stem_error: float | None = None,
-        codec: str = quantise.FLOAT16,
-        codec_error: float | None = None,
-        threads: int | None = None,
+        channel_axis: int,
+        codec: str,
     ) -> None:
-        """Keep the checked file. The session is made at the first use.
+        """Keep what all stems have.
 
         Raises:
-            MissingExtraError: ONNX Runtime is not installed.
-            InvalidArgumentError: ``threads`` is out of range.
             UnsupportedError: There is no such codec.
         """
-        choice = check_codec(codec)
-        check_threads(threads)
-        require_onnxruntime()
+        self._choice = check_codec(codec)
         self.space = space
         self.preprocessing = preprocessing
         self.feature_shape = feature_shape
         self.channel_axis = channel_axis
-        self.precision = precision
-        self.stem_error = 0.0 if precision == FLOAT32 else stem_error
-        self.codec = str(choice)
-        self.codec_error = codec_error
-        self.threads = threads
-        self.size_bytes = len(data)
-        self._choice = choice
-        self._data = data
-        self._session: Any = None
+        self.codec = str(self._choice)
 
     @property
     def row_codec(self) -> str:
@@ -124,9 +97,7 @@ class Stem:
 
     def run_pixels(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating[Any]]:
         """Return the features of pictures that are already resized and cropped."""
-        self.load()
-        entry = self._session.get_inputs()[0]
-        (features,) = self._session.run(None, {entry.name: np.ascontiguousarray(pixels_BHWC)})
+        features = self._compute(pixels_BHWC)
         if features.shape[1:] != self.feature_shape:
             raise IncompatibleModelError(f"the stem gave {features.shape[1:]}; {self.feature_shape} was announced")
         dtype = np.float16 if self.row_codec == quantise.FLOAT16 else np.float32
@@ -138,6 +109,10 @@ class Stem:
                 hint="Make the stem with codec='float32'",
             )
         return result
+
+    @abstractmethod
+    def _compute(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return what the network makes of pictures."""
 
     def pack(self, features: npt.NDArray[np.floating[Any]]) -> Rows:
         """Return features in the stem's codec, as they travel (zstd left out).
@@ -151,6 +126,57 @@ class Stem:
         """
         return packed(features, self.row_codec, self.channel_axis)
 
+
+class Stem(AnyStem):
+    """The part of a backbone before a cut, as a function from pictures to features.
+
+    Attributes:
+        precision: ``float32``, or ``int8`` for the quantised network.
+        stem_error: Embedding error of its features: 0 for ``float32``, None if the cluster never told.
+        codec_error: Embedding error of the codec alone. None where nobody asked: it was named, not chosen.
+        threads: Threads of ONNX Runtime; None leaves it the choice.
+        size_bytes: Of the file.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        space: FeatureSpace,
+        preprocessing: Preprocessing,
+        feature_shape: tuple[int, ...],
+        *,
+        channel_axis: int = 0,
+        precision: str = FLOAT32,
+        stem_error: float | None = None,
+        codec: str = quantise.FLOAT16,
+        codec_error: float | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Keep the checked file. The session is made at the first use.
+
+        Raises:
+            MissingExtraError: ONNX Runtime is not installed.
+            InvalidArgumentError: ``threads`` is out of range.
+            UnsupportedError: There is no such codec.
+        """
+        super().__init__(space, preprocessing, feature_shape, channel_axis=channel_axis, codec=codec)
+        check_threads(threads)
+        require_onnxruntime()
+        self.precision = precision
+        self.stem_error = 0.0 if precision == FLOAT32 else stem_error
+        self.codec_error = codec_error
+        self.threads = threads
+        self.size_bytes = len(data)
+        self._data = data
+        self._session: Any = None
+
+    def _compute(self, pixels_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.load()
+        entry = self._session.get_inputs()[0]
+        (features,) = self._session.run(None, {entry.name: np.ascontiguousarray(pixels_BHWC)})
+        made: npt.NDArray[np.float32] = features
+        return made
+
     def load(self) -> None:
         """Make the session of ONNX Runtime now rather than at the first use.
 
@@ -159,21 +185,11 @@ class Stem:
         """
         if self._session is not None:
             return
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        # A thread that waits for work must not burn a core that is somebody else's.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        if self.threads is not None:
-            # The calling thread counts: with 1 there is no other.
-            options.intra_op_num_threads = self.threads
-            options.inter_op_num_threads = 1
         try:
-            self._session = onnxruntime.InferenceSession(self._data, options, providers=["CPUExecutionProvider"])
+            self._session = open_session(self._data, self.threads)
         except Exception as error:  # ONNX Runtime's exceptions share no base
+            import onnxruntime
+
             raise UnsupportedError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load the stem of {self.space.backbone} at "
                 f"{self.space.cut}: {error}",
@@ -193,28 +209,17 @@ class Stem:
         )
 
 
-def check_threads(threads: int | None) -> None:
-    """Check a number of threads.
+def stem_list(given: AnyStem | Sequence[AnyStem] | None) -> list[AnyStem]:
+    """Return the stems that a caller gave: none, one or several.
 
     Raises:
-        InvalidArgumentError: It is none.
+        InvalidArgumentError: Something else is among them.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InvalidArgumentError(f"threads is {threads!r}; expected a whole number, 1 or more")
-
-
-def has_onnxruntime() -> bool:
-    """Whether ONNX Runtime is installed, without loading it."""
-    return importlib.util.find_spec("onnxruntime") is not None
-
-
-def require_onnxruntime() -> None:
-    """Check that ONNX Runtime is installed.
-
-    Raises:
-        MissingExtraError: It is not.
-    """
-    if not has_onnxruntime():
-        raise MissingExtraError(
-            "a stem needs ONNX Runtime, which is not installed", hint="Run: pip install 'trunkline[stem]'"
-        )
+    chosen = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in chosen:
+        if not isinstance(one, AnyStem):
+            raise InvalidArgumentError(
+                f"stem is a {type(one).__name__}; expected a stem",
+                hint="Use client.stem(...), client.own_stem(local, ...) for a model of your own, or local= beside it",
+            )
+    return chosen

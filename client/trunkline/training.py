@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
+
+from trunkline_wire.heads import CONCAT, CONV, LINEAR, PROTOTYPE, HeadConfig
 
 from trunkline import _html
 from trunkline._deadline import Deadline
-from trunkline.datasets import check_user_name
+from trunkline._names import check_user_name
 from trunkline.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     JobCancelledError,
     JobFailedError,
+    TrunklineError,
+    UnsupportedError,
 )
+from trunkline.heads import Head, head_config, head_summary
 from trunkline.progress import Progress, show_progress
-from trunkline.records import MLP, FitConfig, JobEvent, JobSpec, JobState, JobStatus, Linear
+from trunkline.records import (
+    BackboneChoice,
+    FitConfig,
+    JobEvent,
+    JobSpec,
+    JobState,
+    JobStatus,
+    ServerInfo,
+)
 
 if TYPE_CHECKING:
+    from trunkline._calls.training import TrainingCalls
     from trunkline.client import Client
+    from trunkline.datasets import Dataset
     from trunkline.models import Model
 
 SOLVERS = ("auto", "lbfgs", "adam")
-"""How weights are found. ``auto``: ``lbfgs`` for a linear head, ``adam`` for an MLP."""
+"""How weights are found. ``auto``: ``lbfgs`` where that finds the one solution there is, else ``adam``."""
+
+LOSSES = ("mse", "huber")
+"""What is minimised where numbers are predicted."""
 
 
 class Job:
@@ -157,7 +178,9 @@ def job_to_dict(status: JobStatus) -> dict[str, Any]:
         "input_size": spec.input_size,
         "embedding": spec.embedding,
         "slices": list(spec.slices),
-        "head": "mlp" if isinstance(spec.head, MLP) else "linear",
+        "more_backbones": [vars(one) for one in spec.more_backbones],
+        "head": None if spec.head is None else asdict(spec.head),
+        "loss": spec.fit.loss,
         "seed": spec.fit.seed,
         "num_restarts": status.num_restarts,
         "error": None
@@ -183,11 +206,13 @@ def make_spec(
     *,
     model: str,
     dataset: str,
-    backbone: str,
+    backbones: Sequence[str],
     input_size: int,
     embedding: str | Sequence[str],
-    head: str | Linear | MLP,
+    head: str | Head,
     solver: str,
+    loss: str,
+    huber_delta: float,
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -202,14 +227,19 @@ def make_spec(
         InvalidArgumentError: Something is out of range.
     """
     check_user_name(model, "model")
-    chosen = _head(head)
+    config = head_config(head)
     mode, slices = _embedding(embedding)
-    if solver not in SOLVERS:
-        raise InvalidArgumentError(f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}")
-    if solver == "auto":
-        solver = "adam" if isinstance(chosen, MLP) else "lbfgs"
-    if solver == "lbfgs" and isinstance(chosen, MLP):
-        raise InvalidArgumentError("solver 'lbfgs' fits linear heads only", hint="Use solver='adam'")
+    if config.kind == CONV and mode == "slices":
+        raise InvalidArgumentError(
+            "a convolutional head reads the features at its tap, not slices of the embedding",
+            hint="Leave embedding= out, and name a cut with Conv(tap=...)",
+        )
+    if loss not in LOSSES:
+        raise InvalidArgumentError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
+    if not 0.0 < huber_delta < math.inf:
+        raise InvalidArgumentError(f"huber_delta is {huber_delta}; expected a number above 0")
+    if len(set(backbones)) < len(backbones):
+        raise InvalidArgumentError(f"a backbone is named twice: {', '.join(backbones)}")
     if not 0.0 <= validation < 1.0:
         raise InvalidArgumentError(f"validation is {validation}; expected a fraction from 0 to below 1")
     for what, value in (("epochs", epochs), ("batch_size", batch_size), ("input_size", input_size)):
@@ -220,7 +250,7 @@ def make_spec(
     if not -(2**63) <= seed < 2**63:
         raise InvalidArgumentError(f"seed is {seed}; expected 64 bits at most")
     fit = FitConfig(
-        solver=solver,
+        solver=_solver(solver, config, loss),
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -228,22 +258,85 @@ def make_spec(
         validation_fraction=validation,
         refit=refit,
         seed=seed,
+        loss=loss,
+        huber_delta=huber_delta,
     )
-    return JobSpec(model, dataset, backbone, input_size, mode, slices, chosen, fit)
+    first, *more = backbones or ("",)
+    others = tuple(BackboneChoice(one, input_size) for one in more)
+    return JobSpec(model, dataset, first, input_size, mode, slices, config, fit, others)
 
 
-def _head(head: str | Linear | MLP) -> Linear | MLP:
-    if head == "linear":
-        return Linear()
-    if head == "mlp":
-        return MLP()
-    if isinstance(head, MLP):
-        if not head.hidden or min(head.hidden) < 1 or not 0.0 <= head.dropout < 1.0:
-            raise InvalidArgumentError(f"{head} needs widths of 1 or more, and a dropout from 0 to below 1")
-        return head
-    if isinstance(head, Linear):
-        return head
-    raise InvalidArgumentError(f"head is {head!r}; expected 'linear', 'mlp', trunkline.Linear() or trunkline.MLP(...)")
+def check_spec_of(spec: JobSpec, data: Dataset) -> None:
+    """Check what was asked for against the dataset, where that is at hand.
+
+    Raises:
+        InvalidArgumentError: They do not go together.
+    """
+    own = data.space.backbone
+    named = [one for one in (spec.backbone, *(one.backbone for one in spec.more_backbones)) if one]
+    if own and named and named != [own]:
+        raise InvalidArgumentError(
+            f"{data.reference} holds features of {own}; backbone is {', '.join(map(repr, named))}",
+            hint="Leave backbone= out",
+        )
+    if data.space.is_local and (named or spec.input_size):
+        raise InvalidArgumentError(
+            f"{data.reference} holds local features alone, which no backbone reads",
+            hint="Leave backbone= and input_size= out",
+        )
+    if spec.fit.loss == "huber" and data.task != "regression":
+        raise InvalidArgumentError(
+            f"the labels of {data.reference} are classes; loss 'huber' is for numbers", hint="Leave loss= out"
+        )
+
+
+def submit(calls: TrainingCalls, spec: JobSpec, info: ServerInfo, deadline: Deadline) -> JobStatus:
+    """Queue a job.
+
+    Raises:
+        UnsupportedError: The cluster is too old for it. It takes no notice of what it does not know, and would train
+            something else: so what it says it will do is compared with what was asked for.
+    """
+    status = calls.submit(spec, deadline)
+    ignored = _ignored(spec, status.spec)
+    if not ignored:
+        return status
+    with contextlib.suppress(TrunklineError):  # it may have ended; nobody asked for what it makes
+        calls.cancel(status.id, deadline)
+    raise UnsupportedError(
+        f"the cluster (version {info.version}) does not know {ignored}; job {status.id} was cancelled",
+        hint="Update the cluster",
+    )
+
+
+def _ignored(asked: JobSpec, taken: JobSpec) -> str:
+    """Return what a cluster took no notice of, in words; empty if it is nothing."""
+    names = [one.backbone for one in asked.more_backbones]
+    if names != [one.backbone for one in taken.more_backbones]:
+        return "several backbones"
+    if asked.head is not None:
+        tap = taken.head.tap if taken.head is not None and not asked.head.tap else asked.head.tap
+        if taken.head != replace(asked.head, tap=tap):
+            return f"the head ({head_summary(asked.head)})"
+    if asked.fit.loss != taken.fit.loss:
+        return f"the loss {asked.fit.loss!r}"
+    return ""
+
+
+def _solver(solver: str, head: HeadConfig, loss: str) -> str:
+    """Return the solver; ``auto`` is chosen by what there is to solve."""
+    if solver not in SOLVERS:
+        raise InvalidArgumentError(f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}")
+    has_one_solution = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT)
+    if solver == "auto":
+        return "lbfgs" if head.kind == PROTOTYPE or (has_one_solution and loss == "mse") else "adam"
+    if solver == "lbfgs" and not has_one_solution:
+        raise InvalidArgumentError(
+            "solver 'lbfgs' fits linear heads on inputs side by side only", hint="Use solver='adam'"
+        )
+    if solver == "adam" and head.kind == PROTOTYPE:
+        raise InvalidArgumentError("a prototype head has nothing that 'adam' could train", hint="Leave solver= out")
+    return solver
 
 
 def _embedding(embedding: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -24,6 +24,12 @@ MAX_DATASET_ROWS = 500_000
 MAX_FIND_ROWS = 100_000
 """Most row ids in one question about what the cluster lacks."""
 
+MAX_INPUTS = 8
+"""Most inputs of a dataset or a model, the first included."""
+
+MAX_LOCAL_WIDTH = 65_536
+"""Most numbers in a row of local features."""
+
 MAX_CLASSES = 100_000
 """Most classes in one dataset."""
 

@@ -21,13 +21,25 @@ from trunkline_wire.v1 import catalog_pb2, error_pb2, inference_pb2, tensor_pb2
 def space_to_proto(space: FeatureSpace) -> tensor_pb2.FeatureSpace:
     """Return the message of a feature space."""
     return tensor_pb2.FeatureSpace(
-        backbone=space.backbone, cut=space.cut, input_size=space.input_size, fingerprint=space.fingerprint
+        backbone=space.backbone,
+        cut=space.cut,
+        input_size=space.input_size,
+        fingerprint=space.fingerprint,
+        local_model=space.local_model,
+        bottleneck=space.bottleneck,
     )
 
 
 def space_from_proto(message: tensor_pb2.FeatureSpace) -> FeatureSpace:
     """Return the feature space of a message."""
-    return FeatureSpace(message.backbone, message.cut, message.input_size, message.fingerprint)
+    return FeatureSpace(
+        message.backbone,
+        message.cut,
+        message.input_size,
+        message.fingerprint,
+        local_model=message.local_model,
+        bottleneck=message.bottleneck,
+    )
 
 
 def preprocessing_to_proto(preprocessing: Preprocessing) -> catalog_pb2.Preprocessing:
@@ -71,6 +83,7 @@ def cut_to_proto(cut: CutSpec) -> catalog_pb2.Cut:
         stem_macs=cut.stem_macs,
         stem_parameters=cut.stem_parameters,
         int8_fingerprint=cut.int8_fingerprint,
+        map_shape=cut.map_shape,
     )
 
 
@@ -86,6 +99,7 @@ def cut_from_proto(message: catalog_pb2.Cut) -> CutSpec:
         stem_macs=message.stem_macs,
         stem_parameters=message.stem_parameters,
         int8_fingerprint=message.int8_fingerprint,
+        map_shape=tuple(message.map_shape),
     )
 
 

@@ -46,8 +46,17 @@ def dataset_digest(
     class_names: Sequence[str],
     class_indices: Sequence[int] | npt.NDArray[np.integer],
     targets: npt.NDArray[np.float32] | None,
+    more_row_ids: Sequence[Sequence[bytes]] = (),
 ) -> str:
-    """Return the hex SHA-256 of a dataset: equal rows with equal labels in equal order, equal digest."""
+    """Return the hex SHA-256 of a dataset: equal rows with equal labels in equal order, equal digest.
+
+    Args:
+        row_ids: Of the first input, in the dataset's order.
+        class_names: In the order of the labels; empty where they are numbers.
+        class_indices: One per row, into ``class_names``; empty unless every row is of one class.
+        targets: float32, (rows, outputs) or (rows, classes); None where every row is of one class.
+        more_row_ids: Those of each other input.
+    """
     digest = hashlib.sha256(b"dataset-v1\0")
     digest.update(len(row_ids).to_bytes(8, "little"))
     for one in row_ids:
@@ -59,4 +68,11 @@ def dataset_digest(
     digest.update(np.asarray(class_indices, dtype="<u4").tobytes())
     if targets is not None:
         digest.update(f"targets{targets.shape}".encode() + np.ascontiguousarray(targets, dtype="<f4").tobytes())
-    return digest.hexdigest()
+    if not more_row_ids:
+        return digest.hexdigest()
+    whole = hashlib.sha256(b"dataset-inputs-v1\0" + digest.digest())
+    for ids in more_row_ids:
+        whole.update(len(ids).to_bytes(8, "little"))
+        for one in ids:
+            whole.update(one)
+    return whole.hexdigest()

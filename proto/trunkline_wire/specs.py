@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 
 INPUT_CUT = "input"
 """The cut before the whole network: the rows are images."""
+
+MAP_KIND = "map"
+"""Slices of this kind, ``TAP.map``, are the features at a tap themselves, unpooled. No embedding holds them: they are
+asked for alone, for any cut that is a map and is not before the one where rows enter."""
 
 FLOAT32 = "float32"
 INT8 = "int8"
@@ -42,15 +47,42 @@ class FeatureSpace:
     cut: str
     input_size: int
     fingerprint: str
+    local_model: str = ""
+    bottleneck: str = ""
 
     @property
     def is_input(self) -> bool:
         """Whether the rows are images."""
         return self.cut == INPUT_CUT
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows are local features, which no backbone reads."""
+        return bool(self.local_model) and not self.backbone
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the client's own model or a bottleneck made the rows: no others are comparable."""
+        return bool(self.local_model or self.bottleneck)
+
+    @property
+    def source(self) -> str:
+        """What tells a dataset's inputs apart: the backbone, or the local model."""
+        return self.backbone or self.local_model
+
 
 IMAGES = FeatureSpace("", INPUT_CUT, 0, "")
 """The space of images that no backbone has been chosen for yet."""
+
+
+def local_space(name: str, fingerprint: str) -> FeatureSpace:
+    """Return the space of local features.
+
+    Args:
+        name: Of the local model.
+        fingerprint: Hex SHA-256 over the model and what goes into it, as ``local_fingerprint`` makes it.
+    """
+    return FeatureSpace("", "", 0, fingerprint, local_model=name)
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,8 @@ class CutSpec:
         stem_macs: Multiply-adds per row of the stem.
         stem_parameters: Trained numbers of the stem.
         int8_fingerprint: Of features that the quantised stem makes. Empty at ``input``.
+        map_shape: Channels, height and width of the features as a map; empty where their places form none, and at
+            ``input``.
     """
 
     name: str
@@ -78,12 +112,25 @@ class CutSpec:
     stem_macs: int = 0
     stem_parameters: int = 0
     int8_fingerprint: str = ""
+    map_shape: tuple[int, ...] = ()
 
     def precision_of(self, fingerprint: str) -> str | None:
         """Return which stem makes features of that fingerprint: ``float32``, ``int8``, or None for no stem of this."""
         if fingerprint == self.fingerprint:
             return FLOAT32
         return INT8 if fingerprint and fingerprint == self.int8_fingerprint else None
+
+    def precision_in(self, space: FeatureSpace) -> str | None:
+        """Return the precision of the stem that made features of a space at this cut, or None if they are not its own.
+
+        A stem of the client's own counts as exact: what it makes is by definition what it should.
+        """
+        if space.bottleneck:
+            expected = bottleneck_fingerprint(self.fingerprint, space.bottleneck)
+            return FLOAT32 if space.fingerprint == expected and not space.local_model else None
+        if space.local_model:
+            return FLOAT32
+        return self.precision_of(space.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -123,6 +170,14 @@ class BackboneSpec:
     def cut(self, name: str) -> CutSpec | None:
         """Return the cut of that name, or None."""
         return next((cut for cut in self.cuts if cut.name == name), None)
+
+    def slice_width(self, name: str) -> int | None:
+        """Return the columns of a slice, maps included, or None if there is none of that name."""
+        tap = map_tap(name)
+        if tap is not None:
+            cut = self.cut(tap)
+            return math.prod(cut.map_shape) if cut is not None and cut.map_shape else None
+        return next((one.width for one in self.slices if one.name == name), None)
 
     def space(self, cut: CutSpec, precision: str = "float32") -> FeatureSpace:
         """Return the feature space at a cut, of features that the stem of that precision makes."""
@@ -197,6 +252,38 @@ class Timings:
     trunk_s: float = 0.0
     head_s: float = 0.0
     total_s: float = 0.0
+
+
+def map_slice(tap: str) -> str:
+    """Return the name of the slice that is the map at a tap."""
+    return f"{tap}.{MAP_KIND}"
+
+
+def map_tap(name: str) -> str | None:
+    """Return the tap whose map a slice is, or None if it is a pooled one."""
+    tap, dot, kind = name.rpartition(".")
+    return tap if dot and kind == MAP_KIND else None
+
+
+def local_fingerprint(model_sha256: str, inputs: str, width: int) -> str:
+    """Return the hex SHA-256 that decides whether two rows of local features are comparable.
+
+    Args:
+        model_sha256: Of the local model: its file, or its weights and code.
+        inputs: What goes into it, in words that say all that the numbers depend on.
+        width: Numbers a row.
+    """
+    return hashlib.sha256(f"local-v1\0{model_sha256}\0{inputs}\0{width}".encode()).hexdigest()
+
+
+def bottleneck_fingerprint(fingerprint: str, bottleneck: str) -> str:
+    """Return the hex SHA-256 for codes of a bottleneck.
+
+    Args:
+        fingerprint: Of the features that its encoder reads.
+        bottleneck: Hex SHA-256 of its file.
+    """
+    return hashlib.sha256(f"bottleneck-v1\0{fingerprint}\0{bottleneck}".encode()).hexdigest()
 
 
 def feature_fingerprint(weights_sha256: str, cut: str, preprocessing: Preprocessing) -> str:

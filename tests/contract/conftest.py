@@ -26,6 +26,7 @@ class Server:
     cut: str
     input_size: int
     slices: tuple[str, ...]
+    other_backbone: str = ""
     fake: Any = None
 
     def connect(self, **keywords):
@@ -33,6 +34,10 @@ class Server:
         return trunkline.connect(
             self.address, **{"token": self.token, "ca_file": self.ca_file or None, "timeout_s": 60.0, **keywords}
         )
+
+
+FAKE = (fake_backbone.NAME, fake_backbone.CUT, 8, ("grid", "pooled"), fake_backbone.OTHER_NAME)
+"""What the fakes have, in the order of ``Server``."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,26 +69,23 @@ def server(request):
     """Every server that the contract binds."""
     if request.param == "fake":
         worker = request.getfixturevalue("fake")
-        yield Server(
-            worker.address, worker.token, "", fake_backbone.NAME, fake_backbone.CUT, 8, ("grid", "pooled"), worker
-        )
+        yield Server(worker.address, worker.token, "", *FAKE, worker)
     elif request.param == "gateway":
         gateway = pytest.importorskip("contract_gateway", reason="needs the worker", exc_type=ImportError)
         folder = request.getfixturevalue("tmp_path_factory").mktemp("gateway")
         with gateway.Gateway(folder) as running:
-            yield Server(
-                running.address, running.token, "", fake_backbone.NAME, fake_backbone.CUT, 8, ("grid", "pooled")
-            )
+            yield Server(running.address, running.token, "", *FAKE)
     else:
         try:
             cluster = request.getfixturevalue("cluster")
         except pytest.FixtureLookupError:
             pytest.skip("no fixture `cluster`")
         with trunkline.connect(cluster.address, token=cluster.token, ca_file=cluster.ca_file or None) as client:
-            spec = client.backbones()[0]
+            spec, *others = client.backbones()
         names = tuple(one.name for one in spec.slices)
         cut = [one.name for one in spec.cuts if one.is_stage][2]
-        yield Server(cluster.address, cluster.token, cluster.ca_file, spec.name, cut, 64, names)
+        other = others[0].name if others else ""
+        yield Server(cluster.address, cluster.token, cluster.ca_file, spec.name, cut, 64, names, other)
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import fake_backbone
+import fake_fusion
 import numpy as np
+from trunkline_wire import quantise
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.rows import content_digest
-from trunkline_wire.specs import FLOAT32
+from trunkline_wire.specs import FLOAT32, CodecUse
 from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.gateway import GatewayServer, Listener
@@ -17,7 +19,7 @@ from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Candidate, Event, ModelRecord
+from trunkline_worker.store.records import Candidate, DatasetSource, Event, ModelInput, ModelRecord
 
 TOKEN = "the-token-of-the-tests-0123456789"
 
@@ -44,21 +46,21 @@ class _Metadata:
 
 
 class _Engine:
-    """The fake backbone as an engine. ``heads`` are kept by the lane, by digest."""
+    """A fake backbone as an engine. ``heads`` are kept by the lane, by digest."""
 
-    def __init__(self, blobs, heads):
-        self.blobs, self.heads = blobs, heads
+    def __init__(self, name, blobs, heads):
+        self.name, self.blobs, self.heads = name, blobs, heads
 
     async def describe(self, input_size=0):
-        return fake_backbone.spec(input_size)
+        return fake_backbone.spec(input_size, self.name)
 
     async def stem(self, cut, input_size=0, precision=FLOAT32):
-        made = fake_backbone.stem(cut, input_size, precision)
+        made = fake_backbone.stem(cut, input_size, precision, self.name)
         digest = hashlib.sha256(made.data).hexdigest()
         self.blobs.put(f"stems/{digest}.onnx", made.data)
         return StemFile(
             made.space,
-            fake_backbone.spec(input_size).preprocessing,
+            fake_backbone.spec(input_size, self.name).preprocessing,
             made.cut.feature_shape,
             f"stems/{digest}.onnx",
             len(made.data),
@@ -68,20 +70,25 @@ class _Engine:
         )
 
     async def cut_cost(self, cut, input_size=0):
-        return fake_backbone.cost(cut, input_size)
+        return fake_backbone.cost(cut, input_size, self.name)
 
-    async def predict(self, space, rows, model, *, timeout_s=None):
-        embedding, errors = fake_backbone.embed(space, rows)
-        use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
-        outputs = self.heads[model.head_sha256](embedding[:, fake_backbone.columns(model.slices)[0]])
+    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None):
+        if space.is_local:
+            fake_fusion.check_local_use(model.space, model.codec, space, rows)
+            use = CodecUse(quantise.codec_of(rows), 0.0, model.codec, 0.0)
+        else:
+            use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
+        columns_BD, errors = fake_fusion.Reader(space, model.slices).columns(rows)
+        if more_BE is not None:
+            columns_BD = np.concatenate([columns_BD, more_BE], axis=1)
+        outputs = np.array(self.heads[model.head_sha256](columns_BD), np.float32)
         outputs[list(errors)] = np.nan
-        return Prediction(outputs.astype(np.float32), errors, codec_use=use)
+        return Prediction(outputs, errors, codec_use=use)
 
     async def extract(self, space, rows, slices=(), *, timeout_s=None):
-        embedding, errors = fake_backbone.embed(space, rows)
-        columns, found = fake_backbone.columns(slices)
+        embedding, found, errors = fake_backbone.embed(space, rows, slices)
         use = fake_backbone.use(space, fake_backbone.label(space, rows))
-        return Extraction(np.ascontiguousarray(embedding[:, columns]), found, errors, codec_use=use)
+        return Extraction(embedding, found, errors, codec_use=use)
 
     async def stats(self):
         return EngineStats(0, 0, 0, 0)
@@ -120,47 +127,69 @@ class _Lane:
         except WireError as error:
             self._do("fail", job.id, fence, error.code, error.message)
 
+    def _rows(self, tenant, ids):
+        located = self._metadata.executor.submit(self._metadata.store.rows.locate, tenant, ids).result(10)
+        return chunks.read_rows(self._blobs, located)
+
     def _fit(self, job):
         spec = job.spec
-        store = self._metadata.store
-        content = self._metadata.executor.submit(store.datasets.rows, job.tenant, spec.dataset).result(10)
-        located = self._metadata.executor.submit(store.rows.locate, job.tenant, content.row_ids).result(10)
-        rows = chunks.read_rows(self._blobs, located)
-        space = content.record.space
-        if not space.backbone:
-            described = fake_backbone.spec(spec.input_size)
-            space = described.space(described.cut("input"))
-        embedding, errors = fake_backbone.embed(space, rows)
+        content = self._metadata.executor.submit(self._metadata.store.datasets.rows, job.tenant, spec.dataset).result(
+            10
+        )
+        record = content.record
+        sources = [DatasetSource(record.space, record.codec), *record.more_inputs]
+        inputs = fake_fusion.readers(
+            [one.space for one in sources],
+            spec.backbone,
+            spec.input_size,
+            [(one.backbone, one.input_size) for one in spec.more_backbones],
+            spec.embedding,
+            () if spec.head.kind == "conv" else spec.slices,
+            spec.head.tap,
+        )
+        ids = [content.row_ids, *content.more_row_ids]
+        stored = {one.space.source: self._rows(job.tenant, rows) for one, rows in zip(sources, ids, strict=True)}
+        codec_of = {one.space.source: one.codec for one in sources}
+        every = {one.space.source: stored.get(one.space.source, stored.get("")) for one in inputs}
+        columns_BD, errors = fake_fusion.side_by_side(inputs, every)
         if errors:
             raise WireError(ErrorCode.CORRUPT_IMAGE, f"{len(errors)} images cannot be decoded")
-        slices = spec.slices or (("pooled",) if spec.embedding == "pooled" else ("grid",))
-        x = embedding[:, fake_backbone.columns(slices)[0]]
-        head, metrics = fake_backbone.fit(x, content.class_indices, content.targets, len(content.record.class_names))
-        digest = hashlib.sha256(content_digest(x) + spec.model.encode()).hexdigest()
+        head, task, metrics = fake_backbone.fit(columns_BD, content.class_indices, content.targets, record.class_names)
+        digest = hashlib.sha256(content_digest(columns_BD) + spec.model.encode()).hexdigest()
         self._heads[digest] = head
+        described = []
+        for one in inputs:
+            codec = codec_of.get(one.space.source, codec_of.get(""))
+            width = one.columns(every[one.space.source])[0].shape[1]
+            described.append(
+                ModelInput(one.space, one.embedding_fingerprint, one.slices, width, codec, one.codec_error(codec))
+            )
+        first, *more = described
         return ModelRecord(
             tenant=job.tenant,
             name=spec.model,
             version=0,
-            task="regression" if content.targets is not None else "classification",
-            class_names=content.record.class_names,
-            num_outputs=content.record.num_targets or len(content.record.class_names),
-            space=space,
-            embedding_fingerprint=fake_backbone.spec(space.input_size).embedding_fingerprint,
-            slices=tuple(slices),
+            task=task,
+            class_names=record.class_names,
+            num_outputs=record.num_targets or len(record.class_names),
+            space=first.space,
+            embedding_fingerprint=first.embedding_fingerprint,
+            slices=first.slices,
             metrics=metrics,
-            dataset=f"{content.record.name}@{content.record.version}",
-            dataset_digest=content.record.digest,
+            dataset=f"{record.name}@{record.version}",
+            dataset_digest=record.digest,
             head_sha256=digest,
             versions={"numpy": np.__version__},
             job_id=job.id,
             create_time=0.0,
-            codec=content.record.codec,
-            codec_error=fake_backbone.use(space, content.record.codec).embedding_error,
+            codec=first.codec,
+            codec_error=first.codec_error,
             candidates=tuple(
                 Candidate(names, width, score, None)
                 for names, width, score in fake_backbone.candidates(spec.embedding, 0.9)
             ),
+            more_inputs=tuple(more),
+            head=spec.head,
         )
 
 
@@ -186,9 +215,8 @@ class Gateway:
         self._thread.start()
 
         async def start():
-            backends = Backends(
-                {fake_backbone.NAME: _Engine(blobs, heads)}, self._metadata, blobs, {"numpy": np.__version__}
-            )
+            engines = {name: _Engine(name, blobs, heads) for name in fake_backbone.NAMES}
+            backends = Backends(engines, self._metadata, blobs, {"numpy": np.__version__})
             self._server = GatewayServer(Listener(port=0, token_file=str(tokens)), backends)
             return await self._server.start()
 

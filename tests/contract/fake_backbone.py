@@ -1,6 +1,7 @@
-"""A backbone small enough to check by hand: features are means of squares of pixels, the embedding their means.
+"""Backbones small enough to check by hand: features are means of squares of pixels, the embedding their means.
 
-Its quantised stem counts features in steps. At the cut ``quarter`` these are so coarse that the stem is refused.
+There are two; the other one's embedding counts channels backwards. The quantised stem counts features in steps. At the
+cut ``quarter`` these are so coarse that the stem is refused.
 """
 
 import functools
@@ -30,9 +31,12 @@ from trunkline_wire.specs import (
     embedding_fingerprint,
     feature_fingerprint,
     int8_fingerprint,
+    map_tap,
 )
 
 NAME = "fake_net"
+OTHER_NAME = "other_net"
+NAMES = (NAME, OTHER_NAME)
 CUT = "half"
 COARSE_CUT = "quarter"
 SIDES = {CUT: 2, COARSE_CUT: 4}
@@ -43,21 +47,24 @@ STEPS = {CUT: 4.0, COARSE_CUT: 120.0}
 
 INPUT_SIZE = 8
 SLICES = (SliceSpec("grid", 0, 12), SliceSpec("pooled", 12, 15))
-WEIGHTS = hashlib.sha256(b"fake weights").hexdigest()
+WEIGHTS = {name: hashlib.sha256(f"weights of {name}".encode()).hexdigest() for name in NAMES}
 CALIBRATION = hashlib.sha256(b"fake pictures").hexdigest()
 SAMPLE = "16 pictures made up"
 SAMPLE_ROWS = 16
 
 
-def spec(input_size=0, weights=WEIGHTS):
-    """Describe the backbone at an input size."""
+def spec(input_size=0, name=NAME):
+    """Describe a backbone at an input size."""
+    if name not in NAMES:
+        raise WireError(ErrorCode.NOT_FOUND, f"there is no backbone {name[:80]!r}; there is {', '.join(NAMES)}")
+    weights = WEIGHTS[name]
     size = input_size or INPUT_SIZE
     if size % 8 or size > 256:
         raise WireError(ErrorCode.INVALID_ARGUMENT, f"input size {size}: a multiple of 8, 256 at most, is needed")
     preprocessing = Preprocessing(size, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    names = tuple(one.name for one in SLICES)
+    slices = tuple(one.name for one in SLICES)
     return BackboneSpec(
-        name=NAME,
+        name=name,
         pretrained=True,
         weights="made up",
         weights_sha256=weights,
@@ -66,9 +73,9 @@ def spec(input_size=0, weights=WEIGHTS):
         resizable=True,
         cuts=(
             CutSpec(
-                "input", (size, size, 3), feature_fingerprint(weights, "input", preprocessing), names, channel_axis=2
+                "input", (size, size, 3), feature_fingerprint(weights, "input", preprocessing), slices, channel_axis=2
             ),
-            *(_cut(name, size, weights, preprocessing, names) for name in SIDES),
+            *(_cut(cut, size, weights, preprocessing, slices) for cut in SIDES),
         ),
         slices=SLICES,
         embedding_fingerprint=embedding_fingerprint(weights, preprocessing),
@@ -89,6 +96,7 @@ def _cut(name, size, weights, preprocessing, slices):
         is_stage=name == CUT,
         stem_macs=3 * size * size,
         int8_fingerprint=int8_fingerprint(fingerprint, CALIBRATION),
+        map_shape=(3, side, side),
     )
 
 
@@ -97,7 +105,7 @@ def find_cut(described, name):
     found = described.cut(name)
     if found is None:
         names = ", ".join(repr(one.name) for one in described.cuts)
-        raise WireError(ErrorCode.NOT_FOUND, f"{NAME} has no cut {name!r}; the cuts near it are {names}")
+        raise WireError(ErrorCode.NOT_FOUND, f"{described.name} has no cut {name!r}; the cuts near it are {names}")
     return found
 
 
@@ -122,13 +130,13 @@ class Stem:
     embedding_error: float
 
 
-def stem(cut, input_size=0, precision=FLOAT32):
+def stem(cut, input_size=0, precision=FLOAT32, name=NAME):
     """Export a stem, or say why there is none."""
-    described = spec(input_size)
+    described = spec(input_size, name)
     found = find_cut(described, cut)
     if cut == "input":
         raise WireError(ErrorCode.NOT_FOUND, "there is no stem before the input")
-    offered = {one.precision: one for one in cost(cut, input_size).stems}
+    offered = {one.precision: one for one in cost(cut, input_size, name).stems}
     if precision not in offered:
         raise WireError(ErrorCode.UNSUPPORTED, f"no stem of precision {precision!r}; there is {', '.join(offered)}")
     if offered[precision].refused:
@@ -176,9 +184,9 @@ def _sample(size):
 
 
 @functools.lru_cache
-def cost(cut, input_size=0):
+def cost(cut, input_size=0, name=NAME):
     """Measure what every codec and stem costs at a cut."""
-    described = spec(input_size)
+    described = spec(input_size, name)
     found = find_cut(described, cut)
     size = described.preprocessing.input_size
     pixels = _sample(size)
@@ -219,7 +227,8 @@ def _floats(rows):
     return quantise.unpack(rows) if isinstance(rows, PackedRows) else rows.astype(np.float32)
 
 
-def _trunk(x_BCHW):
+def _trunk(x_BCHW, name=NAME):
+    x_BCHW = x_BCHW if name == NAME else x_BCHW[:, ::-1]
     b, c, h, w = x_BCHW.shape
     grid = x_BCHW.reshape(b, c, 2, h // 2, 2, w // 2).mean(axis=(3, 5)).reshape(b, -1)
     return np.concatenate([grid, x_BCHW.mean(axis=(2, 3))], axis=1).astype(np.float32)
@@ -227,10 +236,7 @@ def _trunk(x_BCHW):
 
 def label(space, rows):
     """Return how rows were made and sent: ``float16``, ``int8@int8``, ``images``. Refuses rows of other weights."""
-    described = spec(space.input_size)
-    if space.backbone != NAME:
-        raise WireError(ErrorCode.NOT_FOUND, f"there is no backbone {space.backbone!r}")
-    precision = find_cut(described, space.cut).precision_of(space.fingerprint)
+    precision = find_cut(spec(space.input_size, space.backbone), space.cut).precision_in(space)
     if precision is None:
         raise WireError(ErrorCode.INCOMPATIBLE, "these features were made with other weights")
     codec = quantise.codec_of(rows)
@@ -242,7 +248,7 @@ def use(space, codec_label):
     codec, _, precision = codec_label.partition("@")
     if space.cut == "input":
         return CodecUse(codec_label, 0.0)
-    measured = cost(space.cut, space.input_size)
+    measured = cost(space.cut, space.input_size, space.backbone)
     stem_error = measured.stem(precision or FLOAT32).embedding_error
     return CodecUse(codec_label, measured.codec(codec).embedding_error + stem_error)
 
@@ -259,10 +265,10 @@ def check_use(space, rows, trained_codec, trained_error):
     return CodecUse(found.codec, found.embedding_error, trained_codec, trained_error)
 
 
-def embed(space, rows):
-    """Run the trunk. Returns the embedding and the rows that failed."""
+def features(space, rows):
+    """Check rows at a cut. Returns them as features, at the first cut those of images, and the rows that failed."""
     label(space, rows)
-    described = spec(space.input_size)
+    described = spec(space.input_size, space.backbone)
     cut = described.cut(space.cut)
     errors = {}
     if isinstance(rows, list):
@@ -281,10 +287,24 @@ def embed(space, rows):
         )
     if (quantise.codec_of(rows) == "uint8") != space.is_input:
         raise WireError(ErrorCode.DTYPE_MISMATCH, f"rows of {quantise.codec_of(rows)} at the cut {space.cut!r}")
-    embedding = _trunk(stem_features(rows) if space.is_input else _floats(rows))
+    return stem_features(rows) if space.is_input else _floats(rows), errors
+
+
+def embed(space, rows, slices=()):
+    """Run the trunk. Returns the columns of slices (``TAP.map`` among them), these, and the rows that failed."""
+    x_BCHW, errors = features(space, rows)
+    if len(slices) == 1 and map_tap(slices[0]):
+        side = spec(space.input_size, space.backbone).cut(map_tap(slices[0])).map_shape[1]
+        step = x_BCHW.shape[2] // side
+        columns_BD = x_BCHW.reshape(*x_BCHW.shape[:2], side, step, side, step).mean(axis=(3, 5)).reshape(len(rows), -1)
+        found = (SliceSpec(slices[0], 0, columns_BD.shape[1]),)
+    else:
+        wanted, found = columns(slices)
+        columns_BD = _trunk(x_BCHW, space.backbone)[:, wanted]
+    columns_BD = np.array(columns_BD, np.float32)
     for row in errors:
-        embedding[row] = np.nan
-    return embedding, errors
+        columns_BD[row] = np.nan
+    return columns_BD, found, errors
 
 
 def candidates(mode, score):
@@ -308,15 +328,23 @@ def columns(slices):
     return [column for one in chosen for column in range(one.start, one.stop)], tuple(found)
 
 
-def fit(x, indices, targets, num_classes):
-    """Train a head: nearest class mean, or least squares. Returns it and its metrics."""
+def fit(x, indices, targets, class_names):
+    """Train a head: nearest class mean, or least squares. Returns it, the task and its metrics."""
     if targets is None:
         indices = np.asarray(indices)
-        means = np.stack([x[indices == k].mean(axis=0) for k in range(num_classes)])
-        head = functools.partial(_nearest_mean, means)
-        return head, {"accuracy": float((head(x).argmax(axis=1) == indices).mean())}
+        means = np.stack([x[indices == k].mean(axis=0) for k in range(len(class_names))])
+        head = functools.partial(_of_width, x.shape[1], functools.partial(_nearest_mean, means))
+        return head, "classification", {"accuracy": float((head(x).argmax(axis=1) == indices).mean())}
     weights = np.linalg.lstsq(_with_ones(x), targets, rcond=None)[0]
-    return functools.partial(_linear, weights), {"r2": 1.0}
+    task, head = ("multi_label", _squashed) if class_names else ("regression", _linear)
+    metrics = {"f1_micro": 1.0} if class_names else {"r2": 1.0}
+    return functools.partial(_of_width, x.shape[1], functools.partial(head, weights)), task, metrics
+
+
+def _of_width(width, head, x):
+    if x.shape[1] != width:
+        raise WireError(ErrorCode.SHAPE_MISMATCH, f"{x.shape[1]} columns; the head reads {width}")
+    return head(x)
 
 
 def _nearest_mean(means, x):
@@ -327,6 +355,10 @@ def _nearest_mean(means, x):
 
 def _linear(weights, x):
     return _with_ones(x) @ weights
+
+
+def _squashed(weights, x):
+    return np.clip(_linear(weights, x), 0, 1)
 
 
 def _with_ones(x):

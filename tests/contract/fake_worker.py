@@ -17,6 +17,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 
 import fake_backbone
+import fake_fusion
 import grpc
 import numpy as np
 from trunkline_wire import WIRE_VERSION, codecs, messages, quantise
@@ -37,7 +38,7 @@ from trunkline_wire.limits import (
 )
 from trunkline_wire.names import check_name, parse_reference
 from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
-from trunkline_wire.specs import FLOAT32, CutSpec
+from trunkline_wire.specs import FLOAT32, IMAGES, CodecUse, CutSpec, FeatureSpace
 from trunkline_wire.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -81,7 +82,9 @@ class Faults:
     clock_offset_s: float = 0.0
     storage_shared: bool = True
     delay: threading.Event | None = None  # unary calls wait for it
-    is_old: bool = False  # it knows float32 and float16, and nothing of quantised stems or of what a cut costs
+    # It knows float32 and float16, and nothing of quantised stems, of what a cut costs, or of several inputs and
+    # classes of a row.
+    is_old: bool = False
     stem_data: bytes | None = None  # sent in place of the stem's file
 
 
@@ -155,6 +158,47 @@ def _row(rows, at):
     return rows.take([at]) if isinstance(rows, quantise.PackedRows) else rows[at]
 
 
+def _more_rows(message, first_rows):
+    """Return space and rows of one more input."""
+    space = messages.space_from_proto(message.space)
+    if message.HasField("features"):
+        return space, codecs.decode(message.features)
+    if not isinstance(first_rows, list) or not space.is_input:
+        raise WireError(ErrorCode.INVALID_ARGUMENT, f"no features for the input {space.source!r}")
+    return space, first_rows
+
+
+def _readers(model):
+    """Return the inputs of a model."""
+    return [
+        fake_fusion.Reader(messages.space_from_proto(one.space), tuple(one.slices))
+        for one in (model, *model.more_inputs)
+    ]
+
+
+def _check_use(reader, space, rows, trained):
+    """Return how rows were sent, checked against how those were that a model or one of its inputs was trained on."""
+    if reader.space.is_local:
+        fake_fusion.check_local_use(reader.space, trained.codec, space, rows)
+        return CodecUse(trained.codec, 0.0, trained.codec, 0.0)
+    return fake_backbone.check_use(space, rows, trained.codec, trained.codec_error)
+
+
+def _known_to_old(spec):
+    """Return what an old cluster reads of a job: the rest it takes no notice of."""
+    known = training_pb2.JobSpec()
+    known.CopyFrom(spec)
+    kinds = (training_pb2.HEAD_KIND_UNSPECIFIED, training_pb2.HEAD_KIND_LINEAR, training_pb2.HEAD_KIND_MLP)
+    if known.head.kind not in kinds:
+        raise WireError(ErrorCode.UNSUPPORTED, f"head kind {known.head.kind} is not known here")
+    for name in ("activation", "batch_norm", "channels", "tap", "fuse", "fuse_width"):
+        known.head.ClearField(name)
+    for name in ("loss", "huber_delta"):
+        known.fit.ClearField(name)
+    known.ClearField("more_backbones")
+    return known
+
+
 def _check_stated(timeout_s):
     if timeout_s < 0:
         raise WireError(ErrorCode.DEADLINE_EXCEEDED, "the deadline had passed when the call was sent")
@@ -196,10 +240,11 @@ class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
 
     @_boundary
     def ListBackbones(self, request, context):
-        return catalog_pb2.ListBackbonesResponse(backbones=[messages.backbone_to_proto(self._spec(0))])
+        found = [messages.backbone_to_proto(self._spec(0, name)) for name in fake_backbone.NAMES]
+        return catalog_pb2.ListBackbonesResponse(backbones=found)
 
-    def _spec(self, input_size):
-        spec = fake_backbone.spec(input_size)
+    def _spec(self, input_size, name):
+        spec = fake_backbone.spec(input_size, name or fake_backbone.NAME)
         if not self.worker.faults.is_old:
             return spec
         return dataclasses.replace(
@@ -208,25 +253,22 @@ class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
 
     @_boundary
     def DescribeBackbone(self, request, context):
-        self.worker.check_backbone(request.backbone)
-        spec = self._spec(request.input_size)
+        spec = self._spec(request.input_size, request.backbone)
         return catalog_pb2.DescribeBackboneResponse(backbone=messages.backbone_to_proto(spec))
 
     @_boundary
     def DescribeCut(self, request, context):
         if self.worker.faults.is_old:
             raise _NoSuchMethod
-        self.worker.check_backbone(request.backbone)
-        cost = fake_backbone.cost(request.cut, request.input_size)
+        cost = fake_backbone.cost(request.cut, request.input_size, request.backbone)
         return catalog_pb2.DescribeCutResponse(cost=messages.cut_cost_to_proto(cost))
 
     @_boundary
     def FetchStem(self, request, context):
-        self.worker.check_backbone(request.backbone)
-        spec = fake_backbone.spec(request.input_size)
+        spec = fake_backbone.spec(request.input_size, request.backbone)
         faults = self.worker.faults
         precision = FLOAT32 if faults.is_old else request.precision or FLOAT32
-        stem = fake_backbone.stem(request.cut, request.input_size, precision)
+        stem = fake_backbone.stem(request.cut, request.input_size, precision, request.backbone)
         data = stem.data if faults.stem_data is None else faults.stem_data
         header = catalog_pb2.StemHeader(
             space=messages.space_to_proto(stem.space),
@@ -317,24 +359,30 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
     def _tensor(self, matrix):
         return codecs.encode_array(matrix.astype(np.float32))
 
-    def _embed(self, request, slices, model=None):
-        _check_stated(request.timeout_s)
-        rows, space = codecs.decode(request.features), messages.space_from_proto(request.space)
-        embedding, errors = fake_backbone.embed(space, rows)
-        if model is None:
-            use = fake_backbone.use(space, fake_backbone.label(space, rows))
-        else:
-            use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
-        self.worker.trunk_rows += len(rows)
-        self.worker.received_bytes += codecs.encoded_size(request.features)
-        columns, found = fake_backbone.columns(slices)
-        return embedding[:, columns], found, errors, messages.codec_use_to_proto(use)
+    def _received(self, *tensors):
+        self.worker.received_bytes += sum(codecs.encoded_size(one) for one in tensors)
 
     def _predict(self, request, context):
         model, head = self.worker.find("model", context.tenant, request.model)
-        embedding, _, errors, use = self._embed(request, model.slices, model)
-        outputs = head(embedding)
-        labels = [model.class_names[k] for k in np.nan_to_num(outputs).argmax(axis=1)] if model.class_names else []
+        _check_stated(request.timeout_s)
+        rows, space = codecs.decode(request.features), messages.space_from_proto(request.space)
+        more = [_more_rows(one, rows) for one in request.more_inputs]
+        self._received(request.features, *(one.features for one in request.more_inputs))
+        first, *others = _readers(model)
+        needed = [(one.space, given.codec, given.width) for one, given in zip(others, model.more_inputs, strict=True)]
+        matched = fake_fusion.matched(needed, more)
+        use = _check_use(first, space, rows, model)
+        for reader, (own, other_rows), given in zip(others, matched, model.more_inputs, strict=True):
+            _check_use(reader, own, other_rows, given)
+        spaces = [space, *(own for own, _ in matched)]
+        inputs = [fake_fusion.at(one, own) for one, own in zip([first, *others], spaces, strict=True)]
+        every = {one.source: found for one, found in zip(spaces, [rows, *(x for _, x in matched)], strict=True)}
+        columns, errors = fake_fusion.side_by_side(inputs, every)
+        self.worker.trunk_rows += len(rows)
+        outputs = np.array(head(columns))
+        labels = []
+        if model.task == registry_pb2.TASK_CLASSIFICATION:
+            labels = [model.class_names[k] for k in np.nan_to_num(outputs).argmax(axis=1)]
         for row in errors:
             outputs[row] = np.nan
             if labels:
@@ -345,16 +393,21 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             labels=labels,
             row_errors=self._row_errors(errors, context),
             timings=inference_pb2.trunkline__wire_dot_v1_dot_tensor__pb2.Timings(trunk_s=0.001, total_s=0.002),
-            codec_use=use,
+            codec_use=messages.codec_use_to_proto(use),
         )
 
     def _extract(self, request, context):
-        embedding, found, errors, use = self._embed(request, request.slices)
+        _check_stated(request.timeout_s)
+        rows, space = codecs.decode(request.features), messages.space_from_proto(request.space)
+        self._received(request.features)
+        self.worker.trunk_rows += len(rows)
+        embedding, found, errors = fake_backbone.embed(space, rows, request.slices)
+        use = fake_backbone.use(space, fake_backbone.label(space, rows))
         return inference_pb2.ExtractResponse(
             embedding=self._tensor(embedding),
             slices=messages.slices_to_proto(found),
             row_errors=self._row_errors(errors, context),
-            codec_use=use,
+            codec_use=messages.codec_use_to_proto(use),
         )
 
     @_boundary
@@ -564,11 +617,6 @@ class FakeWorker:
             thread.join(10)
         self._server.stop(0).wait(10)
 
-    def check_backbone(self, name):
-        """Check that there is such a backbone."""
-        if name not in ("", fake_backbone.NAME):
-            raise WireError(ErrorCode.NOT_FOUND, f"there is no backbone {name!r}; there is {fake_backbone.NAME}")
-
     def things(self, kind, tenant):
         """Return every version of every dataset or model of a tenant."""
         return [thing for (k, t, _), versions in self.kept.items() if (k, t) == (kind, tenant) for thing in versions]
@@ -608,11 +656,20 @@ class FakeWorker:
         if len(rows) != len(chunk.row_ids) or any(len(one) != ROW_ID_BYTES for one in chunk.row_ids):
             raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(chunk.row_ids)} row ids for {len(rows)} rows")
         space = messages.space_from_proto(chunk.space)
-        label = fake_backbone.label(space, rows) if space.backbone else quantise.codec_of(rows)
+        if self.faults.is_old:
+            space = FeatureSpace(space.backbone, space.cut, space.input_size, space.fingerprint)
+        label = quantise.codec_of(rows)
         if space.backbone:
-            cut = fake_backbone.spec(space.input_size).cut(space.cut)
+            label = fake_backbone.label(space, rows)
+            cut = fake_backbone.spec(space.input_size, space.backbone).cut(space.cut)
             if rows.shape[1:] != cut.feature_shape:
                 raise WireError(ErrorCode.SHAPE_MISMATCH, f"rows of {rows.shape[1:]}; {cut.feature_shape} is needed")
+        elif space.is_local:
+            fake_fusion.check_local(space, rows)
+        elif space != IMAGES:
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT, "rows without a backbone must be encoded images at the cut 'input'"
+            )
         known = self.rows[tenant]
         new = [(one, (label, _row(rows, at))) for at, one in enumerate(chunk.row_ids) if one not in known]
         known.update(new)
@@ -621,36 +678,62 @@ class FakeWorker:
     def commit(self, tenant, request):
         """Make a dataset."""
         check_name(request.name, "dataset")
-        ids, known = list(request.row_ids), self.rows[tenant]
+        inputs = [(request.space, list(request.row_ids))]
+        if not self.faults.is_old:
+            inputs += [(one.space, list(one.row_ids)) for one in request.more_inputs]
+        sources = [messages.space_from_proto(space).source for space, _ in inputs]
+        if len(set(sources)) < len(sources):
+            raise WireError(ErrorCode.INVALID_ARGUMENT, f"two inputs of one source: {sources}")
+        num_rows = len(inputs[0][1])
+        labels = [self._codec_of_rows(tenant, ids, num_rows) for _, ids in inputs]
+        names, indices, targets = self._labels(request, num_rows)
+        (space, ids), *more = inputs
+        digest = dataset_digest(ids, names, indices, targets, [others for _, others in more])
+        for message, _ in self.kept.get(("dataset", tenant, request.name), [])[-1:]:
+            if message.digest == digest:
+                return message
+        message = dataset_pb2.Dataset(
+            name=request.name,
+            num_rows=num_rows,
+            digest=digest,
+            space=space,
+            class_names=names,
+            num_targets=0 if targets is None else targets.shape[1],
+            codec=labels[0],
+            more_inputs=[
+                dataset_pb2.DatasetSource(space=one, codec=label)
+                for (one, _), label in zip(more, labels[1:], strict=True)
+            ],
+        )
+        return self.keep("dataset", tenant, message, ([one for _, one in inputs], np.array(indices), targets))
+
+    def _codec_of_rows(self, tenant, ids, num_rows):
+        known = self.rows[tenant]
         if not 0 < len(ids) <= MAX_DATASET_ROWS:
             raise WireError(ErrorCode.EMPTY_BATCH, "no row is named")
+        if len(ids) != num_rows:
+            raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(ids)} rows beside {num_rows}")
         missing = sum(one not in known for one in ids)
         if missing:
             raise WireError(ErrorCode.NOT_FOUND, f"{missing} of {len(ids)} rows are not there")
         labels = {known[one][0] for one in ids}
         if len(labels) > 1:
             raise WireError(ErrorCode.INCOMPATIBLE, f"rows of one dataset have one codec; got {sorted(labels)}")
-        names, indices, targets = list(request.classes.names), list(request.classes.indices), None
-        if request.WhichOneof("labels") == "targets":
-            targets = codecs.decode(request.targets.values, max_rows=MAX_DATASET_ROWS)
-            if len(targets) != len(ids):
-                raise WireError(ErrorCode.BAD_LABELS, f"{len(targets)} targets for {len(ids)} rows")
-        elif len(indices) != len(ids) or len(set(indices)) < 2:
-            raise WireError(ErrorCode.BAD_LABELS, f"{len(indices)} labels for {len(ids)} rows, of two classes at least")
-        digest = dataset_digest(ids, names, indices, targets)
-        for message, _ in self.kept.get(("dataset", tenant, request.name), [])[-1:]:
-            if message.digest == digest:
-                return message
-        message = dataset_pb2.Dataset(
-            name=request.name,
-            num_rows=len(ids),
-            digest=digest,
-            space=request.space,
-            class_names=names,
-            num_targets=0 if targets is None else targets.shape[1],
-            codec=labels.pop(),
-        )
-        return self.keep("dataset", tenant, message, (ids, np.array(indices), targets))
+        return labels.pop()
+
+    def _labels(self, request, num_rows):
+        kind = request.WhichOneof("labels")
+        if kind == "targets" or (kind == "multi_labels" and not self.faults.is_old):
+            message = getattr(request, kind)
+            targets = codecs.decode(message.values, max_rows=MAX_DATASET_ROWS).astype(np.float32)
+            names = list(message.names) if kind == "multi_labels" else []
+            if len(targets) != num_rows or (names and targets.shape[1] != len(names)):
+                raise WireError(ErrorCode.BAD_LABELS, f"labels of {targets.shape} for {num_rows} rows")
+            return names, [], targets
+        names, indices = list(request.classes.names), list(request.classes.indices)
+        if len(indices) != num_rows or len(set(indices)) < 2:
+            raise WireError(ErrorCode.BAD_LABELS, f"{len(indices)} labels for {num_rows} rows, of two classes at least")
+        return names, indices, None
 
     def job(self, tenant, job_id):
         """Return a job, or raise NOT_FOUND."""
@@ -663,8 +746,20 @@ class FakeWorker:
         """Check a job and start it."""
         check_name(spec.model, "model")
         dataset, content = self.find("dataset", tenant, spec.dataset)
-        self.check_backbone(spec.backbone)
-        fake_backbone.columns(spec.slices)
+        if self.faults.is_old:
+            spec = _known_to_old(spec)
+        fake_fusion.check_job(
+            messages.space_from_proto(dataset.space),
+            spec.backbone,
+            spec.input_size,
+            bool(spec.more_backbones),
+            spec.head.kind == training_pb2.HEAD_KIND_CONV,
+        )
+        if spec.head.kind == training_pb2.HEAD_KIND_CONV and not spec.head.tap:
+            spec.head.tap = fake_backbone.CUT
+        for reader in self._inputs(spec, dataset):
+            if not reader.space.is_local and not reader.slices[0].endswith(".map"):
+                fake_backbone.columns(reader.slices)
         job = _Job(training_pb2.Job(id=uuid.uuid4().hex, state=training_pb2.JOB_STATE_QUEUED, spec=spec))
         job.message.create_time.GetCurrentTime()
         self.jobs[tenant, job.message.id] = job
@@ -694,42 +789,69 @@ class FakeWorker:
         except WireError as error:
             job.end(training_pb2.JOB_STATE_FAILED, error=error)
 
+    def _inputs(self, spec, dataset):
+        spaces = [messages.space_from_proto(one.space) for one in (dataset, *dataset.more_inputs)]
+        mode = "pooled" if spec.embedding == training_pb2.EMBEDDING_MODE_POOLED else "auto"
+        others = [(one.backbone, one.input_size) for one in spec.more_backbones]
+        tap = spec.head.tap if spec.head.kind == training_pb2.HEAD_KIND_CONV else ""
+        return fake_fusion.readers(spaces, spec.backbone, spec.input_size, others, mode, spec.slices, tap)
+
+    def _rows_of(self, tenant, ids):
+        rows = [self.rows[tenant][one][1] for one in ids]
+        if isinstance(rows[0], quantise.PackedRows):
+            return quantise.concatenate(rows)
+        return np.stack(rows) if isinstance(rows[0], np.ndarray) else rows
+
     def _fit(self, tenant, job, dataset, content):
         ids, indices, targets = content
-        rows = [self.rows[tenant][one][1] for one in ids]
-        space = messages.space_from_proto(dataset.space)
-        if not space.backbone:
-            spec = fake_backbone.spec(job.message.spec.input_size)
-            space = spec.space(spec.cut("input"))
-        if isinstance(rows[0], quantise.PackedRows):
-            rows = quantise.concatenate(rows)
-        elif isinstance(rows[0], np.ndarray):
-            rows = np.stack(rows)
-        embedding, errors = fake_backbone.embed(space, rows)
+        spec = job.message.spec
+        inputs = self._inputs(spec, dataset)
+        sources = [messages.space_from_proto(one.space).source for one in (dataset, *dataset.more_inputs)]
+        stored = {source: self._rows_of(tenant, one) for source, one in zip(sources, ids, strict=True)}
+        codec_of = {source: one.codec for source, one in zip(sources, (dataset, *dataset.more_inputs), strict=True)}
+        # Images, which no source names, are read by every backbone that has no features of its own.
+        every = {one.space.source: stored.get(one.space.source, stored.get("")) for one in inputs}
+        columns, errors = fake_fusion.side_by_side(inputs, every)
         if errors:
             raise WireError(ErrorCode.CORRUPT_IMAGE, f"{len(errors)} images cannot be decoded")
-        mode, slices = job.message.spec.embedding, list(job.message.spec.slices)
-        slices = slices or (["pooled"] if mode == training_pb2.EMBEDDING_MODE_POOLED else ["grid"])
-        x = embedding[:, fake_backbone.columns(slices)[0]]
         job.add("fit", 1.0, {"loss": 0.5})
-        head, metrics = fake_backbone.fit(x, indices, targets, len(dataset.class_names))
-        tried = fake_backbone.candidates("auto" if mode == training_pb2.EMBEDDING_MODE_AUTO else "", 0.9)
+        head, task, metrics = fake_backbone.fit(columns, indices, targets, dataset.class_names)
+        mode = "auto" if spec.embedding == training_pb2.EMBEDDING_MODE_AUTO else ""
+        described = []
+        for one in inputs:
+            codec = codec_of.get(one.space.source, codec_of.get(""))
+            described.append(
+                registry_pb2.ModelInput(
+                    space=messages.space_to_proto(one.space),
+                    embedding_fingerprint=one.embedding_fingerprint,
+                    slices=one.slices,
+                    width=one.columns(every[one.space.source])[0].shape[1],
+                    codec=codec,
+                    codec_error=one.codec_error(codec),
+                )
+            )
+        first, *more = described
         model = registry_pb2.Model(
-            name=job.message.spec.model,
-            task=registry_pb2.TASK_CLASSIFICATION if targets is None else registry_pb2.TASK_REGRESSION,
+            name=spec.model,
+            task=getattr(registry_pb2, f"TASK_{task.upper()}"),
             class_names=dataset.class_names,
             num_outputs=len(dataset.class_names) if targets is None else targets.shape[1],
-            space=messages.space_to_proto(space),
-            embedding_fingerprint=fake_backbone.spec(space.input_size).embedding_fingerprint,
-            slices=slices,
+            space=first.space,
+            embedding_fingerprint=first.embedding_fingerprint,
+            slices=first.slices,
             metrics=metrics,
             dataset=f"{dataset.name}@{dataset.version}",
             dataset_digest=dataset.digest,
             head_sha256="0" * 64,
             versions={"numpy": np.__version__},
             job_id=job.message.id,
-            codec=dataset.codec,
-            codec_error=fake_backbone.use(space, dataset.codec).embedding_error,
-            candidates=[registry_pb2.Candidate(slices=s, width=w, score=score) for s, w, score in tried],
+            codec=first.codec,
+            codec_error=first.codec_error,
+            candidates=[
+                registry_pb2.Candidate(slices=s, width=w, score=score)
+                for s, w, score in fake_backbone.candidates(mode, 0.9)
+            ],
+            more_inputs=more,
+            head=spec.head,
         )
         return model, head

@@ -118,6 +118,82 @@ def test_codecs_and_precisions(run, folder, tmp_path):
     assert too_strict.exit_code == 1 and "at most 0 is allowed" in too_strict.stderr
 
 
+@pytest.fixture
+def local_file(tmp_path):
+    """Write a local model: the mean of each channel."""
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("GlobalAveragePool", ["x"], ["y"])],
+        "local",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 3, 1, 1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path = tmp_path / "edge.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_local_model(run, folder, local_file):
+    local = ("--local", local_file, "--local-input-size", "8")
+    stem = ("--stem", "fake_net:half")
+    first = run("upload", "photos", folder, *stem, *local)
+    assert first.exit_code == 0 and "12 rows, 24 sent as float16 and float32" in first.stdout
+    assert "fake_net + edge" in run("datasets").stdout
+    shown = run("datasets", "photos").stdout
+    assert "features of fake_net at half" in shown and "local features of edge, float32" in shown
+    assert [one["local_model"] for one in json.loads(run("datasets", "photos", "--json").stdout)["more_inputs"]] == [
+        "edge"
+    ]
+    done = run("train", "photos", "--name", "m", "--head", "mlp", "--hidden", "8", "--fuse", "add", "--fuse-width", "4")
+    assert done.exit_code == 0 and "reads: fake_net (grid) and edge (edge)" in done.stdout
+    shown = run("models", "m").stdout
+    assert "local features of edge" in shown and "mlp, hidden 8, relu, fused by add at width 4" in shown
+    assert "fake_net + edge" in run("models").stdout and " mlp " in run("models").stdout
+    data = json.loads(run("models", "m", "--json").stdout)
+    assert data["head"]["fuse"] == "add" and data["more_inputs"][0]["width"] == 3
+    assert run("predict", "m", folder / "b", *local).stdout.count(" b ") == 4
+    assert "accuracy 1.0000" in run("evaluate", "m", folder, *local, "--send-images").stdout
+    without = run("predict", "m", folder / "b")
+    assert without.exit_code == 2 and "needs the local model 'edge'" in without.stderr
+    renamed = run("predict", "m", folder / "b", *local, "--local-name", "other")
+    assert renamed.exit_code == 2 and "Give it with local=, under the name 'edge'" in renamed.stderr
+
+
+def test_local_model_alone(run, folder, local_file):
+    local = ("--local", local_file, "--local-input-size", "8", "--local-name", "colour")
+    first = run("upload", "photos", folder, *local, "--no-remote")
+    assert first.exit_code == 0 and "12 rows, 12 sent as float32" in first.stdout
+    assert run("train", "photos", "--name", "m", "--head", "prototype").exit_code == 0
+    assert "local features of colour" in run("models", "m").stdout
+    assert "accuracy 1.0000" in run("evaluate", "m", folder, *local).stdout
+
+
+def test_several_backbones_and_heads(run, folder):
+    assert run("upload", "photos", folder).exit_code == 0
+    two = ("--backbone", "fake_net", "--backbone", "other_net")
+    conv = ("--head", "conv", "--channels", "8", "--channels", "4", "--tap", "half", "--dropout", "0.1")
+    found = run("train", "photos", "--name", "m", *two, *conv, "--hidden", "8", "--activation", "gelu", "--batch-norm")
+    assert found.exit_code == 0 and "reads: fake_net (half.map) and other_net (grid)" in found.stdout
+    text = "conv, 8-4 channels at half, hidden 8, gelu with batch norm, dropout 0.1"
+    assert text in run("models", "m").stdout
+    job = json.loads(run("jobs", "--json").stdout)[0]
+    assert job["head"]["channels"] == [8, 4] and job["more_backbones"][0]["backbone"] == "other_net"
+    shown = run("jobs", job["id"]).stdout
+    assert "fake_net, other_net" in shown and text in shown
+    assert run("predict", "m", folder / "b").stdout.count(" b ") == 4
+
+
+def test_loss(run, folder):
+    assert run("upload", "photos", folder).exit_code == 0
+    started = run("train", "photos", "--name", "m", "--loss", "huber", "--huber-delta", "2", "--no-wait")
+    assert started.exit_code == 0
+    assert json.loads(run("jobs", started.stdout.strip(), "--json").stdout)["loss"] == "huber"
+    assert "huber" in run("jobs", started.stdout.strip()).stdout
+    assert run("train", "photos", "--name", "m", "--loss", "l1").exit_code == 2
+
+
 def test_model_of_pictures_has_no_stem(run, trained, folder):
     found = run("predict", "m", folder / "b", "--codec", "int8")
     assert found.exit_code == 1 and "was trained on pictures" in found.stderr
@@ -188,6 +264,11 @@ def test_not_logged_in(run, monkeypatch):
         (("models", "nobody"), 1, "next:  trunkline models"),
         (("train", "nobody", "--name", "m"), 1, "next:  trunkline datasets"),
         (("train", "nobody", "--name", "m", "--head", "deep"), 2, "trunkline train --help"),
+        (("train", "d", "--name", "m", "--head", "linear", "--hidden", "8"), 2, "'linear' has no hidden"),
+        (("train", "d", "--name", "m", "--channels", "8"), 2, "'linear' has no channels"),
+        (("upload", "d", "x", "--local-name", "a"), 2, "Give --local PATH.onnx"),
+        (("upload", "d", "x", "--local", "a.onnx"), 2, "Give --local-input-size"),
+        (("predict", "m", __file__, "--local", "/no/such.onnx", "--local-input-size", "8"), 2, "cannot be read"),
         (("jobs", "nobody"), 1, "next:  trunkline jobs"),
         (("jobs", "--wait"), 2, "need the id"),
         (("predict", "m"), 2, "Missing argument"),

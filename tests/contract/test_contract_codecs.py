@@ -263,7 +263,7 @@ class TestChoice:
         [
             ({"codec": "int3"}, trunkline.UnsupportedError, "bfloat16"),
             ({"codec": "zstd"}, trunkline.UnsupportedError, "float16"),
-            ({"codec": None}, trunkline.InvalidArgumentError, "codec is None"),
+            ({"codec": 7}, trunkline.InvalidArgumentError, "codec is 7"),
             ({"precision": "int4"}, trunkline.UnsupportedError, "float32, int8"),
             ({"codec": "auto", "max_error": -1.0}, trunkline.InvalidArgumentError, "max_error"),
             ({"codec": "auto", "max_error": float("nan")}, trunkline.InvalidArgumentError, "max_error"),

@@ -215,7 +215,7 @@ class TestStem:
         assert fake.calls["FetchStem"] == 2
 
     def test_without_onnxruntime(self, fake, fake_client, model, pictures, monkeypatch):
-        monkeypatch.setattr("trunkline.stems.has_onnxruntime", lambda: False)
+        monkeypatch.setattr("trunkline._onnx.has_onnxruntime", lambda: False)
         monkeypatch.setattr("trunkline.models.has_onnxruntime", lambda: False)
         with pytest.raises(trunkline.MissingExtraError, match=r"pip install 'trunkline\[stem\]'"):
             fake_client.stem("fake_net", cut="half")

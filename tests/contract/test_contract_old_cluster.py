@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -53,6 +54,79 @@ class TestOldCluster:
         with pytest.raises(trunkline.NotFoundError, match="the cuts near it are 'input', 'half', 'quarter'"):
             old_client.stem("fake_net", cut="nowhere")
         assert fake.calls["FetchStem"] == 1
+
+
+class TestOldClusterAndWhatARowHas:
+    """An old cluster takes no notice of what it does not know: nothing must be trained without it."""
+
+    @pytest.fixture
+    def local(self):
+        return trunkline.local_model(lambda x: x.mean(axis=(1, 2)), name="colour", version="1", input_size=8)
+
+    @pytest.mark.parametrize("remote", [True, False])
+    def test_local_features(self, fake, old_client, local, pictures, remote):
+        with pytest.raises(trunkline.UnsupportedError, match=r"version 0.0-fake\) does not know local features"):
+            old_client.upload(*pictures(6), name="d", local=local, remote=remote)
+        assert not fake.rows["default"] and not fake.calls["CommitDataset"]
+
+    def test_no_stem_has_run_in_vain(self, fake, old_client, local, pictures, monkeypatch):
+        stem = old_client.stem("fake_net", cut="half")
+        monkeypatch.setattr(stem, "run", lambda rows: pytest.fail("the stem has run"))
+        with pytest.raises(trunkline.UnsupportedError, match="local features"):
+            old_client.upload(*pictures(6), name="d", local=local, stem=stem)
+
+    def test_local_features_that_it_has_stored_by_chance(self, fake, old_client, local, pictures):
+        """Rows are found by id alone; the dataset that comes back tells."""
+        images, labels = pictures(6)
+        fake.faults.is_old = False
+        old_client.upload(images, labels, name="d", local=local)
+        fake.faults.is_old = True
+        with pytest.raises(trunkline.UnsupportedError, match="several inputs: it made e@1 of the first one alone"):
+            old_client.upload(images, labels, name="e", local=local)
+
+    def test_several_stems(self, old_client, pictures):
+        stems = [old_client.stem(name, cut="half") for name in ("fake_net", "other_net")]
+        with pytest.raises(trunkline.UnsupportedError, match="does not know several inputs"):
+            old_client.upload(*pictures(6), name="d", stem=stems)
+
+    def test_several_classes(self, fake, old_client, pictures):
+        with pytest.raises(trunkline.UnsupportedError, match="does not know several classes a row"):
+            old_client.upload(pictures(3)[0], [["a"], ["a", "b"], []], name="d")
+        assert ("dataset", "default", "d") not in fake.kept
+
+    @pytest.mark.parametrize(
+        ("keywords", "said"),
+        [
+            ({"backbone": ["fake_net", "other_net"]}, "several backbones; job [0-9a-f]+ was cancelled"),
+            ({"head": trunkline.MLP((8,), batch_norm=True)}, "the head .*with batch norm"),
+            ({"head": trunkline.MLP((8,), activation="gelu")}, "the head .*gelu"),
+            ({"head": trunkline.Linear(fuse="add")}, "the head .*fused by add"),
+            ({"loss": "huber"}, "the loss 'huber'"),
+        ],
+        ids=str,
+    )
+    def test_jobs(self, fake, old_client, pictures, keywords, said):
+        images, labels = pictures(6)
+        old_client.upload(images, labels * 0.5 if "loss" in keywords else labels, name="d")
+        fake.faults.hold_jobs = threading.Event()
+        with pytest.raises(trunkline.UnsupportedError, match=f"does not know {said}"):
+            old_client.train("d", name="m", **keywords)
+        (job,) = old_client.jobs()
+        with pytest.raises(trunkline.JobCancelledError):
+            job.result(20)
+        assert old_client.models() == []
+
+    @pytest.mark.parametrize("head", ["conv", "prototype"])
+    def test_heads_that_it_refuses_itself(self, old_client, pictures, head):
+        old_client.upload(*pictures(6), name="d")
+        with pytest.raises(trunkline.UnsupportedError, match="is not known here"):
+            old_client.train("d", name="m", head=head)
+
+    def test_what_it_knows_goes_on(self, old_client, pictures):
+        images, labels = pictures(12)
+        old_client.upload(images, labels, name="d")
+        model = old_client.train("d", name="m", head=trunkline.MLP((8,), dropout=0.1)).result(20)
+        assert model.predict(images).indices.tolist() == labels.tolist()
 
 
 def foreign_model():
@@ -139,6 +213,6 @@ def test_other_stem_than_the_one_described(fake, fake_client, monkeypatch):
     import fake_backbone
 
     whole = fake_backbone.stem
-    monkeypatch.setattr(fake_backbone, "stem", lambda cut, size, precision: whole(cut, size, "float32"))
+    monkeypatch.setattr(fake_backbone, "stem", lambda cut, size, precision, name: whole(cut, size, "float32", name))
     with pytest.raises(trunkline.CorruptDataError, match="another stem"):
         fake_client.stem("fake_net", cut="half", precision="int8")

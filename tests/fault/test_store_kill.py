@@ -16,18 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 from trunkline_wire.errors import ErrorCode
-from trunkline_wire.specs import FeatureSpace
+from trunkline_wire.heads import HeadConfig
+from trunkline_wire.specs import FeatureSpace, local_space
 from trunkline_worker.store.blobs import BlobStore
+from trunkline_worker.store.bottlenecks import bottleneck_path
 from trunkline_worker.store.chunks import chunk_path, read_rows, write_chunk
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import EXIT_STATUS, Failpoints
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Candidate, Event, JobSpec, JobState, ModelRecord
+from trunkline_worker.store.records import Candidate, Event, JobSpec, JobState, ModelInput, ModelRecord
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 NUM_ROWS = 6
 ROW_IDS = [hashlib.sha256(bytes([number])).digest() for number in range(NUM_ROWS)]
+LOCAL = local_space("sensor", "5" * 64)
+LOCAL_IDS = [hashlib.sha256(bytes([5, number])).digest() for number in range(NUM_ROWS)]
+BOTTLENECK = b"encoder and decoder"
+BOTTLENECK_SHA256 = hashlib.sha256(BOTTLENECK).hexdigest()
 FEATURES = np.arange(NUM_ROWS * 3, dtype=np.float32).reshape(NUM_ROWS, 3)
 EMBEDDING_KEY = "e" * 64
 TENANT, LANE = "t", "lane"
@@ -61,6 +67,8 @@ MODEL = ModelRecord(
     0.0,
     codec="float32",
     candidates=(Candidate(("pooled",), 3, -0.5, 0.75),),
+    more_inputs=(ModelInput(LOCAL, "", ("sensor",), 3, "float32"),),
+    head=HeadConfig("mlp", (8,), fuse="add"),
 )
 
 
@@ -86,7 +94,14 @@ class Work:
                 chunk = write_chunk(self.blobs, FEATURES[start : start + 3])
                 assert rows.add_chunk(TENANT, chunk, SPACE, "float32", ids) == 3
                 self.acknowledge("rows", chunk)
-        data = store.datasets.commit(TENANT, "digits", SPACE, ROW_IDS, ["a", "b"], [0, 1] * 3, None, "data")
+        if rows.missing(TENANT, LOCAL_IDS):
+            rows.add_chunk(TENANT, write_chunk(self.blobs, -FEATURES), LOCAL, "float32", LOCAL_IDS)
+        self.blobs.put(bottleneck_path(BOTTLENECK_SHA256), BOTTLENECK)
+        store.bottlenecks.add(TENANT, BOTTLENECK_SHA256)
+        self.acknowledge("bottleneck", BOTTLENECK_SHA256)
+        data = store.datasets.commit(
+            TENANT, "digits", SPACE, ROW_IDS, ["a", "b"], [0, 1] * 3, None, "data", [(LOCAL, LOCAL_IDS)]
+        )
         self.acknowledge("dataset", data.reference)
         if store.embeddings.missing(TENANT, EMBEDDING_KEY, ROW_IDS):
             chunk = write_chunk(self.blobs, 2 * FEATURES)
@@ -137,8 +152,11 @@ class Work:
             rows = read_rows(self.blobs, store.rows.locate(TENANT, present))
             assert np.array_equal(rows, FEATURES[[ROW_IDS.index(one) for one in present]])
         for record in store.datasets.list(TENANT):
-            store.rows.locate(TENANT, store.datasets.rows(TENANT, record.reference).row_ids)
+            content = store.datasets.rows(TENANT, record.reference)
+            store.rows.locate(TENANT, content.row_ids)
             assert record.codec == "float32"
+            (local_ids,) = content.more_row_ids
+            assert np.array_equal(read_rows(self.blobs, store.rows.locate(TENANT, local_ids)), -FEATURES)
         if len(store.embeddings.missing(TENANT, EMBEDDING_KEY, ROW_IDS)) < NUM_ROWS:
             where = store.embeddings.locate(TENANT, EMBEDDING_KEY, ROW_IDS)
             assert np.array_equal(read_rows(self.blobs, where), 2 * FEATURES)
@@ -146,7 +164,8 @@ class Work:
             self.blobs.get_checked(f"heads/{model.head_sha256}", model.head_sha256)
             assert store.jobs.get(TENANT, model.job_id).model == model.reference
             whole = store.models.get(TENANT, model.reference)
-            assert (whole.codec, whole.candidates) == (MODEL.codec, MODEL.candidates)
+            for name in ("codec", "candidates", "more_inputs", "head"):
+                assert getattr(whole, name) == getattr(MODEL, name)
         for job in store.jobs.list(TENANT):
             events = store.jobs.events(TENANT, job.id)
             assert [event.seq for event in events] == list(range(1, len(events) + 1))
@@ -155,6 +174,9 @@ class Work:
         for kind, value in self.acknowledged():
             if kind == "rows":
                 assert self.blobs.exists(chunk_path(value))
+            elif kind == "bottleneck":
+                store.bottlenecks.check(TENANT, value)
+                self.blobs.get_checked(bottleneck_path(value), value)
             elif kind == "dataset":
                 store.datasets.get(TENANT, value)
             elif kind == "model":
@@ -246,6 +268,7 @@ def test_death_at_every_failpoint_leaves_a_store_that_goes_on(tmp_path: Path) ->
     mutations = {
         "rows.add_chunk",
         "embeddings.add_chunk",
+        "bottlenecks.add",
         "datasets.commit",
         "jobs.submit",
         "jobs.request_cancel",

@@ -1,8 +1,9 @@
-"""Random histories of the job store, each from a seed, compared step by step with a small model of what must happen.
+"""Random histories of the metadata store, each from a seed, compared step by step with a small model of it.
 
-Clients submit and cancel, lanes lease and work, workers die, pause and wake up late, replies are lost and calls
-retried, the controller is killed before and after commits and starts again on the same database. A failing history
-names its seed: ``TRUNKLINE_SIMULATION_SEED=N pytest tests/fault/test_store_simulation.py -k replay`` plays it again.
+Clients commit datasets of one or several inputs, submit and cancel; lanes lease and work, workers die, pause and wake
+up late, replies are lost and calls retried, the controller is killed before and after commits and starts again on the
+same database. A failing history names its seed:
+``TRUNKLINE_SIMULATION_SEED=N pytest tests/fault/test_store_simulation.py -k replay`` plays it again.
 """
 
 import hashlib
@@ -18,8 +19,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import FeatureSpace
-from trunkline_worker.store import idempotency, leases, schema
+from trunkline_wire.specs import FeatureSpace, local_space
+from trunkline_worker.store import datasets, idempotency, leases, schema, serial
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
@@ -30,6 +31,12 @@ from trunkline_worker.store.records import Event, JobSpec, JobState, ModelRecord
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 ROWS = [hashlib.sha256(bytes([number])).digest() for number in range(2)]
+SECOND, LOCAL = FeatureSpace("second", "mid", 32, "2" * 64), local_space("sensor", "5" * 64)
+CODECS = {SECOND: "int8", LOCAL: "float32"}
+MORE_ROWS = {
+    space: [hashlib.sha256(f"{space.source} {number}".encode()).digest() for number in range(2)] for space in CODECS
+}
+NO_ROW = hashlib.sha256(b"never uploaded").digest()
 TENANTS = ("t", "u")
 NAMES = ("head", "other")
 LANES = ("lane1", "lane2", "lane3")
@@ -49,6 +56,7 @@ class JobModel:
     id: str
     tenant: str
     name: str
+    dataset: str
     state: JobState = JobState.QUEUED
     fence: int = 0
     lane: str = ""
@@ -75,6 +83,18 @@ class JobModel:
             self.state = JobState.QUEUED
             self.restarts += 1
             self.phases.append("restart")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a client wants to be the next version of the dataset ``mixed``."""
+
+    labels: tuple[int, ...]
+    more_inputs: tuple[tuple[FeatureSpace, tuple[bytes, ...]], ...]
+
+    @property
+    def can_work(self) -> bool:
+        return not any(NO_ROW in ids for _, ids in self.more_inputs)
 
 
 @dataclass
@@ -107,11 +127,16 @@ class History:
         self.database = database or Database(url)
         self.store = self.open()
         with self.database.write() as connection:
-            for table in (schema.models, schema.job_events, schema.jobs, schema.idempotency):
-                connection.execute(table.delete())
+            for table in reversed(schema.metadata.sorted_tables):
+                if table is not schema.store_info:
+                    connection.execute(table.delete())
         for tenant in TENANTS:
             self.store.rows.add_chunk(tenant, "a" * 64, SPACE, "float16", ROWS)
             self.store.datasets.commit(tenant, "digits", SPACE, ROWS, ["a", "b"], [0, 1], None, "dataset")
+            for space, codec in CODECS.items():
+                self.store.rows.add_chunk(tenant, "b" * 64, space, codec, MORE_ROWS[space])
+        self.versions: dict[str, list[Commit]] = {tenant: [] for tenant in TENANTS}
+        self.commits: list[tuple[str, str, Commit, str]] = []
         self.jobs: list[JobModel] = []
         self.holding: dict[str, Held] = {}
         self.ghosts: list[Held] = []
@@ -136,7 +161,9 @@ class History:
             self.database = Database(self.url)
         self.store = self.open()
 
-    def call(self, name: str, act: Callable[[], Any], expect: Callable[[], Any], *, retry: bool = False) -> Any:
+    def call(
+        self, name: str, act: Callable[[], Any], expect: Callable[[], Any], *, retry: bool = False, area: str = "jobs"
+    ) -> Any:
         """Call the store, perhaps killing it at a failpoint, and compare with the model.
 
         Returns what the store answered, or None where it refused as expected or the reply was lost.
@@ -144,7 +171,7 @@ class History:
         self.counts[name] += 1
         point = self.random.choice(["before_commit", "after_commit"]) if self.random.random() < 0.15 else ""
         if point:
-            self.failpoints.arm(f"store.jobs.{name}.{point}")
+            self.failpoints.arm(f"store.{area}.{name}.{point}")
         try:
             answer: Any = act()
         except SimulatedKill:
@@ -152,7 +179,7 @@ class History:
             if point == "after_commit":
                 self.expected(expect)
             self.restart()
-            return self.call(name, act, expect, retry=True) if retry else None
+            return self.call(name, act, expect, retry=True, area=area) if retry else None
         except WireError as error:
             answer = error
         finally:
@@ -176,11 +203,48 @@ class History:
 
     # What happens. Each step calls the store and says what the model expects.
 
+    def commit(self) -> None:
+        tenant, key = self.random.choice(TENANTS), next(self.keys)
+        more = []
+        for space in self.random.sample(list(CODECS), self.random.randint(0, 2)):
+            ids = self.random.sample(MORE_ROWS[space], 2)
+            if self.random.random() < 0.1:
+                ids[0] = NO_ROW
+            more.append((space, tuple(ids)))
+        content = Commit(tuple(self.random.sample([0, 1], 2)), tuple(more))
+        versions = self.versions[tenant]
+
+        def expect() -> str:
+            if not content.can_work:
+                raise Refused(ErrorCode.NOT_FOUND)
+            if versions[-1:] != [content]:
+                versions.append(content)
+            return f"mixed@{len(versions)}"
+
+        act = lambda: self.committed(tenant, key, content)  # noqa: E731
+        reference = self.call("commit", act, expect, retry=True, area="datasets")
+        if reference is not None:
+            self.commits.append((tenant, key, content, reference))
+
+    def commit_again(self) -> None:
+        """A client that did not hear the answer asks once more, perhaps long after."""
+        if self.commits:
+            tenant, key, content, reference = self.random.choice(self.commits)
+            act = lambda: self.committed(tenant, key, content)  # noqa: E731
+            self.call("commit", act, lambda: reference, retry=True, area="datasets")
+
+    def committed(self, tenant: str, key: str, content: Commit) -> str:
+        return self.store.datasets.commit(
+            tenant, "mixed", SPACE, ROWS, ["a", "b"], content.labels, None, key, content.more_inputs
+        ).reference
+
     def submit(self) -> None:
         tenant, name, key = self.random.choice(TENANTS), self.random.choice(NAMES), next(self.keys)
-        spec = JobSpec(model=name, dataset="digits", backbone="net", input_size=96)
+        num_versions = len(self.versions[tenant])
+        dataset = self.random.choice([f"mixed@{num_versions}", "digits@1"] if num_versions else ["digits@1"])
+        spec = JobSpec(model=name, dataset=dataset.partition("@")[0], backbone="net", input_size=96)
         job = self.call("submit", lambda: self.store.jobs.submit(tenant, spec, key), lambda: None, retry=True)
-        self.jobs.append(JobModel(job.id, tenant, name))
+        self.jobs.append(JobModel(job.id, tenant, name, dataset))
         if self.random.random() < 0.3:  # the client did not hear it, and asks again
             again = self.store.jobs.submit(tenant, spec, key)
             assert again == job, "a retry of submit gave another answer"
@@ -374,6 +438,7 @@ class History:
                 record = records[job.id]
                 found = (record.state, record.num_restarts, record.cancel_requested, record.model, record.spec.model)
                 assert found == (job.state, job.restarts, job.cancel, job.model, job.name), job
+                assert record.spec.dataset == job.dataset
                 if job.id in self.ends:
                     assert record.state is self.ends[job.id], "a job ended twice"
                 elif record.state.has_ended:
@@ -387,9 +452,25 @@ class History:
             for name in NAMES:
                 versions = [one.version for one in models if one.name == name]
                 assert versions == list(range(1, len(versions) + 1)), "versions have gaps"
+            self.verify_datasets(tenant)
+
+    def verify_datasets(self, tenant: str) -> None:
+        references = [one.reference for one in self.store.datasets.list(tenant)]
+        expected = self.versions[tenant]
+        assert references == ["digits@1", *(f"mixed@{number}" for number in range(1, len(expected) + 1))]
+        for reference, commit in zip(references[1:], expected, strict=True):
+            content = self.store.datasets.rows(tenant, reference)
+            assert content.row_ids == ROWS
+            assert tuple(content.class_indices.tolist()) == commit.labels
+            more = zip(content.record.more_inputs, content.more_row_ids, strict=True)
+            found = tuple((source.space, tuple(ids)) for source, ids in more)
+            assert found == commit.more_inputs, f"{reference} has other inputs than it was committed with"
+            assert [one.codec for one in content.record.more_inputs] == [CODECS[space] for space, _ in found]
 
     def run(self, num_steps: int = NUM_STEPS) -> Counter[str]:
         steps: dict[Callable[[], None], int] = {
+            self.commit: 3,
+            self.commit_again: 1,
             self.submit: 6,
             self.lease: 8,
             self.work: 18,
@@ -440,7 +521,17 @@ def test_histories_in_memory(memory: Database) -> None:
     for seed in range(NUM_HISTORIES):
         counts += play(seed, database=memory)
     # A simulation that never gets anywhere would pass too.
-    for name in ("submit", "lease", "renew", "append_events", "succeed", "fail", "mark_cancelled", "request_cancel"):
+    for name in (
+        "commit",
+        "submit",
+        "lease",
+        "renew",
+        "append_events",
+        "succeed",
+        "fail",
+        "mark_cancelled",
+        "request_cancel",
+    ):
         assert counts[name] > NUM_HISTORIES // 4, (name, counts)
     for name in ("killed before_commit", "killed after_commit", "restart", "refused", "release_lane", "expire"):
         assert counts[name] > NUM_HISTORIES // 4, (name, counts)
@@ -501,7 +592,16 @@ def skip_a_version(models: Models, connection: sa.Connection, model: Any, **valu
     return published
 
 
+def digest_of_the_first_input(row_ids: Any, names: Any, indices: Any, targets: Any, _more: Any) -> str:
+    return DIGEST(row_ids, names, indices, targets)
+
+
+def forget_the_last_input(sources: Any) -> str:
+    return SOURCES(sources[:-1])
+
+
 TAKE_BACK, PUBLISH, ADD_VERSION = leases.take_back, Jobs._publish, Models.publish
+DIGEST, SOURCES = datasets.dataset_digest, serial.sources_to_text
 
 
 @pytest.mark.parametrize(
@@ -516,6 +616,8 @@ TAKE_BACK, PUBLISH, ADD_VERSION = leases.take_back, Jobs._publish, Models.publis
         (Jobs, "_publish", publish_whatever),
         (Jobs, "_release", lambda *_: []),
         (Models, "publish", skip_a_version),
+        (datasets, "dataset_digest", digest_of_the_first_input),
+        (serial, "sources_to_text", forget_the_last_input),
     ],
 )
 def test_a_planted_bug_is_found(

@@ -130,6 +130,7 @@ class FakeEngine:
         self.started = threading.Event()
         self.costs_asked = []
         self.last_rows = None
+        self.last_more = None
 
     async def describe(self, input_size=0):
         return fake_spec(input_size or 8)
@@ -163,8 +164,9 @@ class FakeEngine:
             raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}; there is mid")
         return fake_cost(found)
 
-    async def predict(self, space, rows, model, *, timeout_s=None):
+    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None):
         extraction = await self.extract(space, rows, timeout_s=timeout_s)
+        self.last_more = more_BE
         outputs = np.tile(np.float32([0.25, 0.75]), (len(rows), 1))
         for row in extraction.row_errors:
             outputs[row] = np.nan

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from trunkline import errors
-from trunkline._calls import Batch, RawPrediction
+from trunkline import errors, local_model
+from trunkline._calls import Batch, MoreRows, RawPrediction
 from trunkline._features import Features, check_features, rows_per_chunk
-from trunkline._inference import Collector, FeatureFeed, ImageFeed, run
-from trunkline.datasets import FeatureRows, ImageRows
+from trunkline._feeds import FeatureFeed, ImageFeed, JoinedFeed, LocalModelFeed
+from trunkline._inference import Collector, run
+from trunkline._row_sources import FeatureRows, ImageRows
 from trunkline.images import pictures
 from trunkline_wire.limits import CHUNK_BYTES, MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
 from trunkline_wire.quantise import PackedRows, codec_of, pack, parse_codec, row_bytes, unpack
@@ -168,8 +169,94 @@ def test_features_are_packed_a_chunk_at_a_time(codec):
 
 
 def test_image_chunks_stay_small(monkeypatch):
-    monkeypatch.setattr("trunkline.datasets.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("trunkline._row_sources.CHUNK_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 255, (5, 12, 12, 3)).astype(np.uint8)
     chunks = list(ImageRows(pictures(noise)).chunks(range(5)))
     assert all(sum(map(len, one.rows)) <= 1000 for one in chunks) and sum(len(one.row_ids) for one in chunks) == 5
     assert len(chunks) >= 3
+
+
+OTHER = FeatureSpace("other", "input", 4, "cd" * 32)
+
+
+@pytest.mark.parametrize("side", [4, 60])
+def test_images_for_several_backbones_travel_once_or_as_pixels_for_each(side):
+    noise = np.random.default_rng(0).integers(0, 255, (3, side, side, 3)).astype(np.uint8)
+    smaller = dataclasses.replace(PREPROCESSING, input_size=4)
+    image_feed = ImageFeed(pictures(noise), SPACE, PREPROCESSING, [(OTHER, smaller)])
+    assert image_feed.row_bytes == 3 * (8 * 8 + 4 * 4)
+    (batch,) = image_feed.batches(10)
+    if side == 4:
+        assert all(isinstance(one, bytes) for one in batch.rows) and batch.more == (MoreRows(OTHER, None),)
+    else:
+        assert batch.rows.shape == (3, 8, 8, 3)
+        (more,) = batch.more
+        assert more.space == OTHER and more.rows.shape == (3, 4, 4, 3)
+
+
+def local_feed(rows, function=lambda x: x, **keywords):
+    local = local_model(function, name="mean", version="1", **keywords)
+    return LocalModelFeed(local.rows(rows), local)
+
+
+def test_local_rows_that_fail_are_left_out():
+    rows = np.arange(5.0)[:, None]
+    found = local_feed(rows, lambda x: np.where(x == 3, np.nan, x))
+    batches = list(found.batches(2))
+    assert [one.row_numbers for one in batches] == [(0, 1), (2,), (4,)]
+    assert isinstance(found.errors[3], errors.NotFiniteError) and "row 3" in str(found.errors[3])
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+def test_inputs_beside_each_other(codec):
+    first = FeatureFeed(at_hand(np.arange(20.0).reshape(10, 2).astype(np.float16)))
+    second = local_feed(np.arange(10.0)[:, None] + [[0.0, 1.0]], codec=codec)
+    joined = JoinedFeed(first, [second])
+    assert joined.space == SPACE and joined.row_bytes == first.row_bytes + second.row_bytes
+    batches = list(joined.batches(4))
+    assert [len(one.row_numbers) for one in batches] == [4, 4, 2]
+    (more,) = batches[1].more
+    assert more.space == second.space and codec_of(more.rows) == codec and len(more.rows) == 4
+    values = unpack(more.rows) if isinstance(more.rows, PackedRows) else more.rows
+    np.testing.assert_allclose(values[:, 0], [4, 5, 6, 7], atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_row_that_fails_in_one_input_fails(order):
+    """Whichever input comes first: what the others made of the row is taken out again."""
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3)).astype(np.uint8)
+    images = [*pixels]
+    images[1] = b"x" * 9999
+    numbers = np.arange(6.0)[:, None]
+    feeds = [
+        ImageFeed(pictures(images), SPACE, PREPROCESSING, [(OTHER, dataclasses.replace(PREPROCESSING, input_size=4))]),
+        local_feed(numbers, lambda x: np.where(x == 3, np.inf, x), codec="int8"),
+        FeatureFeed(at_hand(numbers.astype(np.float32), dataclasses.replace(SPACE, backbone="third"))),
+    ]
+    first, *others = (feeds[one] for one in order)
+    joined = JoinedFeed(first, others)
+    batches = list(joined.batches(3))
+    assert [one.row_numbers for one in batches] == [(0, 2), (4, 5)]
+    assert sorted(joined.errors) == [1, 3]
+    for batch in batches:
+        assert len(batch.rows) == 2 and all(len(one.rows) == 2 for one in batch.more)
+        assert {one.space.source for one in batch.more} == {"net", "other", "mean", "third"} - {first.space.source}
+        rows = [one.rows for one in batch.more if one.space.source == "third"] or [batch.rows]
+        np.testing.assert_array_equal(rows[0].ravel(), batch.row_numbers)
+
+
+def test_batch_of_which_nothing_is_left():
+    feeds = FeatureFeed(at_hand(np.zeros((4, 2), np.float32))), local_feed(np.array([[np.nan]] * 2 + [[1.0]] * 2))
+    joined = JoinedFeed(feeds[0], [feeds[1]])
+    assert [one.row_numbers for one in joined.batches(2)] == [(2, 3)] and sorted(joined.errors) == [0, 1]
+
+
+def test_inputs_of_different_numbers_of_rows():
+    with pytest.raises(errors.ShapeMismatchError, match="4 rows of 'mean' beside 10 of 'net'"):
+        JoinedFeed(feed(), [local_feed(np.zeros((4, 1)))])
+
+
+def test_all_inputs_fit_a_message_together():
+    wide = FeatureFeed(at_hand(np.zeros((4, CHUNK_BYTES // 16), np.float32)))
+    assert wide.batch_rows(None) == 4
+    assert JoinedFeed(wide, [FeatureFeed(at_hand(np.zeros((4, CHUNK_BYTES // 16), np.float32)))]).batch_rows(None) == 2

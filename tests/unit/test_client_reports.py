@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
-from trunkline.reports import calibration_error, classification_report, regression_report
+from trunkline.errors import UnsupportedError
+from trunkline.predictions import Prediction, label_sets
+from trunkline.reports import calibration_error, classification_report, multi_label_report, regression_report
+from trunkline_wire.specs import Timings
 
 
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 60), classes=st.integers(2, 6))
@@ -63,3 +66,64 @@ def test_many_classes_are_cut_short():
     names = [f"class{k}" for k in range(40)]
     report = classification_report("m@1", names, np.arange(40), np.eye(40, dtype=np.float32))
     assert "and 10 more classes" in report.summary() and "true" not in report._repr_html_()
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), classes=st.integers(1, 5))
+def test_several_classes_against_scikit_learn(seed, rows, classes):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 2, (rows, classes))
+    probabilities = rng.random((rows, classes)).astype(np.float32)
+    said = (probabilities > 0.5).astype(int)
+    report = multi_label_report("m@1", [str(k) for k in range(classes)], truth, probabilities)
+    assert report.subset_accuracy == pytest.approx((truth == said).all(axis=1).mean())
+    flat = metrics.f1_score(truth.ravel(), said.ravel(), zero_division=0)
+    assert report.micro_f1 == pytest.approx(flat)
+    scores = [metrics.f1_score(truth[:, k], said[:, k], zero_division=np.nan) for k in range(classes)]
+    assert report.macro_f1 == pytest.approx(np.nanmean(scores) if not np.isnan(scores).all() else 0.0)
+    for k, one in enumerate(report.classes):
+        expected = metrics.precision_recall_fscore_support(truth[:, k], said[:, k], labels=[1], zero_division=0)
+        np.testing.assert_allclose([one.precision, one.recall, one.f1, one.support], np.ravel(expected), atol=1e-12)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["task"] == "multi_label"
+
+
+def test_report_on_several_classes_is_readable_and_escaped():
+    truth, probabilities = np.array([[1, 0], [1, 1]]), np.array([[0.9, 0.6], [0.9, 0.6]], np.float32)
+    report = multi_label_report("m@1", ["<cat>", "dog"], truth, probabilities, num_failed=1)
+    text = report.summary()
+    assert "micro F1 0.8571 on 2 rows (1 could not be predicted)" in text
+    assert "all classes right in 0.5000 of the rows" in text and "<cat>" in text and "support" in text
+    html = report._repr_html_()
+    assert "&lt;cat&gt;" in html and "<cat>" not in html and "subset accuracy" in html
+    assert "micro_f1=0.8571" in repr(report)
+
+
+class TestPredictionOfSeveralClasses:
+    outputs = np.array([[0.9, 0.5, 0.51], [0.1, 0.2, 0.3], [np.nan] * 3], np.float32)
+
+    @pytest.fixture
+    def prediction(self):
+        names = ("a", "b", "c")
+        labels = label_sets(self.outputs, names)
+        error = UnsupportedError("failed")
+        return Prediction("m@1", names, self.outputs, labels, {2: error}, Timings(), 0.1, task="multi_label")
+
+    def test_labels(self, prediction):
+        assert prediction.labels == [("a", "c"), (), None] == prediction.label_sets()
+        assert prediction.label_sets(0.25) == [("a", "b", "c"), ("c",), None]
+        assert prediction[0].label == ("a", "c") and prediction.probabilities.shape == (3, 3)
+        assert [one.text for one in prediction][:2] == ["a, c", "none"]
+
+    def test_plain_values(self, prediction):
+        data = prediction.to_dict()
+        assert data["task"] == "multi_label" and data["rows"][0]["labels"] == ("a", "c")
+        assert "error" in data["rows"][2] and "a, c" in prediction._repr_html_()
+
+    def test_what_it_has_not(self, prediction):
+        with pytest.raises(UnsupportedError, match="label_sets"):
+            _ = prediction.indices
+        with pytest.raises(UnsupportedError, match=r"Use \.labels or \.probabilities"):
+            _ = prediction.values
+        single = Prediction("m@1", ("a", "b"), self.outputs[:, :2], ["a", "b", None], {}, Timings(), 0.1)
+        with pytest.raises(UnsupportedError, match="one class in a row"):
+            single.label_sets()
+        assert single.indices.tolist() == [0, 1, -1]

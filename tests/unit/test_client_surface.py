@@ -16,6 +16,7 @@ NAMES = [
     "ClassificationReport",
     "Client",
     "ConfigError",
+    "Conv",
     "CorruptDataError",
     "CorruptImageError",
     "Dataset",
@@ -33,15 +34,19 @@ NAMES = [
     "JobStateError",
     "JobStatus",
     "Linear",
+    "LocalFeatures",
+    "LocalModel",
     "MLP",
     "MissingExtraError",
     "Model",
+    "MultiLabelReport",
     "NotFiniteError",
     "NotFoundError",
     "OverloadedError",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "Prediction",
+    "Prototype",
     "RegressionReport",
     "Report",
     "RowPrediction",
@@ -55,6 +60,8 @@ NAMES = [
     "UploadReport",
     "WorkerOutOfMemoryError",
     "connect",
+    "local_features",
+    "local_model",
 ]
 HEAVY = {"ray", "torch", "torchvision", "onnxruntime", "rich", "typer", "PIL", "trunkline_worker", "timm", "IPython"}
 
@@ -118,7 +125,14 @@ def test_version():
 
 
 def test_public_methods_are_documented():
-    for kind in (trunkline.Client, trunkline.Job, trunkline.Model, trunkline.Dataset, trunkline.Stem):
+    for kind in (
+        trunkline.Client,
+        trunkline.Job,
+        trunkline.Model,
+        trunkline.Dataset,
+        trunkline.Stem,
+        trunkline.LocalModel,
+    ):
         for name, member in inspect.getmembers(kind):
             if not name.startswith("_") and callable(member):
                 assert inspect.getdoc(member), f"{kind.__name__}.{name}"

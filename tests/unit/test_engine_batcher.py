@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_worker.engine.batcher import Batcher, Part, PartResult
+from trunkline_worker.engine.batcher import Batcher, Part, PartResult, Rows
 from trunkline_worker.store.clock import ManualClock
 
 
@@ -28,7 +28,7 @@ class Runner:
         self._seconds_per_row = seconds_per_row
 
     async def __call__(self, key: Hashable, parts: Sequence[Part[Any]]) -> list[PartResult]:
-        rows = [int(one) for part in parts for one in part.rows[:, 0]]
+        rows = [int(one) for part in parts for one in part.rows.features[:, 0]]
         self.batches.append((key, rows))
         self.started.set()
         await self.free.wait()
@@ -39,7 +39,7 @@ class Runner:
         return [
             PartResult(None, part.context)
             if isinstance(part.context, WireError)
-            else PartResult((part.rows * 2).astype(np.float32), None, 0.5, 0.25)
+            else PartResult((part.rows.features * 2).astype(np.float32), None, 0.5, 0.25)
             for part in parts
         ]
 
@@ -48,8 +48,8 @@ class Runner:
         return [len(rows) for _, rows in self.batches]
 
 
-def _rows(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)[:, None]
+def _rows(*values: int) -> Rows:
+    return Rows(np.array(values, dtype=np.int64)[:, None])
 
 
 async def _settle() -> None:

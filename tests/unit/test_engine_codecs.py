@@ -14,6 +14,7 @@ import torch
 from engines import with_engine
 from small_backbones import SIZE, small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.limits import MAX_CODEC_ERROR
 from trunkline_wire.preprocess import encode_image, image_from_array
 from trunkline_wire.quantise import CODECS, PackedRows, pack, unpack
@@ -25,7 +26,7 @@ from trunkline_worker.engine.checks import check_codec, check_rows, check_space
 from trunkline_worker.engine.exports import STEMS, ExportStore
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
-from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import ModelRecord
@@ -85,9 +86,9 @@ def _close(got: np.ndarray, expected: np.ndarray) -> None:
 
 def _model(blobs: BlobStore, spec: BackboneSpec, **changes: object) -> ModelRecord:
     slices, widths, names = ("pooled",), (spec.slices[-1].width,), ("a", "b")
-    module = Head(HeadConfig(), sum(widths), len(names))
+    module = Head(HeadConfig(), [HeadInput(slices, widths)], len(names))
     module.reset_parameters(torch.Generator().manual_seed(0))
-    data = head_to_bytes(TrainedHead(module.eval(), "classification", names, slices, widths))
+    data = head_to_bytes(TrainedHead(module.eval(), "classification", names))
     sha256 = hashlib.sha256(data).hexdigest()
     blobs.put(head_path(sha256), data)
     record = ModelRecord(
@@ -283,10 +284,10 @@ def test_a_model_says_what_it_was_trained_on_and_takes_what_is_close_enough(
 def test_which_codecs_go_together(use: CodecUse, taken: bool, blobs: BlobStore, spec: BackboneSpec) -> None:
     model = _model(blobs, spec)
     if taken:
-        check_codec(model, use)
+        check_codec(model.reference, use)
         return
     with pytest.raises(WireError, match="m@1") as caught:
-        check_codec(model, use)
+        check_codec(model.reference, use)
     assert caught.value.code is ErrorCode.INCOMPATIBLE
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.preprocess import decode_image, preprocess_image
 from trunkline_wire.specs import IMAGES, INPUT_CUT, BackboneSpec, FeatureSpace
 from trunkline_worker.backbones.backbone import Backbone
@@ -26,7 +27,7 @@ from trunkline_worker.backbones.onnx_safety import check_onnx
 from trunkline_worker.engine import stems
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
-from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import ManualClock, SystemClock
@@ -97,9 +98,9 @@ def _model(
 ) -> tuple[ModelRecord, TrainedHead]:
     widths = tuple(one.width for name in slices for one in spec.slices if one.name == name)
     names = tuple(f"class {index}" for index in range(num_outputs))
-    module = Head(HeadConfig(), sum(widths), num_outputs)
+    module = Head(HeadConfig(), [HeadInput(slices, widths)], num_outputs)
     module.reset_parameters(torch.Generator().manual_seed(seed))
-    head = TrainedHead(module.eval(), "classification", names, slices, widths)
+    head = TrainedHead(module.eval(), "classification", names)
     data = head_to_bytes(head)
     sha256 = hashlib.sha256(data).hexdigest()
     blobs.put(head_path(sha256), data)
@@ -363,7 +364,7 @@ def test_a_deadline_that_has_passed_costs_nothing(backbone: Backbone, blobs: Blo
         await _refused(
             engine.extract(other.space(other.cuts[0]), [b"x"], timeout_s=0.0), ErrorCode.DEADLINE_EXCEEDED, "first time"
         )
-        assert (INPUT_CUT, 96) in engine._runtimes
+        assert (INPUT_CUT, 96, "") in engine._runtimes
 
     with_engine(backbone, blobs, test, clock=ManualClock())
 
@@ -392,7 +393,7 @@ def test_memory_that_runs_out_is_named(
 
     async def test(engine: LocalEngine) -> None:
         await engine.extract(_space(spec), features)
-        runtime = engine._runtimes.known((CUT, SIZE)).runtime  # type: ignore[union-attr]
+        runtime = engine._runtimes.known((CUT, SIZE, "")).runtime  # type: ignore[union-attr]
         monkeypatch.setattr(
             runtime,
             "run",

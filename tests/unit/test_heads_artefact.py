@@ -9,21 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_worker.heads.artefact import head_from_bytes, head_path, head_to_bytes
-from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
 
 
 def make_head(kind: str = "linear", task: str = "classification") -> TrainedHead:
     hidden = (4,) if kind == "mlp" else ()
-    head = Head(HeadConfig(kind, hidden, 0.25 if hidden else 0.0), 5, 2)
+    inputs = (HeadInput(("blocks.4/grid", "pooled"), (4, 1)),)
+    head = Head(HeadConfig(kind, hidden, dropout=0.25 if hidden else 0.0, batch_norm=bool(hidden)), inputs, 2)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw))
     head.scale = torch.full((5,), 2.0)
     names = ("größer", "0") if task == "classification" else ()
-    return TrainedHead(head.eval(), task, names, ("blocks.4/grid", "pooled"), (4, 1))
+    return TrainedHead(head.eval(), task, names)
 
 
 def rewritten(**changes: object) -> bytes:
@@ -32,6 +34,7 @@ def rewritten(**changes: object) -> bytes:
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["trunkline_head"])
     metadata.pop(changes.pop("drop", ""), None)
+    metadata["config"].update(changes.pop("config", {}))  # type: ignore[call-overload]
     metadata.update(changes)
     return safetensors.torch.save(safetensors.torch.load(data), metadata={"trunkline_head": json.dumps(metadata)})
 
@@ -44,7 +47,7 @@ def test_a_head_survives_the_round_trip(kind: str, task: str) -> None:
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(back.predict(x), head.predict(x))
     assert (back.config, back.task, back.class_names) == (head.config, head.task, head.class_names)
-    assert (back.slices, back.slice_widths, back.num_outputs) == (head.slices, head.slice_widths, 2)
+    assert (back.inputs, back.num_outputs) == (head.inputs, 2)
     assert head_to_bytes(back) == head_to_bytes(head)
     assert not any(one.requires_grad for one in back.head.parameters())
 
@@ -53,41 +56,52 @@ def test_equal_heads_give_equal_bytes_in_another_process() -> None:
     code = (
         "import torch, hashlib\n"
         "from trunkline_worker.heads.artefact import head_to_bytes\n"
-        "from trunkline_worker.heads.config import HeadConfig\n"
+        "from trunkline_wire.heads import HeadConfig\n"
+        "from trunkline_worker.heads.inputs import HeadInput\n"
         "from trunkline_worker.heads.model import Head, TrainedHead\n"
-        "head = TrainedHead(Head(HeadConfig(), 3, 2), 'classification', ('a', 'b'), ('x', 'y'), (1, 2))\n"
+        "head = TrainedHead(Head(HeadConfig(), [HeadInput(('x', 'y'), (1, 2))], 2), 'classification', ('a', 'b'))\n"
         "print(hashlib.sha256(head_to_bytes(head)).hexdigest())"
     )
-    here = TrainedHead(Head(HeadConfig(), 3, 2), "classification", ("a", "b"), ("x", "y"), (1, 2))
+    here = TrainedHead(Head(HeadConfig(), [HeadInput(("x", "y"), (1, 2))], 2), "classification", ("a", "b"))
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == hashlib.sha256(head_to_bytes(here)).hexdigest()
 
 
 def test_a_newer_format_is_unsupported_not_corrupt() -> None:
-    with pytest.raises(WireError, match="format 2") as caught:
-        head_from_bytes(rewritten(format=2))
+    with pytest.raises(WireError, match="format 3") as caught:
+        head_from_bytes(rewritten(format=3))
     assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kind": "forest"},
-        {"kind": ["linear"]},
+        {"config": {"kind": "forest"}},
+        {"config": {"kind": ["linear"]}},
+        {"config": {"hidden": [4]}},
+        {"config": {"hidden": "4"}},
+        {"config": {"dropout": "0"}},
+        {"config": {"dropout": True}},
+        {"config": {"batch_norm": 1}},
+        {"config": {"activation": None}},
+        {"config": {"fuse": "add", "fuse_width": 1.5}},
+        {"config": {"extra": 1}},
         {"task": "ranking"},
-        {"hidden": [4]},
-        {"hidden": "4"},
-        {"dropout": "0"},
-        {"dropout": True},
+        {"task": 3},
         {"class_names": ["one"]},
         {"class_names": ["one", 2]},
         {"class_names": ["one", "one"]},
-        {"slices": ["a"]},
-        {"slice_widths": [4, 2]},
-        {"slice_widths": [4.0, 1.0]},
-        {"slice_widths": [-1, 6]},
-        {"slice_widths": [2**60, 1]},
-        {"slice_widths": [2**39, 1]},
+        {"inputs": []},
+        {"inputs": {}},
+        {"inputs": [3]},
+        {"inputs": [{"slices": ["a"], "widths": [5]}]},
+        {"inputs": [{"slices": ["a"], "widths": [4, 2], "map_shape": []}]},
+        {"inputs": [{"slices": ["a", "b"], "widths": [4.0, 1.0], "map_shape": []}]},
+        {"inputs": [{"slices": ["a", "b"], "widths": [-1, 6], "map_shape": []}]},
+        {"inputs": [{"slices": ["a", "b"], "widths": [2**60, 1], "map_shape": []}]},
+        {"inputs": [{"slices": ["a", "b"], "widths": [2**39, 1], "map_shape": []}]},
+        {"inputs": [{"slices": ["a"], "widths": [5], "map_shape": [5, 1, 1]}]},
+        {"inputs": [{"slices": ["a"], "widths": [5], "map_shape": [5, -1, -1]}]},
         {"num_outputs": 3},
         {"num_outputs": 0},
         {"drop": "task"},
@@ -121,6 +135,54 @@ def test_tensors_that_do_not_fit_are_corrupt(name: str, change: object) -> None:
         tensors[name] = changed
     with pytest.raises(WireError) as caught:
         head_from_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    assert caught.value.code is ErrorCode.CORRUPT_DATA
+
+
+def test_a_variance_below_zero_is_corrupt() -> None:
+    data = head_to_bytes(make_head("mlp"))
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    tensors = safetensors.torch.load(data)
+    tensors["norms.0.running_var"] = -tensors["norms.0.running_var"]
+    with pytest.raises(WireError, match="variance") as caught:
+        head_from_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    assert caught.value.code is ErrorCode.CORRUPT_DATA
+
+
+def test_a_head_of_the_first_format_is_read() -> None:
+    """As it was written before heads had several inputs."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        "layers.0.bias": (4,),
+        "layers.0.weight": (4, 5),
+        "layers.1.bias": (2,),
+        "layers.1.weight": (2, 4),
+        "mean": (5,),
+        "scale": (5,),
+    }
+    tensors = {name: torch.rand(shape, generator=draw) + 0.5 for name, shape in shapes.items()}
+    described = {
+        "class_names": ["a", "b"],
+        "dropout": 0.25,
+        "format": 1,
+        "hidden": [4],
+        "kind": "mlp",
+        "num_outputs": 2,
+        "slice_widths": [4, 1],
+        "slices": ["blocks.4.grid", "pooled"],
+        "task": "classification",
+    }
+    head = head_from_bytes(safetensors.torch.save(tensors, metadata={"trunkline_head": json.dumps(described)}))
+    x = torch.randn(3, 5, generator=draw)
+    hidden = torch.relu(
+        (x - tensors["mean"]) / tensors["scale"] @ tensors["layers.0.weight"].T + tensors["layers.0.bias"]
+    )
+    expected = (hidden @ tensors["layers.1.weight"].T + tensors["layers.1.bias"]).softmax(dim=1)
+    torch.testing.assert_close(head.predict(x), expected)
+    assert head.config == HeadConfig("mlp", (4,), dropout=0.25)
+    described["fuse"] = "add"
+    with pytest.raises(WireError) as caught:
+        head_from_bytes(safetensors.torch.save(tensors, metadata={"trunkline_head": json.dumps(described)}))
     assert caught.value.code is ErrorCode.CORRUPT_DATA
 
 

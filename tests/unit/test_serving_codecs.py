@@ -377,9 +377,9 @@ def test_no_batch_carries_a_models_candidates(gateway, channel, monkeypatch):
     seen = []
     predict = gateway.engine.predict
 
-    async def spy(space, rows, model, *, timeout_s=None):
+    async def spy(space, rows, model, *, more_BE=None, timeout_s=None):
         seen.append(model)
-        return await predict(space, rows, model, timeout_s=timeout_s)
+        return await predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s)
 
     monkeypatch.setattr(gateway.engine, "predict", spy)
     request = inference_pb2.PredictRequest(

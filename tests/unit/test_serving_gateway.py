@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from trunkline_wire import codecs, messages
 from trunkline_wire.limits import MAX_CONCURRENT_STREAMS, MAX_MESSAGE_BYTES
 from trunkline_wire.rows import row_id
-from trunkline_wire.specs import IMAGES, FeatureSpace
+from trunkline_wire.specs import IMAGES, FeatureSpace, local_space
 from trunkline_wire.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -336,6 +337,125 @@ def test_bad_chunks_are_answered_one_by_one_and_nothing_of_them_is_kept(gateway,
     assert list(missing) == list(range(7))
 
 
+LOCAL = local_space("sensor", "5" * 64)
+
+
+def multi_labels(values, names=("a", "b"), dtype=np.uint8):
+    tensor = codecs.encode_array(np.array(values, dtype))
+    return {"multi_labels": dataset_pb2.MultiLabels(names=names, values=tensor)}
+
+
+def upload_local(channel, count=4, space=LOCAL):
+    ids = ids_of(count, space)
+    replies = upload(channel, chunk(ids, np.arange(3.0 * count, dtype=np.float32).reshape(count, 3), space))
+    assert replies[0].ack.num_new_rows == count
+    return ids
+
+
+def commit_dataset(channel, space, ids, more=(), **labels):
+    request = dataset_pb2.CommitDatasetRequest(
+        name="d",
+        space=messages.space_to_proto(space),
+        row_ids=ids,
+        idempotency_key=uuid.uuid4().hex,
+        more_inputs=[dataset_pb2.DatasetInput(space=messages.space_to_proto(one), row_ids=rows) for one, rows in more],
+        **(labels or {"classes": dataset_pb2.ClassLabels(names=["a", "b"], indices=[0, 1] * (len(ids) // 2))}),
+    )
+    return dataset_pb2_grpc.DatasetServiceStub(channel).CommitDataset(request, metadata=USER).dataset
+
+
+def submit_job(channel, **spec):
+    request = training_pb2.SubmitJobRequest(
+        spec=training_pb2.JobSpec(**{"model": "m", "dataset": "d", **spec}), idempotency_key=uuid.uuid4().hex
+    )
+    return training_pb2_grpc.TrainingServiceStub(channel).SubmitJob(request, metadata=USER).job
+
+
+def test_local_features_beside_images_and_features(gateway, channel):
+    local_ids = upload_local(channel)
+    pictures = ids_of(4)
+    upload(channel, chunk(pictures, [b"one", b"two", b"three", b"four"], IMAGES))
+    beside = commit_dataset(channel, IMAGES, pictures, [(LOCAL, local_ids)])
+    assert [messages.space_from_proto(one.space) for one in beside.more_inputs] == [LOCAL]
+    assert [one.codec for one in beside.more_inputs] == ["float32"]
+    content = gateway.store.datasets.rows("default", "d@1")
+    assert content.more_row_ids == (local_ids,)
+    features = fakes.images_space(cut="mid")
+    feature_ids = ids_of(4, features)
+    upload(channel, chunk(feature_ids, np.zeros((4, 3, 2, 2), np.float16), features))
+    both = commit_dataset(
+        channel, IMAGES, pictures, [(features, feature_ids), (LOCAL, local_ids)], **multi_labels([[1, 0]] * 4)
+    )
+    assert both.version == 2
+    assert [one.codec for one in both.more_inputs] == ["float16", "float32"]
+    assert (list(both.class_names), both.num_targets) == (["a", "b"], 2)
+    kept = gateway.store.datasets.rows("default", "d@2")
+    assert kept.targets.tolist() == [[1.0, 0.0]] * 4
+    error = refused(lambda: submit_job(channel))
+    assert "'fake' is named twice" in error.details(), "the features' backbone is the one that would read the images"
+    job = submit_job(channel, dataset="d@1", head=training_pb2.HeadConfig(fuse=training_pb2.FUSION_GATE))
+    assert (job.spec.backbone, job.spec.fit.solver) == ("fake", training_pb2.SOLVER_ADAM)
+
+
+def test_local_features_alone_are_trained_on_without_a_backbone(channel):
+    dataset = commit_dataset(channel, LOCAL, upload_local(channel), **multi_labels([[1, 0], [0, 0], [1, 1], [0, 1]]))
+    assert messages.space_from_proto(dataset.space) == LOCAL
+    assert "no backbone can read them" in refused(lambda: submit_job(channel, backbone="fake")).details()
+    job = submit_job(channel, fit=training_pb2.FitConfig(validation_fraction=0.25))
+    assert (job.spec.backbone, job.spec.input_size) == ("", 0)
+
+
+def test_a_dataset_whose_rows_are_of_no_class_is_not_trained_on(channel):
+    commit_dataset(channel, LOCAL, upload_local(channel), **multi_labels([[0, 0]] * 4))
+    error = refused(lambda: submit_job(channel))
+    assert "no row of d@1 is of any class" in error.details()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "what"),
+    [
+        (lambda ids: [(LOCAL, ids[:3])], "INVALID_ARGUMENT", "3 rows of 'sensor' beside 4"),
+        (lambda ids: [(LOCAL, [])], "INVALID_ARGUMENT", "no row is named"),
+        (lambda ids: [(LOCAL, [*ids[:3], b"x"])], "INVALID_ARGUMENT", "a row id has 32 bytes"),
+        (lambda ids: [(LOCAL, [*ids[:3], bytes(32)])], "NOT_FOUND", "1 of 4 rows are not stored (sensor)"),
+        (lambda ids: [(LOCAL, ids), (LOCAL, ids)], "INVALID_ARGUMENT", "two inputs of 'sensor'"),
+        (lambda ids: [(local_space("sensor", "6" * 64), ids)], "FAILED_PRECONDITION", "another feature space"),
+        (lambda ids: [(IMAGES, ids)], "INVALID_ARGUMENT", "can be images"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(channel, more, code, what):
+    local_ids = upload_local(channel)
+    pictures = ids_of(4)
+    upload(channel, chunk(pictures, [b"one", b"two", b"three", b"four"], IMAGES))
+    error = refused(lambda: commit_dataset(channel, IMAGES, pictures, more(local_ids)))
+    assert error.code() is grpc.StatusCode[code]
+    assert what in error.details()
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel)
+    assert not stub.ListDatasets(dataset_pb2.ListDatasetsRequest(), metadata=USER).datasets
+
+
+def test_bad_local_features_are_answered_one_by_one(channel):
+    ids = ids_of(2, LOCAL)
+    rows = np.zeros((2, 3), np.float32)
+    replies = upload(
+        channel,
+        chunk(ids, rows.astype(np.uint8), LOCAL),
+        chunk(ids, [b"one", b"two"], LOCAL),
+        chunk(ids, rows.reshape(2, 3, 1), LOCAL),
+        chunk(ids, np.full((2, 3), np.nan, np.float32), LOCAL),
+        chunk(ids, rows, local_space("a b", "5" * 64)),
+        chunk(ids, rows, local_space("sensor", "xyz")),
+        chunk(ids, rows, FeatureSpace("", "mid", 8, "5" * 64, local_model="sensor")),
+        chunk(ids, [b"one", b"two"], FeatureSpace("", "input", 0, "5" * 64)),
+        chunk(ids, rows, LOCAL),
+    )
+    expected = ["DTYPE_MISMATCH", "DTYPE_MISMATCH", "SHAPE_MISMATCH", "NOT_FINITE", *["INVALID_ARGUMENT"] * 4]
+    assert [error_pb2.ErrorCode.Name(replies[seq].error.code) for seq in range(8)] == [
+        f"ERROR_CODE_{name}" for name in expected
+    ]
+    assert replies[8].ack.num_new_rows == 2
+
+
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
@@ -346,6 +466,18 @@ def test_bad_chunks_are_answered_one_by_one_and_nothing_of_them_is_kept(gateway,
         (
             {"targets": dataset_pb2.RegressionTargets(values=codecs.encode_array(np.zeros((3, 1), np.float32)))},
             "3 targets for 2 rows",
+        ),
+        (multi_labels([[1, 0]]), "1 targets for 2 rows"),
+        (multi_labels([[1, 0], [0, 2]]), "a row says 2 of a class"),
+        (multi_labels([[1], [0]]), "1 columns for 2 classes"),
+        (multi_labels([[1, 0], [0, 1]], names=["a", "a"]), "distinct"),
+        (multi_labels([[1, 0], [0, 1]], names=["a", ""]), "not empty"),
+        (multi_labels([[1, 0], [0, 1]], names=[]), "no class is named"),
+        (multi_labels([[1, 0], [0, 1]], dtype=np.float32), "uint8 of shape (rows, classes)"),
+        (multi_labels([1, 0]), "uint8 of shape (rows, classes)"),
+        (
+            {"multi_labels": dataset_pb2.MultiLabels(names=["a", "b"], values=codecs.encode_images([b"x", b"y"]))},
+            "uint8 of shape (rows, classes)",
         ),
     ],
 )
@@ -586,6 +718,12 @@ def test_an_embedding_that_would_not_fit_a_message_is_refused_before_it_is_compu
         ({"dataset": "nothing"}, "nothing"),
         ({"model": "../x"}, "not a model name"),
         ({"backbone": "other"}, "cannot read them"),
+        ({"head": training_pb2.HeadConfig(fuse=99)}, "not known here"),
+        ({"head": training_pb2.HeadConfig(kind=training_pb2.HEAD_KIND_CONV, channels=[4])}, "a head of another kind"),
+        ({"head": training_pb2.HeadConfig(kind=training_pb2.HEAD_KIND_CONV)}, "1 to 8 convolutions"),
+        ({"fit": training_pb2.FitConfig(loss=training_pb2.LOSS_HUBER)}, "'huber' is for labels that are numbers"),
+        ({"more_backbones": [training_pb2.BackboneChoice(backbone="other")]}, "no other backbone can read"),
+        ({"embedding": training_pb2.EMBEDDING_MODE_SLICES, "slices": ["other:pooled"]}, "no backbone 'other'"),
     ],
 )
 def test_a_job_that_cannot_work_is_refused_when_it_is_submitted(gateway, channel, spec, what):

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.rows import dataset_digest
-from trunkline_wire.specs import IMAGES, FeatureSpace
-from trunkline_worker.store import datasets as datasets_module
+from trunkline_wire.specs import IMAGES, FeatureSpace, local_space
+from trunkline_worker.store import inputs as inputs_module
+from trunkline_worker.store import labels as labels_module
 from trunkline_worker.store import schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import DatasetRecord
+from trunkline_worker.store.records import DatasetRecord, DatasetSource
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 OTHER_SPACE = FeatureSpace("net", "blocks.3", 96, "e" * 64)
@@ -176,7 +177,16 @@ NAMED = ["a", "b"]
         ({"class_names": ["a", "a"], "class_indices": [0, 1, 1, 0]}, ErrorCode.BAD_LABELS),
         ({"class_names": ["a", ""], "class_indices": [0, 1, 1, 0]}, ErrorCode.BAD_LABELS),
         ({"class_names": ["a", "b" * 600], "class_indices": [0, 1, 1, 0]}, ErrorCode.BAD_LABELS),
-        ({"targets": np.zeros((4, 1), np.float32)}, ErrorCode.BAD_LABELS),
+        ({"targets": np.zeros((4, 3), np.float32)}, ErrorCode.BAD_LABELS),
+        ({"class_indices": [], "targets": np.zeros((4, 1), np.float32)}, ErrorCode.BAD_LABELS),
+        ({"class_indices": [], "targets": np.zeros((3, 3), np.float32)}, ErrorCode.BAD_LABELS),
+        ({"class_indices": [], "targets": np.full((4, 3), 0.5, np.float32)}, ErrorCode.BAD_LABELS),
+        ({"class_indices": [], "targets": np.full((4, 3), -1, np.float32)}, ErrorCode.BAD_LABELS),
+        ({"class_indices": [], "targets": np.full((4, 3), np.nan, np.float32)}, ErrorCode.NOT_FINITE),
+        (
+            {"class_names": ["a", "a"], "class_indices": [], "targets": np.ones((4, 2), np.float32)},
+            ErrorCode.BAD_LABELS,
+        ),
         ({"class_names": [], "class_indices": [], "targets": np.zeros((3, 1), np.float32)}, ErrorCode.BAD_LABELS),
         ({"class_names": [], "class_indices": [], "targets": np.zeros(4, np.float32)}, ErrorCode.BAD_LABELS),
         ({"class_names": [], "class_indices": [], "targets": np.zeros((4, 0), np.float32)}, ErrorCode.BAD_LABELS),
@@ -192,11 +202,145 @@ def test_bad_input_changes_nothing(store: MetadataStore, changes: dict[str, Any]
 
 
 def test_bounds(store: MetadataStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets_module, "MAX_DATASET_ROWS", 3)
+    monkeypatch.setattr(inputs_module, "MAX_DATASET_ROWS", 3)
     assert code_of(lambda: commit(store)) is ErrorCode.PAYLOAD_TOO_LARGE
     monkeypatch.undo()
-    monkeypatch.setattr(datasets_module, "MAX_CLASSES", 2)
+    monkeypatch.setattr(labels_module, "MAX_CLASSES", 2)
     assert code_of(lambda: commit(store)) is ErrorCode.BAD_LABELS
+
+
+SECOND = FeatureSpace("second", "mid", 32, "2" * 64)
+LOCAL = local_space("sensor", "5" * 64)
+SECOND_ROWS, LOCAL_ROWS = ([hashlib.sha256(bytes([kind, number])).digest() for number in range(6)] for kind in (2, 5))
+MORE = ((SECOND, SECOND_ROWS[:4]), (LOCAL, LOCAL_ROWS[:4]))
+
+
+@pytest.fixture
+def several(store: MetadataStore) -> MetadataStore:
+    """A store with rows of two more inputs."""
+    store.rows.add_chunk("t", "2" * 64, SECOND, "int8", SECOND_ROWS)
+    store.rows.add_chunk("t", "5" * 64, LOCAL, "float32", LOCAL_ROWS)
+    return store
+
+
+def test_several_inputs_are_read_back_in_their_order(several: MetadataStore) -> None:
+    record = commit(several, more_inputs=MORE)
+    assert record.more_inputs == (DatasetSource(SECOND, "int8"), DatasetSource(LOCAL, "float32"))
+    assert (record.space, record.codec) == (SPACE, "float16")
+    assert several.datasets.get("t", "digits") == several.datasets.list("t")[0] == record
+    content = several.datasets.rows("t", "digits")
+    assert content.record == record
+    assert content.row_ids == ROWS[:4]
+    assert content.more_row_ids == (SECOND_ROWS[:4], LOCAL_ROWS[:4])
+    assert record.digest == dataset_digest(
+        ROWS[:4], ["zero", "eins\0", "☃"], [0, 1, 2, 0], None, [SECOND_ROWS[:4], LOCAL_ROWS[:4]]
+    )
+
+
+def test_a_dataset_of_local_features_alone_and_of_images_beside_them(several: MetadataStore) -> None:
+    other = local_space("other", "6" * 64)
+    pictures, other_rows = (
+        [hashlib.sha256(f"{what} {number}".encode()).digest() for number in range(4)] for what in ("picture", "other")
+    )
+    several.rows.add_chunk("t", "6" * 64, other, "float16", other_rows)
+    several.rows.add_chunk("t", "7" * 64, IMAGES, "images", pictures)
+    alone = commit(several, name="alone", space=LOCAL, row_ids=LOCAL_ROWS[:4])
+    assert (alone.space, alone.codec, alone.more_inputs) == (LOCAL, "float32", ())
+    two = commit(several, name="two", space=LOCAL, row_ids=LOCAL_ROWS[:4], more_inputs=[(other, other_rows)])
+    assert two.more_inputs == (DatasetSource(other, "float16"),)
+    mixed = commit(several, name="mixed", space=IMAGES, row_ids=pictures, more_inputs=[(LOCAL, LOCAL_ROWS[:4])])
+    assert (mixed.space, mixed.codec, mixed.more_inputs) == (IMAGES, "images", (DatasetSource(LOCAL, "float32"),))
+    assert several.datasets.rows("t", "alone").more_row_ids == ()
+
+
+def test_versions_of_a_dataset_with_several_inputs(several: MetadataStore) -> None:
+    first = commit(several, "key", more_inputs=MORE)
+    assert commit(several, "key", more_inputs=MORE) == commit(several, more_inputs=MORE) == first
+    assert commit(several, more_inputs=MORE[::-1]).version == 2, "the order of inputs is part of it"
+    assert commit(several).version == 3
+    assert commit(several, more_inputs=[MORE[0], (LOCAL, LOCAL_ROWS[1:5])]).version == 4
+    renamed = local_space("renamed", LOCAL.fingerprint)
+    last = commit(several, more_inputs=[MORE[0], (renamed, LOCAL_ROWS[1:5])])
+    assert last.version == 5, "equal rows under another name"
+    assert last.digest == several.datasets.get("t", "digits@4").digest
+    assert several.datasets.rows("t", "digits@4").record.more_inputs[1].space == LOCAL
+    for changes in ({}, {"more_inputs": MORE[:1]}, {"more_inputs": [MORE[0], (renamed, LOCAL_ROWS[:4])]}):
+        with pytest.raises(WireError, match="different content"):
+            commit(several, "key", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "what"),
+    [
+        ({"more_inputs": [(LOCAL, LOCAL_ROWS[:3])]}, ErrorCode.SHAPE_MISMATCH, "3 rows of 'sensor' beside 4"),
+        ({"more_inputs": [(LOCAL, [*LOCAL_ROWS[:3], b"x"])]}, ErrorCode.INVALID_ARGUMENT, "row id 3 has 1 bytes"),
+        ({"more_inputs": [(LOCAL, [*LOCAL_ROWS[:3], NEW_ROW])]}, ErrorCode.NOT_FOUND, r"1 of 4 rows .*\(sensor\)"),
+        ({"more_inputs": [(LOCAL, SECOND_ROWS[:4])]}, ErrorCode.INCOMPATIBLE, r"another feature space .*\(sensor\)"),
+        ({"more_inputs": [(SECOND, [*SECOND_ROWS[:3], NEW_ROW])]}, ErrorCode.NOT_FOUND, r"\(second, cut mid\)"),
+        ({"more_inputs": [MORE[1], MORE[1]]}, ErrorCode.INVALID_ARGUMENT, "two inputs of 'sensor'"),
+        ({"more_inputs": [(SPACE, ROWS[:4])]}, ErrorCode.INVALID_ARGUMENT, "two inputs of 'net'"),
+        (
+            {"more_inputs": [(local_space("net", "5" * 64), LOCAL_ROWS[:4])]},
+            ErrorCode.INVALID_ARGUMENT,
+            "two inputs of 'net'",
+        ),
+        ({"more_inputs": [(IMAGES, ROWS[:4])]}, ErrorCode.INVALID_ARGUMENT, "can be images"),
+        (
+            {"more_inputs": [(FeatureSpace("second", "input", 32, "2" * 64), SECOND_ROWS[:4])]},
+            ErrorCode.INVALID_ARGUMENT,
+            "can be images",
+        ),
+        ({"more_inputs": [(FeatureSpace("", "", 0, "5" * 64), LOCAL_ROWS[:4])]}, ErrorCode.INVALID_ARGUMENT, "images"),
+        (
+            {"space": LOCAL, "row_ids": LOCAL_ROWS[:4], "more_inputs": MORE[:1]},
+            ErrorCode.INVALID_ARGUMENT,
+            "put the backbone's input first",
+        ),
+        (
+            {"more_inputs": [(local_space(f"m{number}", "5" * 64), LOCAL_ROWS[:4]) for number in range(8)]},
+            ErrorCode.INVALID_ARGUMENT,
+            "9 inputs; a dataset has at most 8",
+        ),
+        ({"more_inputs": [(local_space("a/b", "5" * 64), LOCAL_ROWS[:4])]}, ErrorCode.INVALID_ARGUMENT, "local model"),
+        ({"more_inputs": [(local_space("m", ""), LOCAL_ROWS[:4])]}, ErrorCode.INVALID_ARGUMENT, "64 hexadecimal"),
+        ({"space": local_space("m", "F" * 64)}, ErrorCode.INVALID_ARGUMENT, "64 hexadecimal"),
+        (
+            {"more_inputs": [(FeatureSpace("", "mid", 0, "5" * 64, local_model="m"), LOCAL_ROWS[:4])]},
+            ErrorCode.INVALID_ARGUMENT,
+            "leave these empty",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_together(
+    several: MetadataStore, changes: dict[str, Any], code: ErrorCode, what: str
+) -> None:
+    with pytest.raises(WireError, match=what) as error:
+        commit(several, **changes)
+    assert error.value.code is code
+    assert several.datasets.list("t") == []
+
+
+def test_rows_of_one_more_input_have_one_codec(several: MetadataStore) -> None:
+    several.rows.add_chunk("t", "8" * 64, LOCAL, "float16", [NEW_ROW])
+    with pytest.raises(WireError, match=r"float16, float32 \(sensor\)") as error:
+        commit(several, more_inputs=[(LOCAL, [*LOCAL_ROWS[:3], NEW_ROW])])
+    assert error.value.code is ErrorCode.INCOMPATIBLE
+
+
+def test_another_tenants_rows_are_no_input(several: MetadataStore) -> None:
+    several.rows.add_chunk("u", "a" * 64, SPACE, "float16", ROWS)
+    assert code_of(lambda: commit(several, tenant="u", more_inputs=MORE)) is ErrorCode.NOT_FOUND
+
+
+def test_a_row_may_be_of_several_classes(store: MetadataStore) -> None:
+    targets = np.array([[0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 1]], np.float32)
+    record = commit(store, "key", class_indices=[], targets=targets)
+    assert (record.class_names, record.num_targets) == (("zero", "eins\0", "☃"), 3)
+    content = store.datasets.rows("t", "digits")
+    np.testing.assert_array_equal(content.targets, targets)
+    assert content.class_indices.size == 0
+    assert commit(store, "key", class_indices=[], targets=targets) == record
+    assert commit(store, class_indices=[], class_names=[], targets=targets).version == 2, "the same as numbers"
 
 
 @pytest.mark.parametrize("point", ["before_commit", "after_commit"])

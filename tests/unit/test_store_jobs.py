@@ -7,24 +7,50 @@ import os
 import pickle  # noqa: TID251 - whether a StaleLeaseError stays one on the way back from an actor
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import FeatureSpace
+from trunkline_wire.heads import HeadConfig
+from trunkline_wire.specs import FeatureSpace, local_space
 from trunkline_worker.store import schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.jobs import StaleLeaseError
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Candidate, Event, JobRecord, JobSpec, JobState, Lease, ModelRecord
+from trunkline_worker.store.records import (
+    BackboneChoice,
+    Candidate,
+    Event,
+    JobRecord,
+    JobSpec,
+    JobState,
+    Lease,
+    ModelInput,
+    ModelRecord,
+)
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
 ROWS = [hashlib.sha256(bytes([number])).digest() for number in range(4)]
+HEAD = HeadConfig(
+    "conv", (8, 4), "gelu", batch_norm=True, dropout=0.25, channels=(16, 8), tap="blocks.2", fuse="gate", fuse_width=32
+)
 SPEC = JobSpec(
-    model="head", dataset="digits", backbone="net", input_size=96, slices=("a", "b"), hidden=(8, 4), l2=0.5, seed=7
+    model="head",
+    dataset="digits",
+    backbone="net",
+    input_size=96,
+    slices=("a", "b"),
+    head=HEAD,
+    solver="adam",
+    l2=0.5,
+    seed=7,
+    loss="huber",
+    huber_delta=1.5,
+    more_backbones=(BackboneChoice("library/net", 224), BackboneChoice("third")),
 )
 MODEL = ModelRecord(
     tenant="",
@@ -46,6 +72,13 @@ MODEL = ModelRecord(
     codec="int8@int8",
     codec_error=0.03125,
     candidates=(Candidate(("blocks.2:mean",), 8, -0.25, 0.75), Candidate(("a", "b"), 4, -math.inf, None)),
+    more_inputs=(
+        ModelInput(
+            FeatureSpace("second", "mid", 32, "d" * 64, bottleneck="b" * 64), "9" * 64, ("a", "b"), 4, "int8", 0.25
+        ),
+        ModelInput(local_space("sensor", "c" * 64), "", ("sensor",), 3, "float32"),
+    ),
+    head=HEAD,
 )
 
 
@@ -153,14 +186,17 @@ def test_the_queue_is_first_in_first_out_across_tenants(store: MetadataStore) ->
         ({"model": ""}, ErrorCode.INVALID_ARGUMENT),
         ({"model": "head@1"}, ErrorCode.INVALID_ARGUMENT),
         ({"backbone": "../x"}, ErrorCode.INVALID_ARGUMENT),
+        ({"more_backbones": (BackboneChoice("net"), BackboneChoice("a b"))}, ErrorCode.INVALID_ARGUMENT),
         ({"dataset": "a b"}, ErrorCode.INVALID_ARGUMENT),
         ({"dataset": "nothing"}, ErrorCode.NOT_FOUND),
         ({"dataset": "digits@9"}, ErrorCode.NOT_FOUND),
         ({"dataset": "one-class"}, ErrorCode.BAD_LABELS),
+        ({"dataset": "no-class"}, ErrorCode.BAD_LABELS),
     ],
 )
-def test_bad_jobs_are_refused_at_submit(store: MetadataStore, changes: dict[str, str], code: ErrorCode) -> None:
+def test_bad_jobs_are_refused_at_submit(store: MetadataStore, changes: dict[str, Any], code: ErrorCode) -> None:
     store.datasets.commit("t", "one-class", SPACE, ROWS, ["a", "b"], [1, 1, 1, 1], None, "d2")
+    store.datasets.commit("t", "no-class", SPACE, ROWS, ["a", "b"], [], np.zeros((4, 2), np.float32), "d3")
     assert code_of(lambda: submit(store, spec=replace(SPEC, **changes))) is code
     assert store.jobs.list("t") == []
 
@@ -168,6 +204,13 @@ def test_bad_jobs_are_refused_at_submit(store: MetadataStore, changes: dict[str,
 def test_numbers_need_no_two_classes(store: MetadataStore) -> None:
     store.datasets.commit("t", "values", SPACE, ROWS, [], [], np.zeros((4, 1), np.float32), "d2")
     assert submit(store, spec=replace(SPEC, dataset="values", backbone="")).spec.dataset == "values@1"
+
+
+def test_one_row_of_one_class_is_enough_where_a_row_may_be_of_several(store: MetadataStore) -> None:
+    targets = np.zeros((4, 2), np.float32)
+    targets[2, 1] = 1
+    store.datasets.commit("t", "tags", SPACE, ROWS, ["a", "b"], [], targets, "d2")
+    assert submit(store, spec=replace(SPEC, dataset="tags")).spec.dataset == "tags@1"
 
 
 @pytest.mark.parametrize("point", ["before_commit", "after_commit"])

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.rows import dataset_digest
-from trunkline_wire.specs import IMAGES, FeatureSpace
+from trunkline_wire.specs import IMAGES, FeatureSpace, local_space
 from trunkline_worker.store import migrations, schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
@@ -25,6 +26,8 @@ from trunkline_worker.store.records import Candidate, JobSpec, JobState, ModelRe
 POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 ROWS = [hashlib.sha256(bytes([number])).digest() for number in range(6)]
+LOCAL = local_space("sensor", "5" * 64)
+LOCAL_ROWS = [hashlib.sha256(bytes([5, number])).digest() for number in range(2)]
 CLASSES = ["zero", "eins"]
 LABELS = [0, 1]
 
@@ -141,6 +144,16 @@ CREATE TABLE models (
 """
 """The tables as the first version of this program made them."""
 
+TO_VERSION_2 = """
+ALTER TABLE datasets ADD COLUMN codec VARCHAR DEFAULT '' NOT NULL;
+ALTER TABLE models ADD COLUMN candidates TEXT DEFAULT '[]' NOT NULL;
+UPDATE datasets SET codec = 'float16' WHERE tenant = 't' AND name = 'halves';
+UPDATE datasets SET codec = 'float32' WHERE tenant = 'u' OR name = 'singles';
+UPDATE datasets SET codec = 'images' WHERE name = 'pictures';
+UPDATE store_info SET schema_version = 2;
+"""
+"""What the second version has beyond the first, and what it says of the rows below."""
+
 SQLITE_WORDS = {"serial": "INTEGER", "blob": "BLOB", "without_rowid": "\n WITHOUT ROWID"}
 POSTGRES_WORDS = {"serial": "SERIAL", "blob": "BYTEA", "without_rowid": ""}
 COLUMNS_OF_1 = {
@@ -191,6 +204,9 @@ SPEC_1 = {
 }
 
 
+MLP_1 = {**SPEC_1, "head_kind": "mlp", "hidden": [], "dropout": 0.25, "solver": "adam"}
+
+
 def text(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -202,7 +218,7 @@ def digest_of(row_ids: list[bytes]) -> str:
 def rows_of_1() -> dict[str, list[tuple[object, ...]]]:
     """Return what stands in the tables: two tenants with the same ids, rows of three codecs, a job and its model."""
     images = text({"backbone": "", "cut": "input", "input_size": 0, "fingerprint": ""})
-    features, classes, spec = text(MANIFEST_1["space"]), text(CLASSES), text(SPEC_1)
+    features, classes, spec, mlp = text(MANIFEST_1["space"]), text(CLASSES), text(SPEC_1), text(MLP_1)
     labels = np.array(LABELS, "<u4").tobytes()
     datasets = {"halves": ROWS[:2], "singles": ROWS[2:4], "pictures": ROWS[4:6]}
     succeeded, queued = JobState.SUCCEEDED.value, JobState.QUEUED.value
@@ -233,19 +249,21 @@ def rows_of_1() -> dict[str, list[tuple[object, ...]]]:
         "jobs": [
             ("t", "job1", 1, succeeded, spec, 3.0, 4.0, 5.0, 0, False, "", "", "head@1", 1, "", 0.0, 0, 2),
             ("t", "job2", 2, queued, spec, 3.0, 0.0, 0.0, 0, False, "", "", "", 0, "", 0.0, 0, 1),
+            ("t", "job3", 3, queued, mlp, 3.0, 0.0, 0.0, 0, False, "", "", "", 0, "", 0.0, 0, 1),
         ],
         "job_events": [
             ("t", "job1", 1, 3.0, "queued", 0.0, "{}", ""),
             ("t", "job1", 2, 5.0, "end", 0.0, "{}", ""),
             ("t", "job2", 1, 3.0, "queued", 0.0, "{}", ""),
+            ("t", "job3", 1, 3.0, "queued", 0.0, "{}", ""),
         ],
         "models": [("t", "head", 1, "job1", 5.0, text(MANIFEST_1))],
         "idempotency": [("t", "datasets.commit", "k", "0" * 64, "halves@1", 2.0)],
     }
 
 
-def fill(connection: sa.Connection, words: dict[str, str]) -> None:
-    """Make the tables of version 1 and put rows into them."""
+def fill(connection: sa.Connection, words: dict[str, str], version: int) -> None:
+    """Make the tables of a version and put rows into them."""
     for statement in VERSION_1.format(**words).split(";\n"):
         if statement.strip():
             connection.exec_driver_sql(statement)
@@ -257,23 +275,34 @@ def fill(connection: sa.Connection, words: dict[str, str]) -> None:
         insert = sa.text(f"INSERT INTO {table} ({columns}) VALUES ({values})")
         for row in rows:
             connection.execute(insert, dict(zip(names, row, strict=True)))
+    for statement in TO_VERSION_2.split(";\n") if version == 2 else ():
+        if statement.strip():
+            connection.exec_driver_sql(statement)
+
+
+@pytest.fixture(params=[1, 2])
+def version(request: pytest.FixtureRequest) -> int:
+    """Of the database that a test starts from."""
+    return int(request.param)
 
 
 @pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database of version 1."""
+def url(request: pytest.FixtureRequest, tmp_path: Path, version: int) -> Iterator[str]:
+    """A database of that version."""
     if request.param == "sqlite":
         name = f"sqlite:///{tmp_path}/meta.db"
         engine = sa.create_engine(name)
         with engine.begin() as connection:
-            fill(connection, SQLITE_WORDS)
+            fill(connection, SQLITE_WORDS, version)
         engine.dispose()
         yield name
         return
     database = Database(POSTGRES)
     with database.write() as connection:
         schema.metadata.drop_all(connection)
-        fill(connection, POSTGRES_WORDS)
+        fill(connection, POSTGRES_WORDS, version)
+        # The chunks above were numbered by hand.
+        connection.exec_driver_sql("SELECT setval('chunks_id_seq', 5)")
     database.close()
     yield POSTGRES
     database = Database(POSTGRES)
@@ -307,7 +336,7 @@ def columns_of(url: str) -> dict[str, list[str]]:
 OLD_COLUMNS = {"store_info": ["id"], **{table: names.split() for table, names in COLUMNS_OF_1.items()}}
 
 
-def test_everything_in_a_database_of_version_1_is_there_afterwards(url: str) -> None:
+def test_everything_in_an_earlier_database_is_there_afterwards(url: str) -> None:
     before = contents(url, OLD_COLUMNS)
     assert all(before.values()), "every table has rows"
     Database(url).close()
@@ -351,14 +380,22 @@ def test_what_was_there_is_read_back_and_old_models_count_as_exact(url: str) -> 
     content = store.datasets.rows("t", "halves@1")
     assert (content.row_ids, content.class_indices.tolist()) == (ROWS[:2], LABELS)
     assert content.record.digest == digest_of(ROWS[:2])
+    assert (content.more_row_ids, content.record.more_inputs) == ((), ())
     assert store.datasets.rows("t", "pictures").record.space == IMAGES
     assert store.rows.missing("t", ROWS) == []
     assert store.embeddings.missing("t", "key", ROWS) == [2, 3, 4, 5]
     model = store.models.get("t", "head")
     assert (model.codec, model.codec_error, model.candidates) == ("", 0.0, ())
+    assert (model.more_inputs, model.head) == ((), HeadConfig())
     assert (model.space, model.slices, model.metrics) == (SPACE, ("pooled",), {"accuracy": 0.75})
     assert store.models.list("t") == [model]
     assert [event.phase for event in store.jobs.events("t", "job1")] == ["queued", "end"]
+    linear = JobSpec("head", "halves@1", "net", 96, slices=("pooled",), seed=7)
+    assert [store.jobs.get("t", job).spec for job in ("job1", "job2")] == [linear, linear]
+    mlp = replace(linear, head=HeadConfig("mlp", (256,), dropout=0.25), solver="adam")
+    assert store.jobs.get("t", "job3").spec == mlp, "an MLP whose layers were not named had one of 256"
+    with pytest.raises(WireError, match="no bottleneck"):
+        store.bottlenecks.check("t", "b" * 64)
     database.close()
 
 
@@ -367,6 +404,13 @@ def test_work_goes_on_in_a_migrated_database(url: str) -> None:
     store = MetadataStore(database, clock=ManualClock())
     assert store.datasets.commit("t", "halves", SPACE, ROWS[:2], CLASSES, LABELS, None, "k2").version == 1
     assert store.datasets.commit("t", "halves", SPACE, ROWS[:2], CLASSES, [1, 0], None, "k3").version == 2
+    store.rows.add_chunk("t", "d" * 64, LOCAL, "float32", LOCAL_ROWS)
+    more = [(LOCAL, LOCAL_ROWS)]
+    assert store.datasets.commit("t", "halves", SPACE, ROWS[:2], CLASSES, [1, 0], None, "k4", more).version == 3
+    assert store.datasets.rows("t", "halves").more_row_ids == (LOCAL_ROWS,)
+    assert store.datasets.rows("t", "halves@1").more_row_ids == ()
+    store.bottlenecks.add("t", "b" * 64)
+    store.bottlenecks.check("t", "b" * 64)
     lease = store.jobs.lease("lane", 10.0)
     assert lease is not None
     assert lease.job.id == "job2"
@@ -379,20 +423,23 @@ def test_work_goes_on_in_a_migrated_database(url: str) -> None:
     database.close()
 
 
-def test_a_step_that_fails_leaves_the_database_as_it_was(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_the_database_as_it_was(
+    url: str, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, columns = contents(url, OLD_COLUMNS), columns_of(url)
 
     def fail(connection: sa.Connection) -> None:
         step(connection)
         raise KeyError("power")
 
-    step = migrations.STEPS[1]
-    monkeypatch.setattr(migrations, "STEPS", {1: fail})
+    last = schema.VERSION - 1
+    step = migrations.STEPS[last]
+    monkeypatch.setattr(migrations, "STEPS", {**migrations.STEPS, last: fail})
     with pytest.raises(KeyError):
         Database(url)
     assert columns_of(url) == columns
     assert contents(url, OLD_COLUMNS) == before
-    assert contents(url, {"store_info": ["schema_version"]}) == {"store_info": [(1,)]}
+    assert contents(url, {"store_info": ["schema_version"]}) == {"store_info": [(version,)]}
     monkeypatch.undo()
     database = Database(url)
     assert MetadataStore(database, clock=ManualClock()).datasets.get("t", "halves").codec == "float16"
@@ -401,15 +448,16 @@ def test_a_step_that_fails_leaves_the_database_as_it_was(url: str, monkeypatch: 
 
 DIE = """
 import os, sys
-from trunkline_worker.store import migrations
+from trunkline_worker.store import migrations, schema
 from trunkline_worker.store.database import Database
 
 def die(connection):
     step(connection)
     os._exit(77)
 
-step = migrations.STEPS[1]
-migrations.STEPS = {1: die}
+last = schema.VERSION - 1
+step = migrations.STEPS[last]
+migrations.STEPS = {**migrations.STEPS, last: die}
 Database(sys.argv[1])
 """
 

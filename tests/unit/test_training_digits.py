@@ -8,7 +8,7 @@ from trunkline_wire.preprocess import image_from_array, preprocess_image
 from trunkline_wire.specs import INPUT_CUT, SliceSpec
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.store.records import JobSpec
-from trunkline_worker.training.loop import Labels, train_head
+from trunkline_worker.training.loop import Labels, Source, train_head
 
 INPUT_SIZE = 96
 PIXELS = (SliceSpec("pooled", 0, 64),)
@@ -53,7 +53,11 @@ def test_auto_beats_raw_pixels_and_the_last_layer_on_digits(
         ):
             job = JobSpec("m", "d", "b", INPUT_SIZE, embedding="auto" if name == "auto" else "pooled", seed=seed)
             head = train_head(
-                rows[labelled], slices, labels, job, on_event=lambda event: None, should_stop=lambda: False
+                [Source("b", rows[labelled], slices)],
+                labels,
+                job,
+                on_event=lambda event: None,
+                should_stop=lambda: False,
             ).head
             columns = np.concatenate([np.arange(one.start, one.stop) for one in slices if one.name in head.slices])
             answer = head.predict(torch.from_numpy(rows[rest][:, columns])).argmax(dim=1).numpy()

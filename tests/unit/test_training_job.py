@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import serving_fakes as fakes
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.rows import row_id
-from trunkline_wire.specs import FLOAT32, IMAGES, INT8, SliceSpec, codec_label
+from trunkline_wire.specs import FLOAT32, IMAGES, INT8, SliceSpec, codec_label, local_space
 from trunkline_worker.engine.api import Extraction
 from trunkline_worker.heads.artefact import head_from_bytes, head_path
 from trunkline_worker.store import chunks
@@ -19,7 +20,7 @@ from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import JobSpec, JobState
+from trunkline_worker.store.records import BackboneChoice, JobSpec, JobState
 from trunkline_worker.training.job import JobTools, manifest_path, run_job
 
 NUM_ROWS = 300
@@ -44,7 +45,7 @@ class FakeTrunk:
         self.costs_asked.append((backbone, cut, input_size))
         return fakes.fake_cost(self.spec.cut(cut))
 
-    def extract(self, batches):
+    def extract(self, batches, slices=()):
         for space, rows in batches:
             self.on_batch()
             self.rows += len(rows)
@@ -262,7 +263,7 @@ def test_slices_behind_a_cut_are_counted_from_its_first_column(bench):
     assert bench.run().state is JobState.SUCCEEDED
     model = bench.store.models.get("default", "head")
     head = head_from_bytes(bench.blobs.get_checked(head_path(model.head_sha256), model.head_sha256))
-    assert (model.slices, head.slice_widths) == (("pooled",), (2,))
+    assert (model.slices, head.inputs[0].widths) == (("pooled",), (2,))
 
 
 def test_the_sets_of_slices_that_were_tried_are_published_best_first(bench):
@@ -386,3 +387,101 @@ def test_every_failpoint_of_a_job_is_killed_at(bench):
     bench.submit()
     bench.run()
     assert set(seen) == set(POINTS)
+
+
+class Fused(Bench):
+    """Besides `three`: local features, whole or alone, and pictures that two backbones read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.edge = local_space("edge", "ab" * 32)
+        self.own = np.random.default_rng(1).normal(size=(NUM_ROWS, 5)).astype(np.float32)
+        self.own_ids = self.store_input(self.edge, "float32", self.own)
+        self.feature_ids = self.store.datasets.rows("default", "three").row_ids
+
+    def store_input(self, space, codec, rows):
+        ids = [row_id(space, codec, hashlib.sha256(one.tobytes()).digest()) for one in self.features]
+        sha256 = chunks.write_chunk(self.blobs, rows)
+        self.store.rows.add_chunk("default", sha256, space, codec, ids)
+        return ids
+
+    def commit(self, name, space, ids, *, more=(), names=("a", "b", "c"), indices=None, targets=None):
+        labels = self.labels if indices is None and targets is None else (indices or ())
+        self.store.datasets.commit("default", name, space, ids, names, labels, targets, name, more_inputs=more)
+
+
+@pytest.fixture
+def fused(tmp_path):
+    return Fused(tmp_path)
+
+
+def test_local_features_stand_beside_the_embedding_and_in_the_manifest(fused):
+    fused.commit("both", fused.space, fused.feature_ids, more=[(fused.edge, fused.own_ids)])
+    fused.submit(dataset="both", head=HeadConfig("mlp", (16,), fuse="add"), solver="adam", epochs=15)
+    job = fused.run()
+    assert job.state is JobState.SUCCEEDED, job.error_message
+    model = fused.store.models.get("default", "head")
+    [needed] = model.more_inputs
+    assert (needed.space, needed.slices, needed.width, needed.codec) == (fused.edge, ("edge",), 5, "float32")
+    assert model.head == HeadConfig("mlp", (16,), fuse="add")
+    head = head_from_bytes(fused.blobs.get_checked(head_path(model.head_sha256), model.head_sha256))
+    assert [one.slices for one in head.inputs] == [("pooled",), ("edge",)]
+    manifest = json.loads(fused.blobs.get(manifest_path(job.id, 1)))
+    assert manifest["model"]["more_inputs"][0]["space"]["fingerprint"] == "ab" * 32
+    assert [one["name"] for one in manifest["backbones"]] == ["fake"]
+    embeds = [event.message for event in fused.store.jobs.events("default", job.id) if event.phase == "embed"]
+    assert set(embeds) == {"fake", "edge"}
+    # Once more: nothing goes through the trunk.
+    fused.submit("again", dataset="both", **QUICK)
+    assert fused.run().state is JobState.SUCCEEDED
+    assert fused.trunk.rows == NUM_ROWS
+
+
+def test_local_features_alone_need_no_backbone(fused):
+    fused.own[np.arange(NUM_ROWS), fused.labels] += 4
+    ids = fused.store_input(local_space("own", "cd" * 32), "float32", fused.own)
+    fused.commit("alone", local_space("own", "cd" * 32), ids)
+    fused.submit(dataset="alone", backbone="", input_size=0, embedding="auto")
+    job = fused.run()
+    assert job.state is JobState.SUCCEEDED, job.error_message
+    model = fused.store.models.get("default", "head")
+    assert (model.space, model.slices, model.embedding_fingerprint) == (local_space("own", "cd" * 32), ("own",), "")
+    assert model.metrics["accuracy"] > 0.8
+    assert fused.trunk.rows == 0
+
+
+def test_several_labels_a_row(fused):
+    targets = np.stack([fused.labels == 0, fused.labels > 0], axis=1).astype(np.float32)
+    fused.commit("tags", fused.space, fused.feature_ids, names=("zero", "more"), targets=targets)
+    fused.submit(dataset="tags")
+    assert fused.run().state is JobState.SUCCEEDED
+    model = fused.store.models.get("default", "head")
+    assert (model.task, model.class_names) == ("multi_label", ("zero", "more"))
+    assert model.metrics["subset_accuracy"] > 0.9
+
+
+def test_pictures_are_read_by_each_backbone_once(fused):
+    rows = [bytes(row) + b"jpeg" for row in (np.eye(3, dtype=np.uint8)[fused.labels] * 200)]
+    fused.store_rows("pictures", IMAGES, "images", rows)
+    more = (BackboneChoice("second", 8),)
+    for key in ("one", "two"):
+        fused.submit(key, dataset="pictures", more_backbones=more, **QUICK)
+        job = fused.run()
+        assert job.state is JobState.SUCCEEDED, job.error_message
+        # The fake has one network under two names: what the first read serves the second.
+        assert fused.trunk.rows == NUM_ROWS
+    model = fused.store.models.get("default", "head")
+    assert [one.slices for one in model.more_inputs] == [("pooled",)]
+
+
+def test_local_features_of_two_widths_fail_the_job(fused):
+    space = local_space("odd", "ef" * 32)
+    ids = [row_id(space, "float32", hashlib.sha256(one.tobytes()).digest()) for one in fused.features]
+    for part, width in ((slice(0, 100), 5), (slice(100, None), 6)):
+        values = np.zeros((len(ids[part]), width), np.float32)
+        fused.store.rows.add_chunk("default", chunks.write_chunk(fused.blobs, values), space, "float32", ids[part])
+    fused.commit("odd", fused.space, fused.feature_ids, more=[(space, ids)])
+    fused.submit(dataset="odd")
+    job = fused.run()
+    assert (job.state, job.error_code) == (JobState.FAILED, "SHAPE_MISMATCH")
+    assert "'odd'" in job.error_message

@@ -28,7 +28,7 @@ def classes(*values: int, names: tuple[str, ...] = TWO) -> Labels:
         (Labels((), None, np.zeros(3, np.float32)), 3, False, ErrorCode.BAD_LABELS, "outputs"),
         (Labels((), None, np.array([[0.0], [np.nan]], np.float32)), 2, False, ErrorCode.NOT_FINITE, "row 1"),
         (Labels((), None, np.zeros((2, 1), np.float32)), 2, True, ErrorCode.BAD_LABELS, "at least 3"),
-        (Labels(TWO, np.array([0, 1]), np.zeros((2, 1), np.float32)), 2, False, ErrorCode.BAD_LABELS, "both"),
+        (Labels(TWO, None, np.zeros((2, 1), np.float32)), 2, False, ErrorCode.BAD_LABELS, "one column per class"),
     ],
 )
 def test_bad_labels_are_named(labels: Labels, rows: int, hold_out: bool, code: ErrorCode, words: str) -> None:

@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
-from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import Event, JobSpec
 from trunkline_worker.training.choose import choose_l2
 from trunkline_worker.training.fit import Fit, Rows, fit_head
-from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
-from trunkline_worker.training.minibatch import Schedule, Split, fit_minibatches
+from trunkline_worker.training.loop import Labels, Source, TrainingCancelled, TrainingResult, train_head
+from trunkline_worker.training.minibatch import Objective, Schedule, Split, fit_minibatches
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
@@ -46,7 +47,7 @@ def numbers(num_rows: int = 90) -> tuple[np.ndarray, Labels]:
 
 def train(spec: JobSpec, x: np.ndarray, labels: Labels) -> tuple[TrainingResult, list[Event]]:
     events: list[Event] = []
-    return train_head(x, SLICES, labels, spec, on_event=events.append, should_stop=lambda: False), events
+    return train_head([Source("b", x, SLICES)], labels, spec, on_event=events.append, should_stop=lambda: False), events
 
 
 def accuracy(result: TrainingResult, seed: int = 1) -> float:
@@ -65,7 +66,7 @@ def accuracy(result: TrainingResult, seed: int = 1) -> float:
         {"validation_fraction": 0.0},
         {"l2": 5.0},
         {"solver": "adam", "epochs": 30},
-        {"head_kind": "mlp", "solver": "adam", "hidden": (16,), "dropout": 0.3, "epochs": 30},
+        {"head": HeadConfig("mlp", (16,), dropout=0.3, batch_norm=True), "solver": "adam", "epochs": 30},
     ],
 )
 def test_a_classifier_learns_and_equal_jobs_give_equal_bytes(changes: dict) -> None:
@@ -107,7 +108,7 @@ def test_another_seed_gives_another_head() -> None:
         {"validation_fraction": 0.0},
         {"l2": 1.0, "embedding": "slices", "slices": ("pooled", "a/grid")},
         {"solver": "adam", "epochs": 120},
-        {"head_kind": "mlp", "solver": "adam", "epochs": 120},
+        {"head": HeadConfig("mlp", (256,)), "solver": "adam", "epochs": 120},
     ],
 )
 def test_regression_learns(changes: dict) -> None:
@@ -115,7 +116,7 @@ def test_regression_learns(changes: dict) -> None:
     result, _ = train(replace(SPEC, **changes), x, labels)
     assert result.head.task == "regression"
     assert result.head.num_outputs == 2
-    kind = changes.get("head_kind", "linear")
+    kind = changes.get("head", HeadConfig()).kind
     assert result.metrics.get("r2", 1.0) > (0.7 if kind == "mlp" else 0.95)
     columns = np.concatenate([np.arange(one.start, one.stop) for one in SLICES if one.name in result.head.slices])
     off = result.head.predict(torch.from_numpy(x[:, columns])).numpy() - labels.targets
@@ -174,7 +175,7 @@ def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
         asked += 1
         return False
 
-    train_head(x, SLICES, labels, spec, on_event=lambda event: None, should_stop=count)
+    train_head([Source("b", x, SLICES)], labels, spec, on_event=lambda event: None, should_stop=count)
     assert asked > 20
     for stop_at in range(1, asked + 1, 5):
         left = iter(range(stop_at))
@@ -186,14 +187,20 @@ def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
 
         if stop_at < asked:
             with pytest.raises(TrainingCancelled):
-                train_head(x, SLICES, labels, spec, on_event=lambda event: None, should_stop=stop)
+                train_head([Source("b", x, SLICES)], labels, spec, on_event=lambda event: None, should_stop=stop)
             assert len(calls) == stop_at + 1
 
 
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"solver": "lbfgs", "head_kind": "mlp"}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
+        ({"solver": "lbfgs", "head": HeadConfig("mlp", (8,))}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
+        ({"solver": "lbfgs", "head": HeadConfig(fuse="add")}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
+        ({"solver": "adam", "head": HeadConfig("prototype")}, ErrorCode.INVALID_ARGUMENT, "closed form"),
+        ({"loss": "hinge"}, ErrorCode.INVALID_ARGUMENT, "'hinge'"),
+        ({"loss": "huber", "huber_delta": 0.0}, ErrorCode.INVALID_ARGUMENT, "above 0"),
+        ({"loss": "huber", "huber_delta": float("nan")}, ErrorCode.INVALID_ARGUMENT, "above 0"),
+        ({"loss": "huber", "head": HeadConfig("prototype")}, ErrorCode.INVALID_ARGUMENT, "'mse'"),
         ({"solver": "sgd"}, ErrorCode.INVALID_ARGUMENT, "'sgd'"),
         ({"embedding": "best"}, ErrorCode.INVALID_ARGUMENT, "'best'"),
         ({"embedding": "slices"}, ErrorCode.INVALID_ARGUMENT, "slices are named"),
@@ -205,7 +212,6 @@ def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
         ({"epochs": -1}, ErrorCode.INVALID_ARGUMENT, "epochs"),
         ({"learning_rate": float("inf")}, ErrorCode.INVALID_ARGUMENT, "learning rate"),
         ({"l2": float("nan")}, ErrorCode.INVALID_ARGUMENT, "L2"),
-        ({"head_kind": "forest"}, ErrorCode.INVALID_ARGUMENT, "'forest'"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes: dict, code: ErrorCode, words: str) -> None:
@@ -244,8 +250,8 @@ def test_a_loss_that_explodes_says_so() -> None:
     split = Split(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2)
     with pytest.raises(WireError, match=r"no longer finite.*learning rate below 1e\+30"):
         fit_minibatches(
-            Head(HeadConfig("mlp", (8, 8)), 3, 2),
-            "classification",
+            Head(HeadConfig("mlp", (8, 8)), [HeadInput(("a",), (3,))], 2),
+            Objective("classification"),
             split,
             None,
             Schedule(epochs=9, batch_size=20, learning_rate=1e30, l2=0.0),
@@ -259,11 +265,11 @@ def test_the_best_epoch_is_kept() -> None:
     draw = torch.Generator().manual_seed(0)
     training = Split(torch.randn(24, 40, generator=draw), torch.arange(24) % 2)
     validation = Split(torch.randn(200, 40, generator=draw), torch.arange(200) % 2)
-    head = Head(HeadConfig("mlp", (64,)), 40, 2)
+    head = Head(HeadConfig("mlp", (64,)), [HeadInput(("a",), (40,))], 2)
     losses: list[float] = []
     best = fit_minibatches(
         head,
-        "classification",
+        Objective("classification"),
         training,
         validation,
         Schedule(epochs=60, batch_size=8, learning_rate=1e-3, l2=0.0),
@@ -291,8 +297,8 @@ def test_every_step_asks_whether_to_stop() -> None:
     split = Split(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2)
     asked: list[int] = []
     fit_minibatches(
-        Head(HeadConfig(), 3, 2),
-        "classification",
+        Head(HeadConfig(), [HeadInput(("a",), (3,))], 2),
+        Objective("classification"),
         split,
         None,
         Schedule(epochs=2, batch_size=5, learning_rate=0.1, l2=0.0),
@@ -312,7 +318,16 @@ def test_the_refit_starts_from_the_fit_before_it() -> None:
     def fit(on: Rows, before: Fit | None) -> Fit:
         progress = Progress(lambda event: None, lambda: False)
         return fit_head(
-            HeadConfig(), SPEC, "classification", 3, [30], on, None, 30.0, progress, span=(0.0, 1.0), before=before
+            SPEC,
+            "classification",
+            3,
+            [HeadInput(("a",), (30,))],
+            on,
+            None,
+            30.0,
+            progress,
+            span=(0.0, 1.0),
+            before=before,
         )
 
     cold = fit(rows, None)
@@ -355,7 +370,7 @@ def test_an_embedding_of_one_slice_leaves_no_runner_up() -> None:
     x, labels = rows_and_labels()
     events: list[Event] = []
     result = train_head(
-        x, (SliceSpec("pooled", 0, 30),), labels, SPEC, on_event=events.append, should_stop=lambda: False
+        [Source("b", x, (SliceSpec("pooled", 0, 30),))], labels, SPEC, on_event=events.append, should_stop=lambda: False
     )
     assert [one.slices for one in result.candidates] == [("pooled",)]
     assert "nothing else" in [one for one in events if one.phase == "select"][-1].message

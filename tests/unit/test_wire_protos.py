@@ -21,11 +21,13 @@ from trunkline_wire.v1 import (
     registry_pb2,
     tensor_pb2,
     training_pb2,
+    trunk_pb2,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = [
-    m.DESCRIPTOR for m in (catalog_pb2, dataset_pb2, error_pb2, inference_pb2, registry_pb2, tensor_pb2, training_pb2)
+    m.DESCRIPTOR
+    for m in (catalog_pb2, dataset_pb2, error_pb2, inference_pb2, registry_pb2, tensor_pb2, training_pb2, trunk_pb2)
 ]
 METHODS = [method for file in FILES for service in file.services_by_name.values() for method in service.methods]
 

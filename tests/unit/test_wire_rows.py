@@ -38,6 +38,12 @@ def test_ids_do_not_change_between_versions() -> None:
     )
     digest = dataset_digest([bytes(32), bytes(31) + b"\1"], ["cat", "dog"], [0, 1], None)
     assert digest == "af0213a996e8ad8e5868d1d35a06e2cb080d26f9dc7195b218157bb9690b7e85"
+    more = [[b"\2" * 32, b"\3" * 32], [b"\4" * 32, b"\5" * 32]]
+    expected = hashlib.sha256(b"dataset-inputs-v1\0" + bytes.fromhex(digest))
+    for ids in more:
+        expected.update((2).to_bytes(8, "little") + b"".join(ids))
+    several = dataset_digest([bytes(32), bytes(31) + b"\1"], ["cat", "dog"], [0, 1], None, more)
+    assert several == expected.hexdigest()
 
 
 def test_a_row_depends_on_space_codec_and_content() -> None:
@@ -69,9 +75,17 @@ def test_a_dataset_depends_on_everything_in_it_and_on_the_order() -> None:
         dataset_digest(rows, [], [], targets),
         dataset_digest(rows, [], [], targets.reshape(3, 2) + 1),
         dataset_digest(rows, [], [], None),
+        dataset_digest(rows, ["a", "b"], [], targets),
+        dataset_digest(rows, ["a", "b"], [0, 1, 0], None, [rows]),
+        dataset_digest(rows, ["a", "b"], [0, 1, 0], None, [rows[::-1]]),
+        dataset_digest(rows, ["a", "b"], [0, 1, 0], None, [rows, rows[::-1]]),
+        dataset_digest(rows, ["a", "b"], [0, 1, 0], None, [rows[::-1], rows]),
+        dataset_digest(rows, ["a", "b"], [0, 1, 1], None, [rows]),
+        dataset_digest(rows[::-1], ["a", "b"], [0, 1, 0], None, [rows]),
     ]
     assert len(set(digests)) == len(digests)
     assert digests[0] == dataset_digest(rows, ("a", "b"), np.array([0, 1, 0]), None)
+    assert digests[0] == dataset_digest(rows, ["a", "b"], [0, 1, 0], None, [])
     assert digests[6] == dataset_digest(rows, [], [], np.asfortranarray(targets))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from trunkline._calls.catalog import CatalogCalls, FetchedStem
 from trunkline._calls.core import Caller
 from trunkline._calls.datasets import Chunk, DatasetCalls
-from trunkline._calls.inference import Batch, InferenceCalls, RawEmbedding, RawPrediction, Rows
+from trunkline._calls.inference import Batch, InferenceCalls, MoreRows, RawEmbedding, RawPrediction, Rows
 from trunkline._calls.registry import RegistryCalls
 from trunkline._calls.training import TrainingCalls
+from trunkline._calls.trunk import TrunkCalls
 from trunkline._channel import Connection
 from trunkline.config import Settings
 
-__all__ = ["Batch", "Calls", "Chunk", "FetchedStem", "RawEmbedding", "RawPrediction", "Rows"]
+__all__ = ["Batch", "Calls", "Chunk", "FetchedStem", "MoreRows", "RawEmbedding", "RawPrediction", "Rows"]
 
 
 class Calls:
@@ -26,6 +27,7 @@ class Calls:
         self.inference = InferenceCalls(self.caller)
         self.registry = RegistryCalls(self.caller)
         self.training = TrainingCalls(self.caller)
+        self.trunk = TrunkCalls(self.caller)
 
     def close(self) -> None:
         """Close the connection for good."""

@@ -7,10 +7,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from trunkline_wire.codecs import encode_array, encoded_size
-from trunkline_wire.errors import ErrorCode
+from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_FIND_ROWS
 from trunkline_wire.messages import space_from_proto, space_to_proto
 from trunkline_wire.specs import FeatureSpace
@@ -24,8 +22,9 @@ from trunkline._calls.inference import Rows, rows_to_tensor
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
 from trunkline._status import is_retryable
-from trunkline.errors import TrunklineError
-from trunkline.records import DatasetRecord
+from trunkline.errors import TrunklineError, from_wire
+from trunkline.labels import Labels, MultiLabels, Targets
+from trunkline.records import DatasetRecord, DatasetSource
 
 UPLOAD_WINDOW = 8
 """Most chunks of an upload without an acknowledgement."""
@@ -114,24 +113,35 @@ class DatasetCalls:
             yield chunk, len(chunk.row_ids)
 
     def commit(
-        self,
-        name: str,
-        space: FeatureSpace,
-        row_ids: Sequence[bytes],
-        class_names: Sequence[str],
-        class_indices: npt.NDArray[np.uint32] | None,
-        targets_NM: npt.NDArray[np.float32] | None,
-        deadline: Deadline,
+        self, name: str, inputs: Sequence[tuple[FeatureSpace, Sequence[bytes]]], labels: Labels, deadline: Deadline
     ) -> DatasetRecord:
-        """Make a dataset of rows that are stored."""
+        """Make a dataset of rows that are stored.
+
+        Args:
+            name: Of the dataset.
+            inputs: Where the rows of each input live, and their ids. The first one first.
+            labels: Of the rows.
+            deadline: Of the call.
+        """
+        (space, row_ids), *more = inputs
         request = pb.CommitDatasetRequest(
-            name=name, space=space_to_proto(space), row_ids=row_ids, idempotency_key=uuid.uuid4().hex
+            name=name,
+            space=space_to_proto(space),
+            row_ids=row_ids,
+            idempotency_key=uuid.uuid4().hex,
+            more_inputs=[pb.DatasetInput(space=space_to_proto(one), row_ids=ids) for one, ids in more],
         )
-        if targets_NM is not None:
-            request.targets.values.CopyFrom(encode_array(targets_NM))
-        elif class_indices is not None:
-            request.classes.names.extend(class_names)
-            request.classes.indices.extend(class_indices.tolist())
+        try:
+            if isinstance(labels, Targets):
+                request.targets.values.CopyFrom(encode_array(labels.values_NM))
+            elif isinstance(labels, MultiLabels):
+                request.multi_labels.names.extend(labels.names)
+                request.multi_labels.values.CopyFrom(encode_array(labels.values_NK))
+            else:
+                request.classes.names.extend(labels.names)
+                request.classes.indices.extend(labels.indices_N.tolist())
+        except WireError as error:
+            raise from_wire(error, prefix="labels: ", hint="Make several datasets") from None
         answer: pb.CommitDatasetResponse = self._caller.unary(DatasetServiceStub, "CommitDataset", request, deadline)
         return _dataset(answer.dataset)
 
@@ -176,4 +186,5 @@ def _dataset(message: pb.Dataset) -> DatasetRecord:
         num_targets=message.num_targets,
         create_time=from_timestamp(message, "create_time"),
         codec=message.codec,
+        more_inputs=tuple(DatasetSource(space_from_proto(one.space), one.codec) for one in message.more_inputs),
     )

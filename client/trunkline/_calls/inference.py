@@ -53,6 +53,21 @@ class RawEmbedding:
 
 
 @dataclass(frozen=True)
+class MoreRows:
+    """What stands beside a batch's first tensor, row for row.
+
+    Attributes:
+        space: Where it lives.
+        rows: What travels. None: the encoded images of the first tensor are these rows too.
+        compress: Whether to apply zstd.
+    """
+
+    space: FeatureSpace
+    rows: Rows | None
+    compress: bool = False
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows that travel together.
 
@@ -60,11 +75,13 @@ class Batch:
         rows: What travels.
         row_numbers: Which of the caller's rows they are.
         compress: Whether to apply zstd.
+        more: What stands beside.
     """
 
     rows: Rows
     row_numbers: tuple[int, ...]
     compress: bool = False
+    more: tuple[MoreRows, ...] = ()
 
 
 class InferenceCalls:
@@ -145,7 +162,13 @@ def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: De
         features=rows_to_tensor(batch.rows, batch.compress),
         model=model,
         timeout_s=deadline.remaining() or 0.0,
+        more_inputs=[_input(one) for one in batch.more],
     )
+
+
+def _input(more: MoreRows) -> pb.Input:
+    features = None if more.rows is None else rows_to_tensor(more.rows, more.compress)
+    return pb.Input(space=space_to_proto(more.space), features=features)
 
 
 def _extract_request(space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> pb.ExtractRequest:

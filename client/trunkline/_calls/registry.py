@@ -7,9 +7,12 @@ from trunkline_wire.v1 import registry_pb2 as pb
 from trunkline_wire.v1.registry_pb2_grpc import RegistryServiceStub
 
 from trunkline._calls.core import Caller
+from trunkline._calls.heads import head_from_message
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
-from trunkline.records import Candidate, ModelRecord
+from trunkline.records import Candidate, ModelInput, ModelRecord
+
+_TASKS = {pb.TASK_REGRESSION: "regression", pb.TASK_MULTI_LABEL: "multi_label"}
 
 
 class RegistryCalls:
@@ -38,7 +41,7 @@ def _model(message: pb.Model) -> ModelRecord:
     return ModelRecord(
         name=message.name,
         version=message.version,
-        task="regression" if message.task == pb.TASK_REGRESSION else "classification",
+        task=_TASKS.get(message.task, "classification"),
         class_names=tuple(message.class_names),
         num_outputs=message.num_outputs,
         space=space_from_proto(message.space),
@@ -54,6 +57,19 @@ def _model(message: pb.Model) -> ModelRecord:
         codec=message.codec,
         codec_error=message.codec_error,
         candidates=tuple(_candidate(one) for one in message.candidates),
+        more_inputs=tuple(_input(one) for one in message.more_inputs),
+        head=head_from_message(message.head),
+    )
+
+
+def _input(message: pb.ModelInput) -> ModelInput:
+    return ModelInput(
+        space=space_from_proto(message.space),
+        embedding_fingerprint=message.embedding_fingerprint,
+        slices=tuple(message.slices),
+        width=message.width,
+        codec=message.codec,
+        codec_error=message.codec_error,
     )
 
 

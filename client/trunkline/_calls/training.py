@@ -10,11 +10,12 @@ from trunkline_wire.v1 import training_pb2 as pb
 from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
 
 from trunkline._calls.core import MAX_IDLE_CONNECTIONS, Caller, error_from_message, new_request_id
+from trunkline._calls.heads import head_from_message, head_to_message
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline, retry_delay
 from trunkline._status import is_retryable
 from trunkline.errors import ServiceUnavailableError, TrunklineError
-from trunkline.records import MLP, FitConfig, JobEvent, JobSpec, JobState, JobStatus, Linear
+from trunkline.records import BackboneChoice, FitConfig, JobEvent, JobSpec, JobState, JobStatus
 
 _EMBEDDINGS = {
     "pooled": pb.EMBEDDING_MODE_POOLED,
@@ -24,6 +25,8 @@ _EMBEDDINGS = {
 _EMBEDDING_NAMES = {value: name for name, value in _EMBEDDINGS.items()}
 _SOLVERS = {"lbfgs": pb.SOLVER_LBFGS, "adam": pb.SOLVER_ADAM}
 _SOLVER_NAMES = {value: name for name, value in _SOLVERS.items()}
+_LOSSES = {"mse": pb.LOSS_MSE, "huber": pb.LOSS_HUBER}
+_LOSS_NAMES = {pb.LOSS_UNSPECIFIED: "mse", **{value: name for name, value in _LOSSES.items()}}
 
 
 class TrainingCalls:
@@ -108,11 +111,6 @@ class TrainingCalls:
 
 
 def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
-    head = (
-        pb.HeadConfig(kind=pb.HEAD_KIND_MLP, hidden=spec.head.hidden, dropout=spec.head.dropout)
-        if isinstance(spec.head, MLP)
-        else pb.HeadConfig(kind=pb.HEAD_KIND_LINEAR)
-    )
     return pb.JobSpec(
         model=spec.model,
         dataset=spec.dataset,
@@ -120,7 +118,7 @@ def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
         input_size=spec.input_size,
         embedding=_EMBEDDINGS[spec.embedding],
         slices=spec.slices,
-        head=head,
+        head=None if spec.head is None else head_to_message(spec.head),
         fit=pb.FitConfig(
             solver=_SOLVERS[spec.fit.solver],
             epochs=spec.fit.epochs,
@@ -130,14 +128,16 @@ def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
             validation_fraction=spec.fit.validation_fraction,
             refit=spec.fit.refit,
             seed=spec.fit.seed,
+            loss=_LOSSES[spec.fit.loss],
+            huber_delta=spec.fit.huber_delta,
         ),
+        more_backbones=[
+            pb.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
+        ],
     )
 
 
 def _spec_from_message(message: pb.JobSpec) -> JobSpec:
-    head: Linear | MLP = Linear()
-    if message.head.kind == pb.HEAD_KIND_MLP:
-        head = MLP(tuple(message.head.hidden), message.head.dropout)
     return JobSpec(
         model=message.model,
         dataset=message.dataset,
@@ -145,7 +145,7 @@ def _spec_from_message(message: pb.JobSpec) -> JobSpec:
         input_size=message.input_size,
         embedding=_EMBEDDING_NAMES.get(message.embedding, ""),
         slices=tuple(message.slices),
-        head=head,
+        head=head_from_message(message.head),
         fit=FitConfig(
             solver=_SOLVER_NAMES.get(message.fit.solver, ""),
             epochs=message.fit.epochs,
@@ -155,7 +155,10 @@ def _spec_from_message(message: pb.JobSpec) -> JobSpec:
             validation_fraction=message.fit.validation_fraction,
             refit=message.fit.refit,
             seed=message.fit.seed,
+            loss=_LOSS_NAMES.get(message.fit.loss, ""),
+            huber_delta=message.fit.huber_delta or 1.0,
         ),
+        more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
     )
 
 

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trunkline.cli.options import Codec, InputSize, MaxError, Precision, StemOption, Threads, find_stem
+from trunkline.cli.options import (
+    Codec,
+    InputSize,
+    LocalFile,
+    LocalInputSize,
+    LocalName,
+    MaxError,
+    Precision,
+    StemOption,
+    Threads,
+    find_local,
+    find_stem,
+)
 from trunkline.cli.output import Session, columns, command, facts
 
 if TYPE_CHECKING:
@@ -29,21 +41,29 @@ def upload(
     precision: Precision = None,
     max_error: MaxError = None,
     threads: Threads = None,
+    local: LocalFile = None,
+    local_name: LocalName = None,
+    local_input_size: LocalInputSize = None,
+    remote: Annotated[
+        bool, typer.Option("--remote/--no-remote", help="Send images or features of a stem, not local features alone.")
+    ] = True,
 ) -> None:
     """Make a dataset of labelled images. Sends only what the cluster lacks; run it again after a failure."""
+    local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
-        local = find_stem(
+        found = find_stem(
             client, stem, input_size, codec=codec, precision=precision, max_error=max_error, threads=threads
         )
-        data = client.upload(images, name=name, stem=local, input_size=input_size)
+        data = client.upload(images, name=name, stem=found, local=local_model, remote=remote, input_size=input_size)
     report = data.report
     assert report is not None
-    as_codec = f" as {data.codec}" if data.codec else ""
+    codecs = dict.fromkeys(one.codec for one in data.inputs if one.codec)
+    as_codec = f" as {' and '.join(codecs)}" if codecs else ""
     text = (
         f"{data.reference}: {data.num_rows} rows, {report.rows_sent} sent{as_codec} "
         f"({report.feature_bytes_sent / 1e6:.1f} MB) in {report.seconds:.1f} s"
     )
-    size = f" --input-size {input_size}" if input_size and local is None else ""
+    size = f" --input-size {input_size}" if input_size and found is None else ""
     session.emit(data.to_dict(), text, hint=f"trunkline train {data.reference} --name {name}-head{size}")
 
 
@@ -63,33 +83,28 @@ def datasets(
         (
             one.reference,
             one.num_rows,
-            _labels(one),
-            one.space.cut,
-            one.codec or "-",
-            one.space.backbone or "-",
+            one.labels_summary,
+            one.space.cut or "-",
+            " + ".join(source.codec for source in one.inputs if source.codec) or "-",
+            " + ".join(source.space.source or "images" for source in one.inputs),
             one.digest[:12],
         )
         for one in found
     ]
-    table = columns(("DATASET", "ROWS", "LABELS", "CUT", "CODEC", "BACKBONE", "DIGEST"), rows)
+    table = columns(("DATASET", "ROWS", "LABELS", "CUT", "CODEC", "OF", "DIGEST"), rows)
     session.emit([one.to_dict() for one in found], table, hint="trunkline train DATASET --name MODEL")
 
 
-def _labels(data: Dataset) -> str:
-    return f"{len(data.class_names)} classes" if data.class_names else f"{data.record.num_targets} numbers"
-
-
 def _detail(data: Dataset) -> str:
+    from trunkline.datasets import describe_source
+
     return facts(
         [
             ("dataset", data.reference),
             ("rows", data.num_rows),
-            ("labels", _labels(data)),
+            ("labels", data.labels_summary),
             ("classes", ", ".join(data.class_names)),
-            ("cut", data.space.cut),
-            ("codec", data.codec),
-            ("backbone", data.space.backbone),
-            ("input size", data.space.input_size or None),
+            *(("and" if number else "input", describe_source(one)) for number, one in enumerate(data.inputs)),
             ("digest", data.digest),
             ("created", data.create_time),
         ]

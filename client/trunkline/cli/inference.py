@@ -12,10 +12,14 @@ from trunkline.cli.data import Images
 from trunkline.cli.options import (
     Codec,
     InputSize,
+    LocalFile,
+    LocalInputSize,
+    LocalName,
     MaxError,
     Precision,
     StemOption,
     Threads,
+    find_local,
     find_model_stem,
     find_stem,
 )
@@ -48,8 +52,18 @@ def models(
             session.emit(one.to_dict(), text, hint=f"trunkline predict {one.reference} IMAGE ...")
             return
         found = client.models()
-    rows = [(one.reference, one.task, _metrics(one), one.space.backbone, one.record.dataset) for one in found]
-    table = columns(("MODEL", "TASK", "METRICS", "BACKBONE", "DATASET"), rows)
+    rows = [
+        (
+            one.reference,
+            one.task,
+            _metrics(one),
+            " + ".join(source.space.source for source in one.inputs),
+            one.head.kind if one.head else "-",
+            one.record.dataset,
+        )
+        for one in found
+    ]
+    table = columns(("MODEL", "TASK", "METRICS", "OF", "HEAD", "DATASET"), rows)
     session.emit([one.to_dict() for one in found], table, hint="trunkline predict MODEL IMAGE ...")
 
 
@@ -64,13 +78,17 @@ def predict(
     max_error: MaxError = None,
     threads: Threads = None,
     send_images: SendImages = False,
+    local: LocalFile = None,
+    local_name: LocalName = None,
+    local_input_size: LocalInputSize = None,
     batch_size: BatchSize = None,
 ) -> None:
     """Predict pictures. Those that cannot be read fail alone; the exit code is 1 then."""
     paths = _paths(images)
+    local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
-        local = find_model_stem(
+        found_stem = find_model_stem(
             client,
             chosen,
             stem,
@@ -80,7 +98,7 @@ def predict(
             max_error=max_error,
             threads=threads,
         )
-        found = chosen.predict(paths, stem=local, batch_size=batch_size)
+        found = chosen.predict(paths, stem=found_stem, local=local_model, batch_size=batch_size)
     data = found.to_dict()
     for row, path in zip(data["rows"], paths, strict=True):
         row["path"] = str(path)
@@ -105,16 +123,24 @@ def evaluate(
     max_error: MaxError = None,
     threads: Threads = None,
     send_images: SendImages = False,
+    local: LocalFile = None,
+    local_name: LocalName = None,
+    local_input_size: LocalInputSize = None,
     batch_size: BatchSize = None,
 ) -> None:
     """Measure a model on labelled pictures."""
+    local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
         if min_accuracy is not None and chosen.task != "classification":
-            raise InvalidArgumentError(f"--min-accuracy fits classifiers; {chosen.reference} predicts numbers")
+            raise InvalidArgumentError(
+                f"--min-accuracy fits models that find one class in a row; {chosen.reference} is of task {chosen.task}"
+            )
         if min_r2 is not None and chosen.task != "regression":
-            raise InvalidArgumentError(f"--min-r2 fits models that predict numbers; {chosen.reference} is a classifier")
-        local = find_model_stem(
+            raise InvalidArgumentError(
+                f"--min-r2 fits models that predict numbers; {chosen.reference} is of task {chosen.task}"
+            )
+        found_stem = find_model_stem(
             client,
             chosen,
             stem,
@@ -124,7 +150,7 @@ def evaluate(
             max_error=max_error,
             threads=threads,
         )
-        report = chosen.evaluate(images, stem=local, batch_size=batch_size)
+        report = chosen.evaluate(images, stem=found_stem, local=local_model, batch_size=batch_size)
     session.emit(report.to_dict(), report.summary())
     reached = getattr(report, "accuracy", None) if min_accuracy is not None else getattr(report, "r2", None)
     wanted = min_accuracy if min_accuracy is not None else min_r2
@@ -182,10 +208,8 @@ def _predictions(found: Prediction, paths: list[Path]) -> str:
     for path, one in zip(paths, found, strict=True):
         if one.error is not None:
             rows.append((path, "-", "failed"))
-        elif found.class_names:
-            rows.append((path, one.label, f"{float(one.outputs_K.max()):.3f}"))
         else:
-            rows.append((path, " ".join(f"{value:.4g}" for value in one.outputs_K), ""))
+            rows.append((path, one.text, f"{float(one.outputs_K.max()):.3f}" if found.class_names else ""))
     return columns(("IMAGE", "LABEL" if found.class_names else "VALUES", "PROBABILITY"), rows)
 
 
@@ -202,11 +226,7 @@ def _detail(model: Model) -> str:
             ("classes", ", ".join(model.class_names)),
             ("outputs", None if model.class_names else record.num_outputs),
             *((name, f"{value:.4f}") for name, value in sorted(record.metrics.items())),
-            ("backbone", model.space.backbone),
-            ("cut", model.space.cut),
-            ("input size", model.space.input_size),
-            ("codec", f"{model.codec}, embedding error {model.codec_error:.2g}" if model.codec else None),
-            ("slices", ", ".join(model.slices)),
+            *model.facts(),
             ("dataset", record.dataset),
             ("job", record.job_id),
             ("head sha256", record.head_sha256),

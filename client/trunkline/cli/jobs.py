@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from trunkline.cli.output import Session, columns, command, facts
 
 if TYPE_CHECKING:
+    from trunkline.heads import Head
     from trunkline.models import Model
     from trunkline.records import JobStatus
+
+
+_HEAD = "Head"
 
 
 @command(missing="trunkline datasets")
@@ -19,13 +23,37 @@ def train(
     session: Session,
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="NAME or NAME@VERSION.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model.")],
-    backbone: Annotated[str | None, typer.Option(help="For images: who reads them.")] = None,
+    backbone: Annotated[
+        list[str] | None, typer.Option(help="For images: who reads them; may be repeated, for several.")
+    ] = None,
     input_size: Annotated[int | None, typer.Option(help="For images: side of the square, in pixels.", min=1)] = None,
     embedding: Annotated[str, typer.Option(help="auto or pooled.")] = "auto",
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Use these slices; may be repeated.")] = None,
-    head: Annotated[str, typer.Option(help="linear or mlp.")] = "linear",
-    hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; may be repeated.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of an MLP.")] = 0.0,
+    head: Annotated[str, typer.Option(help="linear, mlp, conv or prototype.")] = "linear",
+    hidden: Annotated[
+        list[int] | None, typer.Option(help="Width of a hidden layer; may be repeated.", rich_help_panel=_HEAD)
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Of hidden layers: relu or gelu.", rich_help_panel=_HEAD)
+    ] = None,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm", help="Normalise batches before each activation.", rich_help_panel=_HEAD)
+    ] = False,
+    dropout: Annotated[float | None, typer.Option(help="Of hidden units.", rich_help_panel=_HEAD)] = None,
+    channels: Annotated[
+        list[int] | None, typer.Option(help="Of a convolution; may be repeated.", rich_help_panel=_HEAD)
+    ] = None,
+    tap: Annotated[
+        str | None, typer.Option(help="Cut whose features convolutions read.", rich_help_panel=_HEAD)
+    ] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)
+    ] = None,
+    fuse_width: Annotated[int | None, typer.Option(help="Common width of add and gate.", rich_help_panel=_HEAD)] = None,
+    loss: Annotated[str, typer.Option(help="For numbers: mse or huber.")] = "mse",
+    huber_delta: Annotated[
+        float, typer.Option(help="From where on huber is linear, in standard deviations of a target.")
+    ] = 1.0,
     solver: Annotated[str, typer.Option(help="auto, lbfgs or adam.")] = "auto",
     epochs: Annotated[int, typer.Option(help="Of adam. 0: the default.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Of adam. 0: the default.")] = 0,
@@ -37,12 +65,19 @@ def train(
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Train a head on a dataset."""
-    from trunkline.records import MLP
     from trunkline.training import job_to_dict
 
-    chosen: str | MLP = head
-    if head == "mlp" and (hidden or dropout):
-        chosen = MLP(tuple(hidden or (1024,)), dropout)
+    chosen = _head(
+        head,
+        hidden=hidden,
+        activation=activation,
+        batch_norm=batch_norm or None,
+        dropout=dropout,
+        channels=channels,
+        tap=tap,
+        fuse=fuse,
+        fuse_width=fuse_width,
+    )
     with session.connect() as client:
         job = client.train(
             dataset,
@@ -52,6 +87,8 @@ def train(
             embedding=slices or embedding,
             head=chosen,
             solver=solver,
+            loss=loss,
+            huber_delta=huber_delta,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -107,20 +144,36 @@ def jobs(
         session.emit(job_to_dict(status), _detail(status), hint=_following(status))
 
 
+def _head(kind: str, **given: Any) -> Head:
+    """Return the head that options describe.
+
+    Raises:
+        InvalidArgumentError: There is no such kind, or an option that was given means nothing to it.
+    """
+    from trunkline.heads import head_of_kind
+
+    return head_of_kind(kind, {name: value for name, value in given.items() if value not in (None, [])})
+
+
 def _trained(model: Model) -> str:
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(model.metrics.items()))
-    slices = ", ".join(model.slices)
-    return f"{model.reference}: {metrics or 'not measured'}" + (f"\nslices: {slices}" if slices else "")
+    read = [f"{one.space.source} ({', '.join(slices)})" for one, slices in model.slices_by_input()]
+    return f"{model.reference}: {metrics or 'not measured'}\nreads: {' and '.join(read)}"
 
 
 def _detail(status: JobStatus) -> str:
+    from trunkline.heads import head_summary
+
     return facts(
         [
             ("job", status.id),
             ("state", status.state.name),
             ("model", status.model or status.spec.model),
             ("dataset", status.spec.dataset),
+            ("backbones", ", ".join([status.spec.backbone, *(one.backbone for one in status.spec.more_backbones)])),
             ("embedding", ", ".join(status.spec.slices) or status.spec.embedding),
+            ("head", head_summary(status.spec.head) if status.spec.head else None),
+            ("loss", status.spec.fit.loss if status.spec.fit.loss != "mse" else None),
             ("restarts", status.num_restarts or None),
             ("error", status.error.message if status.error else None),
             ("created", status.create_time),

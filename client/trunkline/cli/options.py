@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,6 +11,7 @@ from trunkline.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from trunkline.client import Client
+    from trunkline.local_models import LocalModel
     from trunkline.models import Model
     from trunkline.stems import Stem
 
@@ -27,6 +29,17 @@ MaxError = Annotated[
     float | None, typer.Option(help="Largest embedding error of codec and stem together. With auto: 0.05.", min=0)
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the stem. 1: the calling one alone.", min=1)]
+_LOCAL = "Local model"
+LocalFile = Annotated[
+    Path | None,
+    typer.Option("--local", help="ONNX file whose output goes along.", metavar="PATH.onnx", rich_help_panel=_LOCAL),
+]
+LocalName = Annotated[
+    str | None, typer.Option(help="Its name. Left out: the file's, without .onnx.", rich_help_panel=_LOCAL)
+]
+LocalInputSize = Annotated[
+    int | None, typer.Option(help="Side of the square it takes images at, in pixels.", min=1, rich_help_panel=_LOCAL)
+]
 
 
 def split_stem(text: str) -> tuple[str, str]:
@@ -37,6 +50,25 @@ def split_stem(text: str) -> tuple[str, str]:
             f"{text!r} names no stem; expected BACKBONE:CUT", hint="`trunkline backbones` has the names of both"
         )
     return backbone, cut
+
+
+def find_local(path: Path | None, name: str | None, input_size: int | None) -> LocalModel | None:
+    """Return the local model in a file, or None.
+
+    Raises:
+        InvalidArgumentError: Its input size is missing, or something is said about it and there is none.
+    """
+    if path is None:
+        if name is not None or input_size is not None:
+            raise InvalidArgumentError(
+                "--local-name and --local-input-size are about a local model", hint="Give --local PATH.onnx too"
+            )
+        return None
+    if input_size is None:
+        raise InvalidArgumentError("a local model takes images at a size of its own", hint="Give --local-input-size")
+    from trunkline.local_models import local_model
+
+    return local_model(path, name=name or path.stem, input_size=input_size)
 
 
 def find_stem(

@@ -57,7 +57,7 @@ class Preprocessing(_message.Message):
     def __init__(self, input_size: _Optional[int] = ..., crop_fraction: _Optional[float] = ..., interpolation: _Optional[str] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Cut(_message.Message):
-    __slots__ = ("name", "feature_shape", "fingerprint", "slices", "channel_axis", "is_stage", "stem_macs", "stem_parameters", "int8_fingerprint")
+    __slots__ = ("name", "feature_shape", "fingerprint", "slices", "channel_axis", "is_stage", "stem_macs", "stem_parameters", "int8_fingerprint", "map_shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FEATURE_SHAPE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Cut(_message.Message):
     STEM_MACS_FIELD_NUMBER: _ClassVar[int]
     STEM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     INT8_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAP_SHAPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     feature_shape: _containers.RepeatedScalarFieldContainer[int]
     fingerprint: str
@@ -76,7 +77,8 @@ class Cut(_message.Message):
     stem_macs: int
     stem_parameters: int
     int8_fingerprint: str
-    def __init__(self, name: _Optional[str] = ..., feature_shape: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., channel_axis: _Optional[int] = ..., is_stage: bool = ..., stem_macs: _Optional[int] = ..., stem_parameters: _Optional[int] = ..., int8_fingerprint: _Optional[str] = ...) -> None: ...
+    map_shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., feature_shape: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., channel_axis: _Optional[int] = ..., is_stage: bool = ..., stem_macs: _Optional[int] = ..., stem_parameters: _Optional[int] = ..., int8_fingerprint: _Optional[str] = ..., map_shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("name", "start", "stop")

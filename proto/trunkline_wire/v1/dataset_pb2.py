@@ -27,7 +27,7 @@ from trunkline_wire.v1 import error_pb2 as trunkline__wire_dot_v1_dot_error__pb2
 from trunkline_wire.v1 import tensor_pb2 as trunkline__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrunkline_wire/v1/dataset.proto\x12\x11trunkline_wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\")\n\x16\x46indMissingRowsRequest\x12\x0f\n\x07row_ids\x18\x01 \x03(\x0c\"*\n\x17\x46indMissingRowsResponse\x12\x0f\n\x07missing\x18\x01 \x03(\r\"\x84\x01\n\x08RowChunk\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x0f\n\x07row_ids\x18\x02 \x03(\x0c\x12\'\n\x04rows\x18\x03 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x85\x01\n\x11UploadRowsRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.trunkline_wire.v1.RowChunkH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\" \n\x08\x43hunkAck\x12\x14\n\x0cnum_new_rows\x18\x01 \x01(\r\"\xaf\x01\n\x12UploadRowsResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12*\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1b.trunkline_wire.v1.ChunkAckH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"-\n\x0b\x43lassLabels\x12\r\n\x05names\x18\x01 \x03(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\">\n\x11RegressionTargets\x12)\n\x06values\x18\x01 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\"\xf4\x01\n\x14\x43ommitDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05space\x18\x02 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x0f\n\x07row_ids\x18\x03 \x03(\x0c\x12\x31\n\x07\x63lasses\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.ClassLabelsH\x00\x12\x37\n\x07targets\x18\x05 \x01(\x0b\x32$.trunkline_wire.v1.RegressionTargetsH\x00\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\tB\x08\n\x06labels\"D\n\x15\x43ommitDatasetResponse\x12+\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.Dataset\"\xe4\x01\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08num_rows\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12.\n\x05space\x18\x05 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x13\n\x0b\x63lass_names\x18\x06 \x03(\t\x12\x13\n\x0bnum_targets\x18\x07 \x01(\r\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63odec\x18\t \x01(\t\"$\n\x11GetDatasetRequest\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\"A\n\x12GetDatasetResponse\x12+\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.Dataset\"\x15\n\x13ListDatasetsRequest\"D\n\x14ListDatasetsResponse\x12,\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1a.trunkline_wire.v1.Dataset2\xf9\x03\n\x0e\x44\x61tasetService\x12h\n\x0f\x46indMissingRows\x12).trunkline_wire.v1.FindMissingRowsRequest\x1a*.trunkline_wire.v1.FindMissingRowsResponse\x12]\n\nUploadRows\x12$.trunkline_wire.v1.UploadRowsRequest\x1a%.trunkline_wire.v1.UploadRowsResponse(\x01\x30\x01\x12\x62\n\rCommitDataset\x12\'.trunkline_wire.v1.CommitDatasetRequest\x1a(.trunkline_wire.v1.CommitDatasetResponse\x12Y\n\nGetDataset\x12$.trunkline_wire.v1.GetDatasetRequest\x1a%.trunkline_wire.v1.GetDatasetResponse\x12_\n\x0cListDatasets\x12&.trunkline_wire.v1.ListDatasetsRequest\x1a\'.trunkline_wire.v1.ListDatasetsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrunkline_wire/v1/dataset.proto\x12\x11trunkline_wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\")\n\x16\x46indMissingRowsRequest\x12\x0f\n\x07row_ids\x18\x01 \x03(\x0c\"*\n\x17\x46indMissingRowsResponse\x12\x0f\n\x07missing\x18\x01 \x03(\r\"\x84\x01\n\x08RowChunk\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x0f\n\x07row_ids\x18\x02 \x03(\x0c\x12\'\n\x04rows\x18\x03 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x85\x01\n\x11UploadRowsRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.trunkline_wire.v1.RowChunkH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\" \n\x08\x43hunkAck\x12\x14\n\x0cnum_new_rows\x18\x01 \x01(\r\"\xaf\x01\n\x12UploadRowsResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12*\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1b.trunkline_wire.v1.ChunkAckH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"-\n\x0b\x43lassLabels\x12\r\n\x05names\x18\x01 \x03(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\">\n\x11RegressionTargets\x12)\n\x06values\x18\x01 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\"G\n\x0bMultiLabels\x12\r\n\x05names\x18\x01 \x03(\t\x12)\n\x06values\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\"O\n\x0c\x44\x61tasetInput\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x0f\n\x07row_ids\x18\x02 \x03(\x0c\"\xe2\x02\n\x14\x43ommitDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05space\x18\x02 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x0f\n\x07row_ids\x18\x03 \x03(\x0c\x12\x31\n\x07\x63lasses\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.ClassLabelsH\x00\x12\x37\n\x07targets\x18\x05 \x01(\x0b\x32$.trunkline_wire.v1.RegressionTargetsH\x00\x12\x36\n\x0cmulti_labels\x18\x08 \x01(\x0b\x32\x1e.trunkline_wire.v1.MultiLabelsH\x00\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\t\x12\x34\n\x0bmore_inputs\x18\x07 \x03(\x0b\x32\x1f.trunkline_wire.v1.DatasetInputB\x08\n\x06labels\"D\n\x15\x43ommitDatasetResponse\x12+\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.Dataset\"\x9b\x02\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08num_rows\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12.\n\x05space\x18\x05 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x13\n\x0b\x63lass_names\x18\x06 \x03(\t\x12\x13\n\x0bnum_targets\x18\x07 \x01(\r\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63odec\x18\t \x01(\t\x12\x35\n\x0bmore_inputs\x18\n \x03(\x0b\x32 .trunkline_wire.v1.DatasetSource\"N\n\rDatasetSource\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\r\n\x05\x63odec\x18\x02 \x01(\t\"$\n\x11GetDatasetRequest\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\"A\n\x12GetDatasetResponse\x12+\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.Dataset\"\x15\n\x13ListDatasetsRequest\"D\n\x14ListDatasetsResponse\x12,\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1a.trunkline_wire.v1.Dataset2\xf9\x03\n\x0e\x44\x61tasetService\x12h\n\x0f\x46indMissingRows\x12).trunkline_wire.v1.FindMissingRowsRequest\x1a*.trunkline_wire.v1.FindMissingRowsResponse\x12]\n\nUploadRows\x12$.trunkline_wire.v1.UploadRowsRequest\x1a%.trunkline_wire.v1.UploadRowsResponse(\x01\x30\x01\x12\x62\n\rCommitDataset\x12\'.trunkline_wire.v1.CommitDatasetRequest\x1a(.trunkline_wire.v1.CommitDatasetResponse\x12Y\n\nGetDataset\x12$.trunkline_wire.v1.GetDatasetRequest\x1a%.trunkline_wire.v1.GetDatasetResponse\x12_\n\x0cListDatasets\x12&.trunkline_wire.v1.ListDatasetsRequest\x1a\'.trunkline_wire.v1.ListDatasetsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,20 +50,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLASSLABELS']._serialized_end=765
   _globals['_REGRESSIONTARGETS']._serialized_start=767
   _globals['_REGRESSIONTARGETS']._serialized_end=829
-  _globals['_COMMITDATASETREQUEST']._serialized_start=832
-  _globals['_COMMITDATASETREQUEST']._serialized_end=1076
-  _globals['_COMMITDATASETRESPONSE']._serialized_start=1078
-  _globals['_COMMITDATASETRESPONSE']._serialized_end=1146
-  _globals['_DATASET']._serialized_start=1149
-  _globals['_DATASET']._serialized_end=1377
-  _globals['_GETDATASETREQUEST']._serialized_start=1379
-  _globals['_GETDATASETREQUEST']._serialized_end=1415
-  _globals['_GETDATASETRESPONSE']._serialized_start=1417
-  _globals['_GETDATASETRESPONSE']._serialized_end=1482
-  _globals['_LISTDATASETSREQUEST']._serialized_start=1484
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1505
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1507
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1575
-  _globals['_DATASETSERVICE']._serialized_start=1578
-  _globals['_DATASETSERVICE']._serialized_end=2083
+  _globals['_MULTILABELS']._serialized_start=831
+  _globals['_MULTILABELS']._serialized_end=902
+  _globals['_DATASETINPUT']._serialized_start=904
+  _globals['_DATASETINPUT']._serialized_end=983
+  _globals['_COMMITDATASETREQUEST']._serialized_start=986
+  _globals['_COMMITDATASETREQUEST']._serialized_end=1340
+  _globals['_COMMITDATASETRESPONSE']._serialized_start=1342
+  _globals['_COMMITDATASETRESPONSE']._serialized_end=1410
+  _globals['_DATASET']._serialized_start=1413
+  _globals['_DATASET']._serialized_end=1696
+  _globals['_DATASETSOURCE']._serialized_start=1698
+  _globals['_DATASETSOURCE']._serialized_end=1776
+  _globals['_GETDATASETREQUEST']._serialized_start=1778
+  _globals['_GETDATASETREQUEST']._serialized_end=1814
+  _globals['_GETDATASETRESPONSE']._serialized_start=1816
+  _globals['_GETDATASETRESPONSE']._serialized_end=1881
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1883
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1904
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1906
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1974
+  _globals['_DATASETSERVICE']._serialized_start=1977
+  _globals['_DATASETSERVICE']._serialized_end=2482
 # @@protoc_insertion_point(module_scope)

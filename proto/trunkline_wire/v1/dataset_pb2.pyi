@@ -74,21 +74,41 @@ class RegressionTargets(_message.Message):
     values: _tensor_pb2.Tensor
     def __init__(self, values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
+class MultiLabels(_message.Message):
+    __slots__ = ("names", "values")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    values: _tensor_pb2.Tensor
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class DatasetInput(_message.Message):
+    __slots__ = ("space", "row_ids")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    space: _tensor_pb2.FeatureSpace
+    row_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class CommitDatasetRequest(_message.Message):
-    __slots__ = ("name", "space", "row_ids", "classes", "targets", "idempotency_key")
+    __slots__ = ("name", "space", "row_ids", "classes", "targets", "multi_labels", "idempotency_key", "more_inputs")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     ROW_IDS_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    MULTI_LABELS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     space: _tensor_pb2.FeatureSpace
     row_ids: _containers.RepeatedScalarFieldContainer[bytes]
     classes: ClassLabels
     targets: RegressionTargets
+    multi_labels: MultiLabels
     idempotency_key: str
-    def __init__(self, name: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ..., classes: _Optional[_Union[ClassLabels, _Mapping]] = ..., targets: _Optional[_Union[RegressionTargets, _Mapping]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    more_inputs: _containers.RepeatedCompositeFieldContainer[DatasetInput]
+    def __init__(self, name: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ..., classes: _Optional[_Union[ClassLabels, _Mapping]] = ..., targets: _Optional[_Union[RegressionTargets, _Mapping]] = ..., multi_labels: _Optional[_Union[MultiLabels, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetInput, _Mapping]]] = ...) -> None: ...
 
 class CommitDatasetResponse(_message.Message):
     __slots__ = ("dataset",)
@@ -97,7 +117,7 @@ class CommitDatasetResponse(_message.Message):
     def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time", "codec")
+    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time", "codec", "more_inputs")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +127,7 @@ class Dataset(_message.Message):
     NUM_TARGETS_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     num_rows: int
@@ -116,7 +137,16 @@ class Dataset(_message.Message):
     num_targets: int
     create_time: _timestamp_pb2.Timestamp
     codec: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
+    more_inputs: _containers.RepeatedCompositeFieldContainer[DatasetSource]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetSource, _Mapping]]] = ...) -> None: ...
+
+class DatasetSource(_message.Message):
+    __slots__ = ("space", "codec")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    space: _tensor_pb2.FeatureSpace
+    codec: str
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class GetDatasetRequest(_message.Message):
     __slots__ = ("dataset",)

@@ -27,7 +27,7 @@ from trunkline_wire.v1 import error_pb2 as trunkline__wire_dot_v1_dot_error__pb2
 from trunkline_wire.v1 import tensor_pb2 as trunkline__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!trunkline_wire/v1/inference.proto\x12\x11trunkline_wire.v1\x1a\x1ftrunkline_wire/v1/catalog.proto\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\"`\n\x08\x43odecUse\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_error\x18\x02 \x01(\x01\x12\x15\n\rtrained_codec\x18\x03 \x01(\t\x12\x15\n\rtrained_error\x18\x04 \x01(\x01\"\x8f\x01\n\x0ePredictRequest\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"\xea\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\x07outputs\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12/\n\nrow_errors\x18\x04 \x03(\x0b\x32\x1b.trunkline_wire.v1.RowError\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.trunkline_wire.v1.Timings\x12.\n\tcodec_use\x18\x06 \x01(\x0b\x32\x1b.trunkline_wire.v1.CodecUse\"\x90\x01\n\x14StreamPredictRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x07predict\x18\x02 \x01(\x0b\x32!.trunkline_wire.v1.PredictRequestH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xbc\x01\n\x15StreamPredictResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32\".trunkline_wire.v1.PredictResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\x90\x01\n\x0e\x45xtractRequest\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06slices\x18\x03 \x03(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"\xf7\x01\n\x0f\x45xtractResponse\x12,\n\tembedding\x18\x01 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12(\n\x06slices\x18\x02 \x03(\x0b\x32\x18.trunkline_wire.v1.Slice\x12/\n\nrow_errors\x18\x03 \x03(\x0b\x32\x1b.trunkline_wire.v1.RowError\x12+\n\x07timings\x18\x04 \x01(\x0b\x32\x1a.trunkline_wire.v1.Timings\x12.\n\tcodec_use\x18\x05 \x01(\x0b\x32\x1b.trunkline_wire.v1.CodecUse\"\x90\x01\n\x14StreamExtractRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x07\x65xtract\x18\x02 \x01(\x0b\x32!.trunkline_wire.v1.ExtractRequestH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xbc\x01\n\x15StreamExtractResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32\".trunkline_wire.v1.ExtractResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind2\x86\x03\n\x10InferenceService\x12P\n\x07Predict\x12!.trunkline_wire.v1.PredictRequest\x1a\".trunkline_wire.v1.PredictResponse\x12\x66\n\rStreamPredict\x12\'.trunkline_wire.v1.StreamPredictRequest\x1a(.trunkline_wire.v1.StreamPredictResponse(\x01\x30\x01\x12P\n\x07\x45xtract\x12!.trunkline_wire.v1.ExtractRequest\x1a\".trunkline_wire.v1.ExtractResponse\x12\x66\n\rStreamExtract\x12\'.trunkline_wire.v1.StreamExtractRequest\x1a(.trunkline_wire.v1.StreamExtractResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!trunkline_wire/v1/inference.proto\x12\x11trunkline_wire.v1\x1a\x1ftrunkline_wire/v1/catalog.proto\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\"`\n\x08\x43odecUse\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_error\x18\x02 \x01(\x01\x12\x15\n\rtrained_codec\x18\x03 \x01(\t\x12\x15\n\rtrained_error\x18\x04 \x01(\x01\"d\n\x05Input\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\"\xbe\x01\n\x0ePredictRequest\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12-\n\x0bmore_inputs\x18\x05 \x03(\x0b\x32\x18.trunkline_wire.v1.Input\"\xea\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\x07outputs\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12/\n\nrow_errors\x18\x04 \x03(\x0b\x32\x1b.trunkline_wire.v1.RowError\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.trunkline_wire.v1.Timings\x12.\n\tcodec_use\x18\x06 \x01(\x0b\x32\x1b.trunkline_wire.v1.CodecUse\"\x90\x01\n\x14StreamPredictRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x07predict\x18\x02 \x01(\x0b\x32!.trunkline_wire.v1.PredictRequestH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xbc\x01\n\x15StreamPredictResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32\".trunkline_wire.v1.PredictResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\x90\x01\n\x0e\x45xtractRequest\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12+\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12\x0e\n\x06slices\x18\x03 \x03(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"\xf7\x01\n\x0f\x45xtractResponse\x12,\n\tembedding\x18\x01 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12(\n\x06slices\x18\x02 \x03(\x0b\x32\x18.trunkline_wire.v1.Slice\x12/\n\nrow_errors\x18\x03 \x03(\x0b\x32\x1b.trunkline_wire.v1.RowError\x12+\n\x07timings\x18\x04 \x01(\x0b\x32\x1a.trunkline_wire.v1.Timings\x12.\n\tcodec_use\x18\x05 \x01(\x0b\x32\x1b.trunkline_wire.v1.CodecUse\"\x90\x01\n\x14StreamExtractRequest\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x07\x65xtract\x18\x02 \x01(\x0b\x32!.trunkline_wire.v1.ExtractRequestH\x00\x12-\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xbc\x01\n\x15StreamExtractResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x34\n\x06result\x18\x02 \x01(\x0b\x32\".trunkline_wire.v1.ExtractResponseH\x00\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.trunkline_wire.v1.ErrorH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind2\x86\x03\n\x10InferenceService\x12P\n\x07Predict\x12!.trunkline_wire.v1.PredictRequest\x1a\".trunkline_wire.v1.PredictResponse\x12\x66\n\rStreamPredict\x12\'.trunkline_wire.v1.StreamPredictRequest\x1a(.trunkline_wire.v1.StreamPredictResponse(\x01\x30\x01\x12P\n\x07\x45xtract\x12!.trunkline_wire.v1.ExtractRequest\x1a\".trunkline_wire.v1.ExtractResponse\x12\x66\n\rStreamExtract\x12\'.trunkline_wire.v1.StreamExtractRequest\x1a(.trunkline_wire.v1.StreamExtractResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,22 +36,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CODECUSE']._serialized_start=152
   _globals['_CODECUSE']._serialized_end=248
-  _globals['_PREDICTREQUEST']._serialized_start=251
-  _globals['_PREDICTREQUEST']._serialized_end=394
-  _globals['_PREDICTRESPONSE']._serialized_start=397
-  _globals['_PREDICTRESPONSE']._serialized_end=631
-  _globals['_STREAMPREDICTREQUEST']._serialized_start=634
-  _globals['_STREAMPREDICTREQUEST']._serialized_end=778
-  _globals['_STREAMPREDICTRESPONSE']._serialized_start=781
-  _globals['_STREAMPREDICTRESPONSE']._serialized_end=969
-  _globals['_EXTRACTREQUEST']._serialized_start=972
-  _globals['_EXTRACTREQUEST']._serialized_end=1116
-  _globals['_EXTRACTRESPONSE']._serialized_start=1119
-  _globals['_EXTRACTRESPONSE']._serialized_end=1366
-  _globals['_STREAMEXTRACTREQUEST']._serialized_start=1369
-  _globals['_STREAMEXTRACTREQUEST']._serialized_end=1513
-  _globals['_STREAMEXTRACTRESPONSE']._serialized_start=1516
-  _globals['_STREAMEXTRACTRESPONSE']._serialized_end=1704
-  _globals['_INFERENCESERVICE']._serialized_start=1707
-  _globals['_INFERENCESERVICE']._serialized_end=2097
+  _globals['_INPUT']._serialized_start=250
+  _globals['_INPUT']._serialized_end=350
+  _globals['_PREDICTREQUEST']._serialized_start=353
+  _globals['_PREDICTREQUEST']._serialized_end=543
+  _globals['_PREDICTRESPONSE']._serialized_start=546
+  _globals['_PREDICTRESPONSE']._serialized_end=780
+  _globals['_STREAMPREDICTREQUEST']._serialized_start=783
+  _globals['_STREAMPREDICTREQUEST']._serialized_end=927
+  _globals['_STREAMPREDICTRESPONSE']._serialized_start=930
+  _globals['_STREAMPREDICTRESPONSE']._serialized_end=1118
+  _globals['_EXTRACTREQUEST']._serialized_start=1121
+  _globals['_EXTRACTREQUEST']._serialized_end=1265
+  _globals['_EXTRACTRESPONSE']._serialized_start=1268
+  _globals['_EXTRACTRESPONSE']._serialized_end=1515
+  _globals['_STREAMEXTRACTREQUEST']._serialized_start=1518
+  _globals['_STREAMEXTRACTREQUEST']._serialized_end=1662
+  _globals['_STREAMEXTRACTRESPONSE']._serialized_start=1665
+  _globals['_STREAMEXTRACTRESPONSE']._serialized_end=1853
+  _globals['_INFERENCESERVICE']._serialized_start=1856
+  _globals['_INFERENCESERVICE']._serialized_end=2246
 # @@protoc_insertion_point(module_scope)

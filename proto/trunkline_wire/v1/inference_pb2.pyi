@@ -20,17 +20,27 @@ class CodecUse(_message.Message):
     trained_error: float
     def __init__(self, codec: _Optional[str] = ..., embedding_error: _Optional[float] = ..., trained_codec: _Optional[str] = ..., trained_error: _Optional[float] = ...) -> None: ...
 
+class Input(_message.Message):
+    __slots__ = ("space", "features")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    space: _tensor_pb2.FeatureSpace
+    features: _tensor_pb2.Tensor
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
 class PredictRequest(_message.Message):
-    __slots__ = ("space", "features", "model", "timeout_s")
+    __slots__ = ("space", "features", "model", "timeout_s", "more_inputs")
     SPACE_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
     space: _tensor_pb2.FeatureSpace
     features: _tensor_pb2.Tensor
     model: str
     timeout_s: float
-    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    more_inputs: _containers.RepeatedCompositeFieldContainer[Input]
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., timeout_s: _Optional[float] = ..., more_inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ...) -> None: ...
 
 class PredictResponse(_message.Message):
     __slots__ = ("model", "outputs", "labels", "row_errors", "timings", "codec_use")

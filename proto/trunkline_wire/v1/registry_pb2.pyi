@@ -1,5 +1,6 @@
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from trunkline_wire.v1 import tensor_pb2 as _tensor_pb2
+from trunkline_wire.v1 import training_pb2 as _training_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -13,12 +14,30 @@ class Task(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_UNSPECIFIED: _ClassVar[Task]
     TASK_CLASSIFICATION: _ClassVar[Task]
     TASK_REGRESSION: _ClassVar[Task]
+    TASK_MULTI_LABEL: _ClassVar[Task]
 TASK_UNSPECIFIED: Task
 TASK_CLASSIFICATION: Task
 TASK_REGRESSION: Task
+TASK_MULTI_LABEL: Task
+
+class ModelInput(_message.Message):
+    __slots__ = ("space", "embedding_fingerprint", "slices", "width", "codec", "codec_error")
+    SPACE_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_ERROR_FIELD_NUMBER: _ClassVar[int]
+    space: _tensor_pb2.FeatureSpace
+    embedding_fingerprint: str
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    width: int
+    codec: str
+    codec_error: float
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., width: _Optional[int] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates")
+    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates", "more_inputs", "head")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +70,8 @@ class Model(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CODEC_ERROR_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     task: Task
@@ -69,7 +90,9 @@ class Model(_message.Message):
     codec: str
     codec_error: float
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
+    more_inputs: _containers.RepeatedCompositeFieldContainer[ModelInput]
+    head: _training_pb2.HeadConfig
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., more_inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ..., head: _Optional[_Union[_training_pb2.HeadConfig, _Mapping]] = ...) -> None: ...
 
 class Candidate(_message.Message):
     __slots__ = ("slices", "width", "score", "accuracy")

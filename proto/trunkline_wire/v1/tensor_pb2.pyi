@@ -70,16 +70,20 @@ class Affine(_message.Message):
     def __init__(self, channel_axis: _Optional[int] = ..., scale: _Optional[bytes] = ..., offset: _Optional[bytes] = ...) -> None: ...
 
 class FeatureSpace(_message.Message):
-    __slots__ = ("backbone", "cut", "input_size", "fingerprint")
+    __slots__ = ("backbone", "cut", "input_size", "fingerprint", "local_model", "bottleneck")
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_MODEL_FIELD_NUMBER: _ClassVar[int]
+    BOTTLENECK_FIELD_NUMBER: _ClassVar[int]
     backbone: str
     cut: str
     input_size: int
     fingerprint: str
-    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    local_model: str
+    bottleneck: str
+    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ..., fingerprint: _Optional[str] = ..., local_model: _Optional[str] = ..., bottleneck: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "decode_s", "trunk_s", "head_s", "total_s")

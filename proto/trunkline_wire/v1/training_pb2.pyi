@@ -13,12 +13,33 @@ class HeadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HEAD_KIND_UNSPECIFIED: _ClassVar[HeadKind]
     HEAD_KIND_LINEAR: _ClassVar[HeadKind]
     HEAD_KIND_MLP: _ClassVar[HeadKind]
+    HEAD_KIND_CONV: _ClassVar[HeadKind]
+    HEAD_KIND_PROTOTYPE: _ClassVar[HeadKind]
+
+class Activation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTIVATION_UNSPECIFIED: _ClassVar[Activation]
+    ACTIVATION_RELU: _ClassVar[Activation]
+    ACTIVATION_GELU: _ClassVar[Activation]
+
+class Fusion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FUSION_UNSPECIFIED: _ClassVar[Fusion]
+    FUSION_CONCAT: _ClassVar[Fusion]
+    FUSION_ADD: _ClassVar[Fusion]
+    FUSION_GATE: _ClassVar[Fusion]
 
 class Solver(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SOLVER_UNSPECIFIED: _ClassVar[Solver]
     SOLVER_LBFGS: _ClassVar[Solver]
     SOLVER_ADAM: _ClassVar[Solver]
+
+class Loss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOSS_UNSPECIFIED: _ClassVar[Loss]
+    LOSS_MSE: _ClassVar[Loss]
+    LOSS_HUBER: _ClassVar[Loss]
 
 class EmbeddingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,9 +59,21 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 HEAD_KIND_UNSPECIFIED: HeadKind
 HEAD_KIND_LINEAR: HeadKind
 HEAD_KIND_MLP: HeadKind
+HEAD_KIND_CONV: HeadKind
+HEAD_KIND_PROTOTYPE: HeadKind
+ACTIVATION_UNSPECIFIED: Activation
+ACTIVATION_RELU: Activation
+ACTIVATION_GELU: Activation
+FUSION_UNSPECIFIED: Fusion
+FUSION_CONCAT: Fusion
+FUSION_ADD: Fusion
+FUSION_GATE: Fusion
 SOLVER_UNSPECIFIED: Solver
 SOLVER_LBFGS: Solver
 SOLVER_ADAM: Solver
+LOSS_UNSPECIFIED: Loss
+LOSS_MSE: Loss
+LOSS_HUBER: Loss
 EMBEDDING_MODE_UNSPECIFIED: EmbeddingMode
 EMBEDDING_MODE_POOLED: EmbeddingMode
 EMBEDDING_MODE_AUTO: EmbeddingMode
@@ -53,17 +86,29 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
 
 class HeadConfig(_message.Message):
-    __slots__ = ("kind", "hidden", "dropout")
+    __slots__ = ("kind", "hidden", "dropout", "activation", "batch_norm", "channels", "tap", "fuse", "fuse_width")
     KIND_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_NORM_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    TAP_FIELD_NUMBER: _ClassVar[int]
+    FUSE_FIELD_NUMBER: _ClassVar[int]
+    FUSE_WIDTH_FIELD_NUMBER: _ClassVar[int]
     kind: HeadKind
     hidden: _containers.RepeatedScalarFieldContainer[int]
     dropout: float
-    def __init__(self, kind: _Optional[_Union[HeadKind, str]] = ..., hidden: _Optional[_Iterable[int]] = ..., dropout: _Optional[float] = ...) -> None: ...
+    activation: Activation
+    batch_norm: bool
+    channels: _containers.RepeatedScalarFieldContainer[int]
+    tap: str
+    fuse: Fusion
+    fuse_width: int
+    def __init__(self, kind: _Optional[_Union[HeadKind, str]] = ..., hidden: _Optional[_Iterable[int]] = ..., dropout: _Optional[float] = ..., activation: _Optional[_Union[Activation, str]] = ..., batch_norm: bool = ..., channels: _Optional[_Iterable[int]] = ..., tap: _Optional[str] = ..., fuse: _Optional[_Union[Fusion, str]] = ..., fuse_width: _Optional[int] = ...) -> None: ...
 
 class FitConfig(_message.Message):
-    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed")
+    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed", "loss", "huber_delta")
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +117,8 @@ class FitConfig(_message.Message):
     VALIDATION_FRACTION_FIELD_NUMBER: _ClassVar[int]
     REFIT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    HUBER_DELTA_FIELD_NUMBER: _ClassVar[int]
     solver: Solver
     epochs: int
     batch_size: int
@@ -80,10 +127,20 @@ class FitConfig(_message.Message):
     validation_fraction: float
     refit: bool
     seed: int
-    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ...) -> None: ...
+    loss: Loss
+    huber_delta: float
+    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ..., loss: _Optional[_Union[Loss, str]] = ..., huber_delta: _Optional[float] = ...) -> None: ...
+
+class BackboneChoice(_message.Message):
+    __slots__ = ("backbone", "input_size")
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    input_size: int
+    def __init__(self, backbone: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit")
+    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit", "more_backbones")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +149,7 @@ class JobSpec(_message.Message):
     SLICES_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
+    MORE_BACKBONES_FIELD_NUMBER: _ClassVar[int]
     model: str
     dataset: str
     backbone: str
@@ -100,7 +158,8 @@ class JobSpec(_message.Message):
     slices: _containers.RepeatedScalarFieldContainer[str]
     head: HeadConfig
     fit: FitConfig
-    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ...) -> None: ...
+    more_backbones: _containers.RepeatedCompositeFieldContainer[BackboneChoice]
+    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ..., more_backbones: _Optional[_Iterable[_Union[BackboneChoice, _Mapping]]] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "spec", "error", "model", "num_restarts", "create_time", "start_time", "end_time")

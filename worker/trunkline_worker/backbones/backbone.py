@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from trunkline_wire.specs import (
 )
 
 from trunkline_worker.backbones.cuts import part
-from trunkline_worker.backbones.embedding import LastPool, slices_of
+from trunkline_worker.backbones.embedding import POOLED, LastPool, MapPool, Select, map_shape, slices_of
 from trunkline_worker.backbones.plan import make_plan
 from trunkline_worker.backbones.samples import BUNDLED, Samples
 from trunkline_worker.backbones.trace import trace
@@ -162,15 +162,35 @@ class Backbone:
             )
         return self._part(INPUT_CUT, end.node)
 
-    def trunk(self, cut: str) -> nn.Module:
+    def trunk(self, cut: str, tap: str = "") -> nn.Module:
         """Return the part behind a cut: features in, the (B, D) embedding out. Shares the weights.
 
+        With the name of a tap, the map there comes out instead: (B, channels * height * width), in that order.
+
         Raises:
-            WireError: As ``check_cut``.
+            WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is no map, or is before the cut.
         """
         plan = self._plan
+        if tap:
+            return self._map_part(cut, tap)
         pools = {tap.node: tap.pool for tap in plan.taps_behind(cut)}
         return self._part(cut, plan.pooled.node, {**pools, plan.pooled.node: LastPool(plan.pooled.shape)})
+
+    def reader(self, cut: str, slices: Sequence[str]) -> nn.Module:
+        """Return what turns features at a cut into some slices behind it, in that order. Shares the weights.
+
+        Nothing is computed that these slices do not need.
+        """
+        plan = self._plan
+        pooled = LastPool(plan.pooled.shape)
+        taps = [tap for tap in plan.taps_behind(cut) if any(f"{tap.name}.{kind}" in slices for kind in tap.pool.kinds)]
+        pools: dict[str, nn.Module] = {tap.node: tap.pool for tap in taps}
+        if POOLED in slices:
+            pools[plan.pooled.node] = pooled
+        end = plan.pooled.node if POOLED in slices else taps[-1].node
+        made = {one.name: one for one in slices_of(taps, pooled.width)}
+        ranges = [(made[name].start, made[name].stop) for name in slices]
+        return nn.Sequential(self._part(cut, end, pools), Select(ranges)).eval()
 
     def rest(self, cut: str) -> nn.Module:
         """Return what turns features at a cut into the network's own (B, K) logits. Shares the weights.
@@ -188,6 +208,38 @@ class Backbone:
         start = self._plan.find(cut)
         first = self._normalise if start.name == INPUT_CUT else None
         return part(self._graph, start.node, end, self._plan.values, first=first, pools=pools).eval()
+
+    def check_tap(self, cut: str, tap: str) -> None:
+        """Check that the map at a tap can be computed from features at a cut.
+
+        Raises:
+            WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is no map, or is before the cut.
+        """
+        if not self._map_shape_at(tap):
+            maps = ", ".join(one for one in self.stage_names if self._map_shape_at(one)) or "none of its stages"
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"the features of {self.name} at {tap!r} are no map, which convolutions need. Maps: {maps}",
+            )
+        names = self.cut_names
+        if names.index(self._plan.find(tap).name) < names.index(self._plan.find(cut).name):
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"the tap {tap!r} is before the cut {cut!r}, where the rows enter; name one behind it",
+            )
+
+    def _map_part(self, cut: str, tap: str) -> nn.Module:
+        """Return what turns features at a cut into the map at a tap, flat."""
+        self.check_tap(cut, tap)
+        end = self._plan.find(tap)
+        shape = self._plan.values[end.node].shape
+        assert shape is not None
+        return self._part(cut, end.node, {end.node: MapPool(shape)})
+
+    def _map_shape_at(self, name: str) -> tuple[int, ...]:
+        cut = self._plan.find(name)
+        shape = self._plan.values[cut.node].shape
+        return () if shape is None or cut.name == INPUT_CUT else map_shape(shape)
 
     def preprocessing_at(self, input_size: int = 0) -> Preprocessing:
         """Return the preprocessing at an input size; 0 is the network's own.
@@ -253,6 +305,7 @@ class Backbone:
                     stem_macs=macs,
                     stem_parameters=cut.num_parameters,
                     int8_fingerprint="" if is_input else int8_fingerprint(fingerprint, self.samples.calibration_digest),
+                    map_shape=() if is_input else map_shape(shape),
                 )
             )
         return BackboneSpec(

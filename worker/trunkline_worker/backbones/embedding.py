@@ -77,10 +77,16 @@ class TapPool(nn.Module):
         x = self.places(x.float())
         x_BCP = x.flatten(2)
         mean_BC = x_BCP.mean(2)
-        columns = [mean_BC, (x_BCP - mean_BC[:, :, None]).square().mean(2).sqrt()]
+        columns = [mean_BC, _root((x_BCP - mean_BC[:, :, None]).square().mean(2))]
         if self.places.has_grid:
             columns.append(grid_means(x))
         return torch.cat(columns, dim=1)
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return the square root, with a gradient of 0 at 0, where the derivative is infinite and would make NaN."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
 def grid_means(x_BCHW: Tensor) -> Tensor:
@@ -103,6 +109,38 @@ def _spans(size: int) -> list[tuple[int, int]]:
     return [(i * size // GRID, -(-(i + 1) * size // GRID)) for i in range(GRID)]
 
 
+def map_shape(row_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return channels, height and width of features as a map; empty where their places form none."""
+    if not is_picture(row_shape):
+        return ()
+    axis = channel_axis(row_shape)
+    if len(row_shape) == 3:
+        places = [size for index, size in enumerate(row_shape) if index != axis]
+        return (row_shape[axis], *places)
+    extra = num_extra_tokens(row_shape[0])
+    if extra is None:
+        return ()
+    side = round((row_shape[0] - extra) ** 0.5)
+    return (row_shape[1], side, side)
+
+
+class MapPool(nn.Module):
+    """Pools nothing: the features as a map, flat.
+
+    Shape:
+        x: One row as ``row_shape``, which has a ``map_shape``; returns (B, C * H * W), float32.
+    """
+
+    def __init__(self, row_shape: Sequence[int]) -> None:
+        """Read the layout from the shape of one row."""
+        super().__init__()
+        self.places = Places(row_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the columns."""
+        return self.places(x.float()).flatten(1)
+
+
 class LastPool(nn.Module):
     """Pools the last features: as they are where a row is one vector, else the mean over its places.
 
@@ -120,6 +158,24 @@ class LastPool(nn.Module):
         """Return the columns of ``pooled``."""
         x = x.float()
         return x.flatten(1) if self.places is None else self.places(x).flatten(2).mean(2)
+
+
+class Select(nn.Module):
+    """Takes ranges of columns, side by side.
+
+    Shape:
+        x_BD: (B, D); returns (B, columns of the ranges).
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Keep the ranges, from the first column to the one behind the last."""
+        super().__init__()
+        self.ranges = tuple(ranges)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Return the columns."""
+        parts = [x_BD[:, start:stop] for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ METHODS = frozenset(
         "jobs.mark_cancelled",
         "models.get",
         "models.list",
+        "bottlenecks.add",
+        "bottlenecks.check",
     }
 )
 """What may be called by name."""

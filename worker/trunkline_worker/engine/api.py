@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import WireError
 from trunkline_wire.quantise import PackedRows
 from trunkline_wire.specs import (
@@ -46,6 +47,23 @@ class Prediction:
     row_errors: Mapping[int, WireError] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     codec_use: CodecUse = field(default_factory=CodecUse)
+
+
+@dataclass(frozen=True)
+class TrunkOutputs:
+    """What the trunk says of rows, float32, (B, D)."""
+
+    outputs_BD: npt.NDArray[np.float32]
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class TrunkGradients:
+    """Gradients of a loss with respect to the features, in their shape, and to the decoder, summed over the rows."""
+
+    features: npt.NDArray[np.float32]
+    decoder: ChannelLinear | None = None
+    timings: Timings = field(default_factory=Timings)
 
 
 @dataclass(frozen=True)
@@ -92,14 +110,56 @@ class Engine(Protocol):
         """Measure what every codec and stem costs at a cut, or find it in storage."""
 
     async def predict(
-        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        model: ModelRecord,
+        *,
+        more_BE: npt.NDArray[np.float32] | None = None,
+        timeout_s: float | None = None,
     ) -> Prediction:
-        """Run trunk and head. Rows still waiting after ``timeout_s`` seconds are dropped unrun."""
+        """Run trunk and head; for a model of local features alone, whose rows they are then, the head.
+
+        Rows still waiting after ``timeout_s`` seconds are dropped unrun.
+
+        Args:
+            space: Of the rows.
+            rows: The first input.
+            model: Whose head.
+            more_BE: Columns of the model's other inputs side by side, one row per row. None where it has no others.
+            timeout_s: Seconds that the caller has.
+        """
 
     async def extract(
         self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
     ) -> Extraction:
-        """Run the trunk and return slices of the embedding; none named means all that the cut allows."""
+        """Run the trunk and return slices of the embedding; none named means all that the cut allows.
+
+        A single ``TAP.map`` returns the features there as a map, (B, channels * height * width).
+        """
+
+    async def forward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkOutputs:
+        """Run the trunk in float32, as a function that ``backward`` differentiates. See ``TrunkService``."""
+
+    async def backward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        gradient_BD: npt.NDArray[np.generic],
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkGradients:
+        """Run the trunk once more and propagate the gradient of its outputs back. See ``TrunkService``."""
 
     async def stats(self) -> EngineStats:
         """Return the counters."""

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 
-Array = npt.NDArray[np.generic]
 Context = TypeVar("Context")
 
 _SMOOTHING = 0.3
@@ -32,10 +31,31 @@ class Monotonic(Protocol):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What enters for some rows.
+
+    Attributes:
+        features: (rows, ...).
+        more_BE: Columns that go past the trunk to the head, (rows, E). None: there are none.
+    """
+
+    features: npt.NDArray[np.generic]
+    more_BE: npt.NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.features)
+
+    def take(self, index: slice) -> Rows:
+        """Return some of the rows, in the same memory."""
+        return Rows(self.features[index], None if self.more_BE is None else self.more_BE[index])
+
+
+@dataclass(frozen=True)
 class Part(Generic[Context]):
     """Rows of one request in a batch, and what is wanted of them."""
 
-    rows: Array
+    rows: Rows
     context: Context
 
 
@@ -75,7 +95,7 @@ class _Request(Generic[Context]):
     """A request in the queue. ``next_row`` is the first row that has not been taken yet."""
 
     key: Hashable
-    rows: Array
+    rows: Rows
     context: Context
     deadline: float | None
     arrival: float
@@ -164,7 +184,7 @@ class Batcher(Generic[Context]):
     async def submit(
         self,
         key: Hashable,
-        rows: Array,
+        rows: Rows,
         context: Context,
         *,
         deadline: float | None = None,
@@ -176,7 +196,7 @@ class Batcher(Generic[Context]):
 
         Args:
             key: The group: only requests of equal keys share a batch.
-            rows: One or more, (rows, ...).
+            rows: One or more.
             context: Handed to the runner with the rows.
             deadline: A reading of the clock after which the rows are dropped unrun.
             hold: What these rows were held under: they were admitted then.
@@ -279,7 +299,7 @@ class Batcher(Generic[Context]):
 
     async def _run_batch(self, key: Hashable, taken: list[tuple[_Request[Context], int, int]]) -> None:
         start = self._clock.monotonic()
-        parts = [Part(request.rows[first:last], request.context) for request, first, last in taken]
+        parts = [Part(request.rows.take(slice(first, last)), request.context) for request, first, last in taken]
         try:
             results = await self._run(key, parts)
             if len(results) != len(parts):

@@ -10,11 +10,20 @@ import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.finite import check_finite
 from trunkline_wire.limits import MAX_CODEC_ERROR
-from trunkline_wire.quantise import INT4, INT8, PackedRows, check_packed
-from trunkline_wire.specs import FLOAT32, BackboneSpec, CodecUse, CutSpec, FeatureSpace, SliceSpec
+from trunkline_wire.quantise import INT4, INT8, PackedRows, check_packed, codec_of
+from trunkline_wire.specs import (
+    FLOAT32,
+    BackboneSpec,
+    CodecUse,
+    CutSpec,
+    FeatureSpace,
+    SliceSpec,
+    map_slice,
+    map_tap,
+)
 
 from trunkline_worker.engine.api import Payload
-from trunkline_worker.store.records import ModelRecord
+from trunkline_worker.store.records import ModelInput, ModelRecord
 
 _FEATURE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
@@ -46,13 +55,16 @@ def check_space(space: FeatureSpace, spec: BackboneSpec, check_cut: Callable[[st
         if not space.is_input:
             raise WireError(ErrorCode.INCOMPATIBLE, f"features at cut {cut.name!r} must name their backbone")
         return cut, FLOAT32
-    precision = cut.precision_of(space.fingerprint)
+    precision = cut.precision_in(space)
     if precision is None:
-        advice = (
-            "Ask the cluster to describe the backbone again"
-            if space.is_input
-            else f"Fetch the stem again, client.stem({spec.name!r}, cut={cut.name!r}), and compute the features with it"
-        )
+        if space.is_input:
+            advice = "Ask the cluster to describe the backbone again"
+        elif space.bottleneck:
+            advice = "Train the bottleneck again"
+        else:
+            advice = (
+                f"Fetch the stem again, client.stem({spec.name!r}, cut={cut.name!r}), and compute the features with it"
+            )
         raise WireError(
             ErrorCode.INCOMPATIBLE,
             f"the rows have fingerprint {_short(space.fingerprint)}, this backbone has {_short(cut.fingerprint)} at "
@@ -63,7 +75,7 @@ def check_space(space: FeatureSpace, spec: BackboneSpec, check_cut: Callable[[st
 
 
 def check_rows(rows: Payload, cut: CutSpec, *, is_input: bool) -> None:
-    """Check type, shape and finiteness of rows that enter at a cut.
+    """Check type, shape and finiteness of rows that enter at a cut; codes, at a cut of the code's shape.
 
     Raises:
         WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH, NOT_FINITE; for packed rows as ``check_packed``.
@@ -131,24 +143,126 @@ def _check_shape(got: tuple[int, ...], cut: CutSpec, *, is_input: bool) -> None:
     )
 
 
-def check_model(model: ModelRecord, spec: BackboneSpec, cut: CutSpec) -> None:
-    """Check that a model can be computed from rows that enter at a cut.
+def first_input(model: ModelRecord) -> ModelInput:
+    """Return what a model's first input must be, in the form of the others. Its width is not known: 0."""
+    return ModelInput(
+        model.space, model.embedding_fingerprint, model.slices, 0, codec=model.codec, codec_error=model.codec_error
+    )
+
+
+def check_model(reference: str, needed: ModelInput, spec: BackboneSpec, cut: CutSpec) -> None:
+    """Check that an input of a model can be computed from rows that enter at a cut.
+
+    Args:
+        reference: Of the model.
+        needed: The input.
+        spec: The backbone at the rows' input size.
+        cut: Where they enter.
 
     Raises:
         WireError: INCOMPATIBLE.
     """
-    if model.embedding_fingerprint != spec.embedding_fingerprint:
+    if needed.embedding_fingerprint != spec.embedding_fingerprint:
         raise WireError(
             ErrorCode.INCOMPATIBLE,
-            f"model {model.reference} was trained on embeddings {_short(model.embedding_fingerprint)} "
-            f"({model.space.backbone or 'a backbone'} at {model.space.input_size} px); {spec.name} at "
+            f"model {reference} was trained on embeddings {_short(needed.embedding_fingerprint)} "
+            f"({needed.space.backbone or 'a backbone'} at {needed.space.input_size} px); {spec.name} at "
             f"{spec.preprocessing.input_size} px gives {_short(spec.embedding_fingerprint)}. Send rows of the model's "
             "own input size to the backbone it was trained with, or train it again",
         )
-    _check_behind(model.slices, spec, cut, f"model {model.reference} uses")
+    if map_tap(needed.slices[0]) is None:
+        _check_behind(needed.slices, spec, cut, f"model {reference} uses")
 
 
-def check_codec(model: ModelRecord, use: CodecUse) -> None:
+def check_own(reference: str, needed: ModelInput, space: FeatureSpace, codec: str) -> None:
+    """Check that rows which a client's own model or a bottleneck made are those that a model was trained on.
+
+    Nobody can say how near others come to them, so space and codec must be the very same. Does nothing where neither
+    the rows nor those of the training are of this kind.
+
+    Args:
+        reference: Of the model.
+        needed: What the input must be.
+        space: Of the rows.
+        codec: Of the rows, as ``codec_of`` says.
+
+    Raises:
+        WireError: INCOMPATIBLE.
+    """
+    if not space.is_own and not needed.space.is_own:
+        return
+    if space != needed.space:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"model {reference} was trained on {_described(needed.space)}; these rows are {_described(space)}. Send "
+            "rows made in the same way, or train a model on these",
+        )
+    if codec != needed.codec:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"model {reference} was trained on {_described(needed.space)} sent as {needed.codec!r}; these are "
+            f"{codec!r}. Send them as {needed.codec!r}",
+        )
+
+
+def check_local(reference: str, needed: ModelInput, space: FeatureSpace, rows: Payload) -> None:
+    """Check rows of local features against what a model was trained on.
+
+    Args:
+        reference: Of the model.
+        needed: What the input must be. A width of 0 is not compared.
+        space: Of the rows.
+        rows: (B, width), or the same in fewer bytes.
+
+    Raises:
+        WireError: EMPTY_BATCH, DTYPE_MISMATCH, SHAPE_MISMATCH, NOT_FINITE; INCOMPATIBLE for another model or codec.
+    """
+    if len(rows) == 0:
+        raise WireError(ErrorCode.EMPTY_BATCH, "a batch of no rows; send at least one")
+    name = needed.space.local_model or space.local_model
+    if not isinstance(rows, np.ndarray | PackedRows) or codec_of(rows) == "uint8":
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH, f"features of local model {name!r} are floats, (rows, width); got images or uint8"
+        )
+    check_own(reference, needed, space, codec_of(rows))
+    if len(rows.shape) != 2 or (needed.width and rows.shape[1] != needed.width):
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"features of local model {name!r} are (rows, {needed.width or 'width'}); got {_text(rows.shape)}",
+        )
+    if isinstance(rows, PackedRows):
+        check_packed(rows)
+    else:
+        check_finite(rows)
+
+
+def check_more(model: ModelRecord, more_BE: npt.NDArray[np.float32] | None, num_rows: int) -> None:
+    """Check the columns of the inputs behind a model's first.
+
+    Raises:
+        WireError: INVALID_ARGUMENT if they are missing or not asked for; SHAPE_MISMATCH, NOT_FINITE.
+    """
+    width = sum(one.width for one in model.more_inputs)
+    if (more_BE is None) != (width == 0):
+        names = ", ".join(one.space.source for one in model.more_inputs)
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"model {model.reference} needs another input: {names}"
+            if more_BE is None
+            else f"model {model.reference} has one input; others were sent",
+        )
+    if more_BE is None:
+        return
+    if more_BE.shape != (num_rows, width):
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"the other inputs of model {model.reference} have {width} columns for {num_rows} rows; got "
+            f"{_text(more_BE.shape)}",
+        )
+    check_finite(more_BE)
+
+
+def check_codec(reference: str, use: CodecUse) -> None:
     """Check that a model may be used on rows that were made and sent in this way.
 
     It may where it was trained on the same, and where both errors together stay within ``MAX_CODEC_ERROR``.
@@ -166,7 +280,7 @@ def check_codec(model: ModelRecord, use: CodecUse) -> None:
         advice = f"Send rows as {trained!r}, or train on rows in a codec with a smaller error"
     raise WireError(
         ErrorCode.INCOMPATIBLE,
-        f"model {model.reference} was trained on rows sent as {trained!r}, with an embedding error of "
+        f"model {reference} was trained on rows sent as {trained!r}, with an embedding error of "
         f"{use.trained_error:.3g}; these are {use.codec!r}, with {use.embedding_error:.3g}: {together:.3g} together, "
         f"and at most {MAX_CODEC_ERROR:g} is allowed. {advice}",
     )
@@ -180,6 +294,8 @@ def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tup
             twice.
     """
     wanted = tuple(names) or cut.slices
+    if any(map_tap(name) is not None for name in wanted):
+        return _select_map(wanted, spec)
     widths = {one.name: one.width for one in spec.slices}
     for name in wanted:
         if name not in widths:
@@ -197,6 +313,31 @@ def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tup
         slices.append(SliceSpec(name, start, start + widths[name]))
         start += widths[name]
     return tuple(slices)
+
+
+def _select_map(names: Sequence[str], spec: BackboneSpec) -> tuple[SliceSpec, ...]:
+    if len(names) > 1:
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"a map is asked for alone, not together with other slices: {', '.join(names)[:200]}",
+        )
+    width = spec.slice_width(names[0])
+    if width is None:
+        maps = ", ".join(map_slice(one.name) for one in spec.cuts if one.is_stage and one.map_shape) or "none"
+        raise WireError(ErrorCode.NOT_FOUND, f"{spec.name} has no map {names[0][:80]!r}. Where its stages end: {maps}")
+    return (SliceSpec(names[0], 0, width),)
+
+
+def _described(space: FeatureSpace) -> str:
+    if space.is_local:
+        return f"features of local model {space.local_model!r} with fingerprint {_short(space.fingerprint)}"
+    if space.local_model:
+        made = f"made by the stem of one's own {space.local_model!r} with fingerprint {_short(space.fingerprint)}"
+    elif space.bottleneck:
+        made = f"of bottleneck {_short(space.bottleneck)}"
+    else:
+        made = f"with fingerprint {_short(space.fingerprint)}"
+    return f"features of {space.backbone or 'images'} at cut {space.cut!r} {made}"
 
 
 def _check_behind(names: Sequence[str], spec: BackboneSpec, cut: CutSpec, who: str) -> None:

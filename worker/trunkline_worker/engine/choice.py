@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, Preprocessing, SliceSpec
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, Preprocessing, SliceSpec, map_slice
 
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.export import MAX_EXPORT_BYTES, export_module, sample_images
@@ -136,13 +136,13 @@ class RuntimeChooser:
         self._clock = clock
         self._use_onnx = use_onnx and device.type == "cpu"
 
-    def remembered(self, cut: str, input_size: int) -> Prepared | None:
+    def remembered(self, cut: str, input_size: int, tap: str = "") -> Prepared | None:
         """Return the runtime that an earlier measurement on a machine like this chose, or None."""
         spec = self._backbone.describe(input_size)
         try:
-            note = json.loads(self._blobs.get(self._note_path(spec, cut)))
+            note = json.loads(self._blobs.get(self._note_path(spec, cut, tap)))
             name, error = str(note["runtime"]), float(note["error"])
-            runtime = self._build(name, spec, cut)
+            runtime = self._build(name, spec, cut, tap)
         except WireError as error_read:
             if error_read.code not in (ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED):
                 raise
@@ -151,21 +151,19 @@ class RuntimeChooser:
             return None
         return None if runtime is None else Prepared(runtime, error)
 
-    def candidates(self, cut: str, input_size: int) -> list[Runtime]:
+    def candidates(self, cut: str, input_size: int, tap: str = "") -> list[Runtime]:
         """Build every runtime worth trying, float32 torch first. Exports the trunk where storage lacks it."""
         spec = self._backbone.describe(input_size)
         names = list(torch_candidates(self._device))
         if self._use_onnx:
             names.append(ONNX_FP32)
-        built = [self._build(name, spec, cut) for name in names]
+        built = [self._build(name, spec, cut, tap) for name in names]
         return [one for one in built if one is not None]
 
-    def measure(self, cut: str, input_size: int, candidates: Sequence[Runtime]) -> Prepared:
+    def measure(self, cut: str, input_size: int, candidates: Sequence[Runtime], tap: str = "") -> Prepared:
         """Run the candidates on a small batch, choose one and remember it. Nothing else should run meanwhile."""
         spec = self._backbone.describe(input_size)
-        behind = spec.cut(cut)
-        assert behind is not None
-        slices = [one for one in spec.slices if one.name in behind.slices]
+        slices = trunk_slices(spec, cut, tap)
         sample = self._sample(cut, spec.preprocessing)
         expected_BD = candidates[0].run(sample)
         measurements = []
@@ -174,8 +172,8 @@ class RuntimeChooser:
             error = 0.0 if runtime.name == TORCH_FP32 else embedding_error(got_BD, expected_BD, slices)
             measurements.append(Measurement(runtime.name, error, self._rows_per_s(runtime, sample)))
         best = choose(measurements)
-        logger.info("runtime of %s/%s at %d px: %s of %s", spec.name, cut, input_size, best, measurements)
-        self._remember(self._note_path(spec, cut), best)
+        logger.info("runtime of %s/%s/%s at %d px: %s of %s", spec.name, cut, tap, input_size, best, measurements)
+        self._remember(self._note_path(spec, cut, tap), best)
         return Prepared(next(one for one in candidates if one.name == best.runtime), best.error)
 
     def _rows_per_s(self, runtime: Runtime, sample: npt.NDArray[np.generic]) -> float:
@@ -193,24 +191,24 @@ class RuntimeChooser:
         pictures_BHWC = sample_pictures(self._backbone.samples, preprocessing)
         return exact_features(self._placed, cut, pictures_BHWC, self._device)
 
-    def _build(self, name: str, spec: BackboneSpec, cut: str) -> Runtime | None:
+    def _build(self, name: str, spec: BackboneSpec, cut: str, tap: str = "") -> Runtime | None:
         """Build a runtime by name; None where this machine, or this network, has no such runtime."""
         if name != ONNX_FP32:
             if name not in torch_candidates(self._device):
                 return None
             found = spec.cut(cut)
             assert found is not None
-            return torch_runtime(self._placed, found, name, self._device)
+            return torch_runtime(self._placed, found, name, self._device, tap=tap)
         if not self._use_onnx:
             return None
         try:
-            return OnnxRuntime(self._exported(spec, cut), num_threads=self._num_threads)
+            return OnnxRuntime(self._exported(spec, cut, tap), num_threads=self._num_threads)
         except Exception as error:  # neither exporter nor loader may keep torch from serving
             logger.warning("no ONNX Runtime for %s/%s: %s", spec.name, cut, error)
             return None
 
-    def _exported(self, spec: BackboneSpec, cut: str) -> bytes:
-        fingerprint = _trunk_fingerprint(spec, cut)
+    def _exported(self, spec: BackboneSpec, cut: str, tap: str = "") -> bytes:
+        fingerprint = _trunk_fingerprint(spec, cut, tap)
         found = self._exports.find(TRUNKS, fingerprint)
         if found is not None:
             check_onnx(found[1], MAX_EXPORT_BYTES)
@@ -220,16 +218,16 @@ class RuntimeChooser:
             images = sample_images(2, size)
             example = images if cut == INPUT_CUT else self._backbone.stem(cut)(images)
         # An inference tensor cannot be traced; a copy made outside of the mode can.
-        data = export_module(self._backbone.trunk(cut), example.clone(), TRUNK_INPUT, TRUNK_OUTPUT)
+        data = export_module(self._backbone.trunk(cut, tap), example.clone(), TRUNK_INPUT, TRUNK_OUTPUT)
         try:
             self._exports.put(TRUNKS, fingerprint, data)
         except WireError as error:
             logger.warning("the exported trunk of %s/%s is not kept: %s", spec.name, cut, error)
         return data
 
-    def _note_path(self, spec: BackboneSpec, cut: str) -> str:
+    def _note_path(self, spec: BackboneSpec, cut: str, tap: str = "") -> str:
         parts = [
-            _trunk_fingerprint(spec, cut),
+            _trunk_fingerprint(spec, cut, tap),
             self._backbone.samples.digest,
             self._device_name(),
             self._num_threads,
@@ -251,8 +249,19 @@ class RuntimeChooser:
             logger.warning("the choice of a runtime is not kept: %s", error)
 
 
-def _trunk_fingerprint(spec: BackboneSpec, cut: str) -> str:
+def trunk_slices(spec: BackboneSpec, cut: str, tap: str) -> list[SliceSpec]:
+    """Return what comes out behind a cut, side by side: the slices of the embedding, or the map at a tap."""
+    if tap:
+        width = spec.slice_width(map_slice(tap))
+        assert width is not None
+        return [SliceSpec(map_slice(tap), 0, width)]
     found = spec.cut(cut)
     assert found is not None
-    parts = [_TRUNK_FORMAT, found.fingerprint, spec.embedding_fingerprint]
+    return [one for one in spec.slices if one.name in found.slices]
+
+
+def _trunk_fingerprint(spec: BackboneSpec, cut: str, tap: str) -> str:
+    found = spec.cut(cut)
+    assert found is not None
+    parts = [_TRUNK_FORMAT, found.fingerprint, spec.embedding_fingerprint, *([tap] if tap else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

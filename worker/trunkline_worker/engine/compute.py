@@ -23,14 +23,14 @@ class Work:
     """What is wanted of rows: a head's outputs, or, without a head, slices of the embedding.
 
     Attributes:
-        prepared: The runtime of the rows' cut and input size.
+        prepared: The runtime of the rows' cut and input size; None where the rows are the columns: local features.
         columns: Where the slices behind that cut lie.
         slices: Names of the slices wanted. With a head, the head's own.
         head_key: Tells heads apart; empty without one.
         head: The head, or None.
     """
 
-    prepared: Prepared
+    prepared: Prepared | None
     columns: Columns
     slices: tuple[str, ...]
     head_key: str = ""
@@ -52,11 +52,15 @@ class Compute:
         Raises:
             WireError: WORKER_OOM.
         """
-        features = gather([part.rows for part in parts])
+        features = gather([part.rows.features for part in parts])
         start = self._clock.monotonic()
-        embedding_BD = _run_trunk(parts[0].context.prepared, features)
-        self.trunk_calls += 1
-        self.trunk_rows += len(features)
+        prepared = parts[0].context.prepared
+        if prepared is None:
+            embedding_BD = torch.from_numpy(features.copy())  # what a message holds cannot be written to
+        else:
+            embedding_BD = _run_trunk(prepared, features)
+            self.trunk_calls += 1
+            self.trunk_rows += len(features)
         after_trunk = self._clock.monotonic()
         outputs = self._run_heads(embedding_BD, parts)
         trunk_s, head_s = after_trunk - start, self._clock.monotonic() - after_trunk
@@ -78,7 +82,7 @@ class Compute:
                 # A copy: views of one batch would keep all of it alive for as long as any caller keeps its part.
                 results[index] = work.columns.select(embedding_BD[start:stop], work.slices).clone()
             else:
-                with_head.append((index, HeadRows(work.head_key, work.head, start, stop)))
+                with_head.append((index, HeadRows(work.head_key, work.head, start, stop, part.rows.more_BE)))
             start = stop
         if with_head:
             rows = [one for _, one in with_head]
@@ -93,14 +97,18 @@ def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic]) -> Tensor:
     try:
         return prepared.runtime.run(features)
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch says so in words only.
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise WireError(
                 ErrorCode.WORKER_OOM,
                 f"a batch of {len(features)} rows does not fit this worker's memory; send fewer rows or use a smaller "
                 "input size",
             ) from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out. On the CPU torch says so in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def gather(rows: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:

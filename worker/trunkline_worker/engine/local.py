@@ -9,8 +9,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from trunkline_wire.bottleneck import Bottleneck, ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.quantise import PackedRows, codec_of
+from trunkline_wire.quantise import PackedRows, codec_of, unpack
 from trunkline_wire.specs import (
     FLOAT32,
     INPUT_CUT,
@@ -21,16 +22,37 @@ from trunkline_wire.specs import (
     FeatureSpace,
     SliceSpec,
     Timings,
+    map_tap,
 )
 
 from trunkline_worker.backbones.backbone import Backbone
-from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
-from trunkline_worker.engine.batcher import Batcher, Monotonic, Part, PartResult
-from trunkline_worker.engine.checks import check_codec, check_model, check_rows, check_space, select_slices
-from trunkline_worker.engine.choice import Prepared, RuntimeChooser
+from trunkline_worker.engine.api import (
+    EngineStats,
+    Extraction,
+    Payload,
+    Prediction,
+    StemFile,
+    TrunkGradients,
+    TrunkOutputs,
+)
+from trunkline_worker.engine.batcher import Batcher, Hold, Monotonic, Part, PartResult, Rows
+from trunkline_worker.engine.bottlenecks import Bottlenecks, LoadBottleneck
+from trunkline_worker.engine.checks import (
+    check_codec,
+    check_local,
+    check_model,
+    check_more,
+    check_own,
+    check_rows,
+    check_space,
+    first_input,
+    select_slices,
+)
+from trunkline_worker.engine.choice import Prepared, RuntimeChooser, trunk_slices
 from trunkline_worker.engine.compute import Compute, Work
-from trunkline_worker.engine.cutcosts import CutCosts, Key
+from trunkline_worker.engine.cutcosts import CutCosts
 from trunkline_worker.engine.decoding import DecodedRows, RowDecoder
+from trunkline_worker.engine.differentiate import Differentiator
 from trunkline_worker.engine.multihead import Columns, Head, HeadCache, HeadPath, LoadHead
 from trunkline_worker.engine.pipeline import Collected, DecodingPipeline
 from trunkline_worker.engine.runtimes import place
@@ -49,22 +71,34 @@ _REFERENCE_SIZE = 224
 _MAX_GROWTH = 4
 
 
+TrunkKey = tuple[str, int, str]
+"""A cut, an input size, and the tap whose map comes out; empty for the embedding. Rows of equal keys share a pass."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """Where the rows of a request enter."""
+    """Where the rows of a request enter, and what is wanted behind.
+
+    ``bottleneck`` turns them into the features at the cut first.
+    """
 
     spec: BackboneSpec
     cut: CutSpec
     precision: str
+    slices: tuple[SliceSpec, ...]
+    bottleneck: Bottleneck | None = None
 
     @property
-    def behind(self) -> list[SliceSpec]:
-        return [one for one in self.spec.slices if one.name in self.cut.slices]
+    def tap(self) -> str:
+        return map_tap(self.slices[0].name) or ""
 
     @property
-    def key(self) -> Key:
-        """The group that shares a trunk pass."""
-        return self.cut.name, self.spec.preprocessing.input_size
+    def key(self) -> TrunkKey:
+        return self.cut.name, self.spec.preprocessing.input_size, self.tap
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(trunk_slices(self.spec, self.cut.name, self.tap))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +125,7 @@ class LocalEngine:
         head_capacity: int = 4096,
         load_head: LoadHead | None = None,
         head_path: HeadPath | None = None,
+        load_bottleneck: LoadBottleneck | None = None,
         use_onnx: bool = True,
     ) -> None:
         """Prepare; ``start`` makes it ready.
@@ -107,6 +142,7 @@ class LocalEngine:
             head_capacity: Most heads that are kept in memory.
             load_head: Makes a head from checked bytes. None: the worker's own format.
             head_path: Where a head lies, by its SHA-256. None: the worker's own layout.
+            load_bottleneck: Finds a bottleneck by its SHA-256. None: there are none.
             use_onnx: Whether to try ONNX Runtime.
 
         Raises:
@@ -132,12 +168,21 @@ class LocalEngine:
         self._heads = HeadCache(
             blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._threads.short_pool
         )
+        self._bottlenecks = Bottlenecks(load_bottleneck, self._threads.short_pool)
         self._batcher: Batcher[Work] = Batcher(
             self._run_batch, clock=clock, max_rows=self._max_rows, max_queued_rows=max_queued_rows
         )
+        self._differentiator = Differentiator(
+            placed,
+            self._threads,
+            self._batcher,
+            device=self._device,
+            clock=clock,
+            max_rows=lambda input_size: self._max_rows(("", input_size, "")),
+        )
         self._pipeline = DecodingPipeline(self._batcher, clock)
         # Requests under way hold on to a runtime that is dropped.
-        self._runtimes: Shared[Key, Prepared] = Shared(self._prepare, capacity=MAX_RUNTIMES)
+        self._runtimes: Shared[TrunkKey, Prepared] = Shared(self._prepare, capacity=MAX_RUNTIMES)
 
     async def start(self, *, prepare: bool = True) -> None:
         """Begin to answer.
@@ -148,7 +193,7 @@ class LocalEngine:
         """
         self._batcher.start()
         if prepare:
-            await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size), None)
+            await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size, ""), None)
 
     async def close(self) -> None:
         """Take nothing new, finish what waits, end the threads."""
@@ -162,8 +207,8 @@ class LocalEngine:
         """Describe the backbone at an input size. See ``Engine``."""
         spec = await self._spec(input_size)
         own = self._backbone.preprocessing.input_size
-        for key in ((INPUT_CUT, spec.preprocessing.input_size), (INPUT_CUT, own)):
-            prepared = self._runtimes.known(key)
+        for size in (spec.preprocessing.input_size, own):
+            prepared = self._runtimes.known((INPUT_CUT, size, ""))
             if prepared is not None:
                 return dataclasses.replace(
                     spec, runtime=prepared.runtime.name, device=str(self._device), runtime_error=prepared.error
@@ -197,15 +242,26 @@ class LocalEngine:
         return await self._costs.cost((cut, spec.preprocessing.input_size))
 
     async def predict(
-        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        model: ModelRecord,
+        *,
+        more_BE: npt.NDArray[np.float32] | None = None,
+        timeout_s: float | None = None,
     ) -> Prediction:
         """Run trunk and head. See ``Engine``."""
         start, deadline = self._started(timeout_s)
-        target = await self._target(space, space.input_size or model.space.input_size)
-        check_rows(rows, target.cut, is_input=space.is_input)
-        check_model(model, target.spec, target.cut)
-        selected = select_slices(model.slices, target.spec, target.cut)
-        outcome = await self._process(target, rows, selected, model, deadline, start)
+        check_more(model, more_BE, len(rows))
+        if space.is_local or model.space.is_local:
+            outcome = await self._run_head_alone(space, rows, model, more_BE, deadline, start)
+            return Prediction(outcome.values, outcome.row_errors, outcome.timings, outcome.codec_use)
+        target = await self._target(space, space.input_size or model.space.input_size, model.slices)
+        self._check_rows(rows, target, space)
+        needed = first_input(model)
+        check_model(model.reference, needed, target.spec, target.cut)
+        check_own(model.reference, needed, space, codec_of(rows))
+        outcome = await self._process(target, rows, model, more_BE, deadline, start)
         return Prediction(outcome.values, outcome.row_errors, outcome.timings, outcome.codec_use)
 
     async def extract(
@@ -213,11 +269,39 @@ class LocalEngine:
     ) -> Extraction:
         """Run the trunk and return slices. See ``Engine``."""
         start, deadline = self._started(timeout_s)
-        target = await self._target(space, space.input_size)
-        check_rows(rows, target.cut, is_input=space.is_input)
-        selected = select_slices(slices, target.spec, target.cut)
-        outcome = await self._process(target, rows, selected, None, deadline, start)
-        return Extraction(outcome.values, selected, outcome.row_errors, outcome.timings, outcome.codec_use)
+        target = await self._target(space, space.input_size, slices)
+        self._check_rows(rows, target, space)
+        outcome = await self._process(target, rows, None, None, deadline, start)
+        return Extraction(outcome.values, target.slices, outcome.row_errors, outcome.timings, outcome.codec_use)
+
+    async def forward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkOutputs:
+        """Run the trunk as a function with a gradient. See ``Engine``."""
+        _, deadline = self._started(timeout_s)
+        spec = await self._spec(space.input_size)
+        return await self._differentiator.forward(spec, space, rows, outputs, decoder, deadline)
+
+    async def backward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        gradient_BD: npt.NDArray[np.generic],
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkGradients:
+        """Propagate the gradient of the outputs back. See ``Engine``."""
+        _, deadline = self._started(timeout_s)
+        spec = await self._spec(space.input_size)
+        return await self._differentiator.backward(spec, space, rows, gradient_BD, outputs, decoder, deadline)
 
     async def stats(self) -> EngineStats:
         """Return the counters. See ``Engine``."""
@@ -228,9 +312,28 @@ class LocalEngine:
         now = self._clock.monotonic()
         return now, None if timeout_s is None else now + timeout_s
 
-    async def _target(self, space: FeatureSpace, input_size: int) -> _Target:
+    async def _target(self, space: FeatureSpace, input_size: int, slices: Sequence[str]) -> _Target:
+        """Find where rows enter and what is wanted of them."""
+        if space.is_local:
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"local features of {space.local_model[:80]!r} enter no backbone; only a head that was trained on them "
+                "reads them",
+            )
         spec = await self._spec(input_size)
-        return _Target(spec, *check_space(space, spec, self._backbone.check_cut))
+        cut, precision = check_space(space, spec, self._backbone.check_cut)
+        wanted = select_slices(slices, spec, cut)
+        tap = map_tap(wanted[0].name)
+        if tap:
+            self._backbone.check_tap(cut.name, tap)
+        bottleneck = await self._bottlenecks.get(space.bottleneck, cut) if space.bottleneck else None
+        return _Target(spec, cut, precision, wanted, bottleneck)
+
+    def _check_rows(self, rows: Payload, target: _Target, space: FeatureSpace) -> None:
+        cut = target.cut
+        if target.bottleneck is not None:
+            cut = dataclasses.replace(cut, feature_shape=target.bottleneck.code_shape)
+        check_rows(rows, cut, is_input=space.is_input)
 
     async def _spec(self, input_size: int) -> BackboneSpec:
         known = self._backbone.described(input_size)
@@ -242,8 +345,8 @@ class LocalEngine:
         self,
         target: _Target,
         rows: Payload,
-        slices: tuple[SliceSpec, ...],
         model: ModelRecord | None,
+        more_BE: npt.NDArray[np.float32] | None,
         deadline: float | None,
         start: float,
     ) -> _Outcome:
@@ -253,22 +356,51 @@ class LocalEngine:
             self._runtimes.start(target.key)
             use = await self._codec_use(target, rows, model, deadline)
             prepared = await self._prepared(target.key, deadline)
-            names = tuple(one.name for one in slices)
-            work = Work(prepared, Columns(target.behind), names, *(head or ("", None)))
-            if isinstance(rows, np.ndarray):
-                result = await self._batcher.submit(target.key, rows, work, deadline=deadline, hold=hold)
-                collected = Collected(result.values, {}, result.queue_s, 0.0, result.trunk_s, result.head_s)
+            names = tuple(one.name for one in target.slices)
+            work = Work(prepared, target.columns, names, *(head or ("", None)))
+            if isinstance(rows, np.ndarray) and target.bottleneck is None:
+                collected = await self._run_whole(target.key, Rows(rows, more_BE), work, hold, deadline)
             else:
                 collected = await self._pipeline.process(
                     len(rows),
-                    lambda part: self._decoded(rows, part, target.spec),
+                    lambda part: self._decoded(rows, part, target),
                     key=target.key,
                     work=work,
                     hold=hold,
                     deadline=deadline,
                     slice_rows=self._max_rows(target.key),
-                    width=head[1].num_outputs if head else slices[-1].stop,
+                    width=head[1].num_outputs if head else target.slices[-1].stop,
+                    more_BE=more_BE,
                 )
+        return self._outcome(collected, use, start)
+
+    async def _run_head_alone(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        model: ModelRecord,
+        more_BE: npt.NDArray[np.float32] | None,
+        deadline: float | None,
+        start: float,
+    ) -> _Outcome:
+        """Run a head on local features: there is nothing for the trunk to do."""
+        head_key, head = await self._head(model)
+        needed = dataclasses.replace(first_input(model), width=head.num_features - head.more_width)
+        check_local(model.reference, needed, space, rows)
+        use = CodecUse(codec_of(rows), 0.0, model.codec, model.codec_error)
+        columns = Columns([SliceSpec(space.local_model, 0, needed.width)])
+        work = Work(None, columns, (space.local_model,), head_key, head)
+        features = unpack(rows) if isinstance(rows, PackedRows) else np.asarray(rows)
+        with self._batcher.hold(len(rows)) as hold:
+            key = ("", _REFERENCE_SIZE, space.fingerprint)
+            collected = await self._run_whole(key, Rows(features, more_BE), work, hold, deadline)
+        return self._outcome(collected, use, start)
+
+    async def _run_whole(self, key: TrunkKey, rows: Rows, work: Work, hold: Hold, deadline: float | None) -> Collected:
+        result = await self._batcher.submit(key, rows, work, deadline=deadline, hold=hold)
+        return Collected(result.values, {}, result.queue_s, 0.0, result.trunk_s, result.head_s)
+
+    def _outcome(self, collected: Collected, use: CodecUse, start: float) -> _Outcome:
         _fail_overflown(collected)
         return _Outcome(
             collected.values,
@@ -283,36 +415,50 @@ class LocalEngine:
             use,
         )
 
-    async def _decoded(self, rows: PackedRows | Sequence[bytes], part: slice, spec: BackboneSpec) -> DecodedRows:
+    async def _decoded(self, rows: Payload, part: slice, target: _Target) -> DecodedRows:
         if isinstance(rows, PackedRows):
-            return await self._decoder.packed(rows.take(part))
-        return await self._decoder.images(rows[part], spec.preprocessing)
+            decoded = await self._decoder.packed(rows.take(part))
+        elif isinstance(rows, np.ndarray):
+            decoded = DecodedRows(rows[part], list(range(len(rows[part]))))
+        else:
+            decoded = await self._decoder.images(rows[part], target.spec.preprocessing)
+        if target.bottleneck is None:
+            return decoded
+        layer, axis = target.bottleneck.decoder, target.bottleneck.channel_axis
+        return dataclasses.replace(decoded, rows=await self._threads.short(layer.apply, decoded.rows, axis))
 
     async def _codec_use(
         self, target: _Target, rows: Payload, model: ModelRecord | None, deadline: float | None
     ) -> CodecUse:
         """Return how the rows were made and sent, having checked that the model may be used on them."""
-        try:
-            use = await self._costs.use(target.key, codec_of(rows), target.precision, self._left_s(deadline))
-        except TimeoutError as error:
-            raise WireError(
-                ErrorCode.DEADLINE_EXCEEDED,
-                f"{codec_of(rows)} features at cut {target.cut.name!r} and {target.key[1]} px are sent for the first "
-                "time and what that does to the embedding is still being measured; the same call will work in some "
-                "seconds",
-            ) from error
+        if target.bottleneck is not None:
+            use = CodecUse(codec_of(rows), target.bottleneck.embedding_error)
+        else:
+            use = await self._measured_use(target, rows, deadline)
         if model is None:
             return use
         use = dataclasses.replace(use, trained_codec=model.codec, trained_error=model.codec_error)
-        check_codec(model, use)
+        check_codec(model.reference, use)
         return use
+
+    async def _measured_use(self, target: _Target, rows: Payload, deadline: float | None) -> CodecUse:
+        key = target.key[:2]
+        try:
+            return await self._costs.use(key, codec_of(rows), target.precision, self._left_s(deadline))
+        except TimeoutError as error:
+            raise WireError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"{codec_of(rows)} features at cut {key[0]!r} and {key[1]} px are sent for the first time and what "
+                "that does to the embedding is still being measured; the same call will work in some seconds",
+            ) from error
 
     def _left_s(self, deadline: float | None) -> float | None:
         return None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
 
     async def _head(self, model: ModelRecord) -> tuple[str, Head]:
         head = await self._heads.get(model.head_sha256)
-        if head.slices != model.slices or head.num_outputs != model.num_outputs:
+        more_width = sum(one.width for one in model.more_inputs)
+        if (head.slices, head.more_width, head.num_outputs) != (model.slices, more_width, model.num_outputs):
             raise WireError(
                 ErrorCode.CORRUPT_DATA, f"the head in storage is not the one that {model.reference} was registered with"
             )
@@ -327,7 +473,7 @@ class LocalEngine:
     async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
         return await self._threads.compute(self._compute.run, parts)
 
-    async def _prepared(self, key: Key, deadline: float | None) -> Prepared:
+    async def _prepared(self, key: TrunkKey, deadline: float | None) -> Prepared:
         """Return the runtime of a group, choosing it on first use. Other groups go on meanwhile."""
         try:
             return await self._runtimes.get(key, self._left_s(deadline))
@@ -338,12 +484,12 @@ class LocalEngine:
                 "the same call will work in some seconds",
             ) from error
 
-    async def _prepare(self, key: Key) -> Prepared:
+    async def _prepare(self, key: TrunkKey) -> Prepared:
         prepared = await self._threads.export(self._chooser.remembered, *key)
         if prepared is None:
             candidates = await self._threads.export(self._chooser.candidates, *key)
             # Where batches run, so that none runs beside the measurement.
-            prepared = await self._threads.compute(self._chooser.measure, *key, candidates)
+            prepared = await self._threads.compute(self._chooser.measure, *key[:2], candidates, key[2])
         return prepared
 
 

@@ -9,6 +9,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
@@ -24,7 +26,15 @@ class Head(Protocol):
 
     @property
     def slices(self) -> tuple[str, ...]:
-        """Names of the embedding's slices, in the order in which their columns go in."""
+        """Names of the first input's slices, in the order in which their columns go in."""
+
+    @property
+    def num_features(self) -> int:
+        """Columns that go in."""
+
+    @property
+    def more_width(self) -> int:
+        """Columns of the inputs that go past the trunk."""
 
     @property
     def num_outputs(self) -> int:
@@ -95,12 +105,13 @@ class HeadCache:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of a batch that one head answers for. ``key`` tells heads apart."""
+    """Rows of a batch that one head answers for. ``key`` tells heads apart, ``more_BE`` goes past the trunk."""
 
     key: str
     head: Head
     start: int
     stop: int
+    more_BE: npt.NDArray[np.float32] | None = None
 
 
 class Columns:
@@ -143,8 +154,11 @@ def run_heads(embedding_BD: Tensor, rows: Sequence[HeadRows], columns: Columns) 
         head = rows[indices[0]].head
         parts = [embedding_BD[rows[index].start : rows[index].stop] for index in indices]
         try:
-            gathered = parts[0] if len(parts) == 1 else torch.cat(parts)
-            outputs_BK = head.predict(columns.select(gathered, head.slices))
+            gathered = columns.select(parts[0] if len(parts) == 1 else torch.cat(parts), head.slices)
+            more = [part for index in indices if (part := rows[index].more_BE) is not None]
+            if more:
+                gathered = torch.cat([gathered, torch.from_numpy(np.concatenate(more)).to(gathered)], dim=1)
+            outputs_BK = head.predict(gathered)
         except WireError as error:
             for index in indices:
                 results[index] = error

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import WireError
 
-from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic
+from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic, Rows
 from trunkline_worker.engine.compute import Work
 from trunkline_worker.engine.decoding import DecodedRows
 
@@ -58,6 +58,7 @@ class DecodingPipeline:
         deadline: float | None,
         slice_rows: int,
         width: int,
+        more_BE: npt.NDArray[np.float32] | None = None,
     ) -> Collected:
         """Decode and run.
 
@@ -70,6 +71,7 @@ class DecodingPipeline:
             deadline: As for ``Batcher.submit``.
             slice_rows: Rows that are decoded together; a batch's worth.
             width: Columns of what comes back.
+            more_BE: Columns of the request's rows that go past the trunk.
 
         Raises:
             WireError: As ``Batcher.submit`` does. A row that cannot be decoded is an error of its own only.
@@ -84,8 +86,9 @@ class DecodingPipeline:
                 collected.decode_s += self._clock.monotonic() - start
                 collected.errors.update({first + row: error for row, error in decoded.errors.items()})
                 if decoded.good:
-                    result = await self._batcher.submit(key, decoded.rows, work, deadline=deadline, hold=hold)
-                    collected.add(result, [first + row for row in decoded.good])
+                    numbers = [first + row for row in decoded.good]
+                    rows = Rows(decoded.rows, None if more_BE is None else more_BE[numbers])
+                    collected.add(await self._batcher.submit(key, rows, work, deadline=deadline, hold=hold), numbers)
 
         tasks = [asyncio.ensure_future(one_slice(first)) for first in range(0, num_rows, slice_rows)]
         try:

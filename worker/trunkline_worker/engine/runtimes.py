@@ -116,7 +116,7 @@ def place(backbone: Backbone, device: torch.device) -> Backbone:
     return placed
 
 
-def torch_runtime(placed: Backbone, cut: CutSpec, name: str, device: torch.device) -> TorchRuntime:
+def torch_runtime(placed: Backbone, cut: CutSpec, name: str, device: torch.device, *, tap: str = "") -> TorchRuntime:
     """Return the trunk behind a cut in torch.
 
     Args:
@@ -124,8 +124,9 @@ def torch_runtime(placed: Backbone, cut: CutSpec, name: str, device: torch.devic
         cut: Where the features enter.
         name: One of the ``TORCH_`` names.
         device: Where it runs.
+        tap: Where it ends, if not at the embedding.
     """
-    return TorchRuntime(placed.trunk(cut.name), name, device, channels_first=cut.channel_axis == 0)
+    return TorchRuntime(placed.trunk(cut.name, tap), name, device, channels_first=cut.channel_axis == 0)
 
 
 @torch.inference_mode()

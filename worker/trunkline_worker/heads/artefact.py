@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 
-from trunkline_worker.heads.config import HeadConfig
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
 
-FORMAT_VERSION = 1
-"""Raised when an older worker could not read, or would misread, what this one writes."""
+FORMAT_VERSION = 2
+"""Raised when an older worker could not read, or would misread, what this one writes. Version 1, whose heads have one
+input, is read as well."""
 
 MAX_HEADER_BYTES = 64 * 2**20
 """Largest header that is parsed: room for the most class names a dataset may have."""
 
 # All in one entry: safetensors writes several in an order that differs from process to process.
 _METADATA_KEY = "trunkline_head"
-_FIELDS = {"format", "kind", "hidden", "dropout", "task", "class_names", "slices", "slice_widths", "num_outputs"}
+_FIELDS = {"format", "config", "inputs", "task", "class_names", "num_outputs"}
+_FIELDS_1 = {"format", "kind", "hidden", "dropout", "task", "class_names", "slices", "slice_widths", "num_outputs"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,13 +46,10 @@ def head_to_bytes(head: TrainedHead) -> bytes:
     """Return the head's bytes. Equal heads give equal bytes, in any process."""
     metadata = {
         "format": FORMAT_VERSION,
-        "kind": head.config.kind,
-        "hidden": list(head.config.hidden),
-        "dropout": head.config.dropout,
+        "config": asdict(head.config),
+        "inputs": [asdict(one) for one in head.inputs],
         "task": head.task,
         "class_names": list(head.class_names),
-        "slices": list(head.slices),
-        "slice_widths": list(head.slice_widths),
         "num_outputs": head.num_outputs,
     }
     tensors = {name: one.detach().to("cpu", torch.float32).contiguous() for name, one in head.head.state_dict().items()}
@@ -64,10 +66,13 @@ def head_from_bytes(data: bytes) -> TrainedHead:
         WireError: UNSUPPORTED for another format version, CORRUPT_DATA for anything else that is wrong.
     """
     metadata = _read_metadata(data)
+    if metadata.get("format") == 1:
+        metadata = _from_1(metadata)
     if metadata.get("format") != FORMAT_VERSION:
         version = str(metadata.get("format"))[:20]
         raise WireError(
-            ErrorCode.UNSUPPORTED, f"head of format {version}; this worker reads {FORMAT_VERSION}. Upgrade the worker"
+            ErrorCode.UNSUPPORTED,
+            f"head of format {version}; this worker reads up to {FORMAT_VERSION}. Upgrade the worker",
         )
     try:
         shell = _shell(metadata)
@@ -78,8 +83,10 @@ def head_from_bytes(data: bytes) -> TrainedHead:
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise _corrupt("its tensors cannot be read") from error
     _check_tensors(shell.head, tensors)
+    state = shell.head.state_dict()
+    state.update(tensors)
     # assign: the shell was built without memory, so the sizes that the metadata claims were never allocated.
-    shell.head.load_state_dict(tensors, assign=True)
+    shell.head.load_state_dict(state, assign=True)
     shell.head.eval().requires_grad_(False)
     return shell
 
@@ -99,22 +106,60 @@ def _read_metadata(data: bytes) -> dict[str, Any]:
     return metadata
 
 
+def _from_1(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a head of version 1 as version 2 writes it."""
+    if set(old) != _FIELDS_1:
+        raise _corrupt("its description lacks fields or has unknown ones")
+    config = {**asdict(HeadConfig()), "channels": [], **{name: old[name] for name in ("kind", "hidden", "dropout")}}
+    only_input = {"slices": old["slices"], "widths": old["slice_widths"], "map_shape": []}
+    kept = {name: old[name] for name in ("task", "class_names", "num_outputs")}
+    return {"format": FORMAT_VERSION, "config": config, "inputs": [only_input], **kept}
+
+
 def _shell(metadata: dict[str, Any]) -> TrainedHead:
     """Build the head without memory for its tensors."""
-    if set(metadata) != _FIELDS:
-        raise _corrupt("its description lacks fields or has unknown ones")
-    if not isinstance(metadata["kind"], str) or not isinstance(metadata["task"], str):
-        raise _corrupt("its kind or task is not a text")
-    if type(metadata["dropout"]) not in (int, float):
-        raise _corrupt("its dropout is not a number")
-    hidden, widths = _integers(metadata["hidden"]), _integers(metadata["slice_widths"])
-    names = _texts(metadata["class_names"]), _texts(metadata["slices"])
+    _check_fields(metadata, _FIELDS)
     (num_outputs,) = _integers([metadata["num_outputs"]])
-    if num_outputs < 1 or not widths or min(widths) < 1:
-        raise _corrupt("a width is below 1")
-    config = HeadConfig(metadata["kind"], hidden, float(metadata["dropout"]))
-    head = Head(config, sum(widths), num_outputs, device="meta")
-    return TrainedHead(head, metadata["task"], names[0], names[1], widths)
+    if num_outputs < 1 or not isinstance(metadata["inputs"], list):
+        raise _corrupt("it has no outputs or no inputs")
+    if not isinstance(metadata["task"], str):
+        raise _corrupt("its task is not a text")
+    inputs = [_input(one) for one in metadata["inputs"]]
+    head = Head(_config(metadata["config"]), inputs, num_outputs, device="meta")
+    return TrainedHead(head, metadata["task"], _texts(metadata["class_names"]))
+
+
+def _config(values: Any) -> HeadConfig:
+    _check_fields(values, {one.name for one in fields(HeadConfig)})
+    if type(values["dropout"]) not in (int, float) or type(values["batch_norm"]) is not bool:
+        raise _corrupt("its dropout or batch normalisation is of a wrong type")
+    if not all(isinstance(values[name], str) for name in ("kind", "activation", "tap", "fuse")):
+        raise _corrupt("a text was expected")
+    (fuse_width,) = _integers([values["fuse_width"]])
+    return HeadConfig(
+        kind=values["kind"],
+        hidden=_integers(values["hidden"]),
+        activation=values["activation"],
+        batch_norm=values["batch_norm"],
+        dropout=float(values["dropout"]),
+        channels=_integers(values["channels"]),
+        tap=values["tap"],
+        fuse=values["fuse"],
+        fuse_width=fuse_width,
+    )
+
+
+def _input(values: Any) -> HeadInput:
+    _check_fields(values, {one.name for one in fields(HeadInput)})
+    shape = _integers(values["map_shape"])
+    if shape and min(shape) < 1:
+        raise _corrupt("a map without places")
+    return HeadInput(_texts(values["slices"]), _integers(values["widths"]), shape)
+
+
+def _check_fields(values: Any, expected: set[str]) -> None:
+    if not isinstance(values, dict) or set(values) != expected:
+        raise _corrupt("its description lacks fields or has unknown ones")
 
 
 def _check_tensors(head: Head, tensors: dict[str, torch.Tensor]) -> None:
@@ -127,6 +172,8 @@ def _check_tensors(head: Head, tensors: dict[str, torch.Tensor]) -> None:
             raise _corrupt(f"tensor {name} is {one.dtype}, not float32")
         if not bool(torch.isfinite(one).all()):
             raise _corrupt(f"tensor {name} holds NaN or infinity")
+        if name.endswith("running_var") and not bool((one >= 0).all()):
+            raise _corrupt(f"tensor {name} holds a variance below 0")
     if not bool((tensors["scale"] > 0).all()):
         raise _corrupt("a column's scale is not above 0")
 

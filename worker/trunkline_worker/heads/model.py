@@ -1,4 +1,4 @@
-"""Head modules: the trained task layers on an embedding, standardisation included."""
+"""Head modules: the trained task layers on what a row's inputs give, standardisation included."""
 
 from __future__ import annotations
 
@@ -9,74 +9,125 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import CONCAT, CONV, DEFAULT_FUSE_WIDTH, PROTOTYPE, HeadConfig, invalid
 
-from trunkline_worker.heads.config import HeadConfig, invalid
+from trunkline_worker.heads.inputs import HeadInput, check_names
+from trunkline_worker.heads.layers import (
+    Convolutions,
+    Fusion,
+    activate,
+    batch_norm,
+    draw_,
+    drop,
+    linear,
+    zero_,
+)
 
-# Shape suffix legend: B = rows, D = columns of the selected slices side by side, H = one layer's width, K = outputs
+# Shape suffix legend: B = rows, D = columns of all inputs side by side, S = statistics, H = one layer's width,
+# K = outputs
 
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
-TASKS = (CLASSIFICATION, REGRESSION)
+MULTI_LABEL = "multi_label"
+TASKS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 
 class Head(nn.Module):
-    """Standardise, then one linear layer or an MLP with ReLU.
+    """Standardise, fuse the inputs, then hidden layers and the output layer. See ``HeadConfig``.
 
-    ``mean`` and ``scale`` are buffers, fitted on the training split by whoever trains the head. Parameters start at
-    zero; ``reset_parameters`` draws them.
+    ``mean`` and ``scale`` are buffers, fitted on the training split by whoever trains the head: one number for each
+    column, of a map one for each channel. Parameters start at zero; ``reset_parameters`` draws them. Training mode
+    matters to batch normalisation alone.
 
     Args:
         config: What the head is made of.
-        num_features: D.
+        inputs: What enters, in order. Only the first can be a map.
         num_outputs: K.
         device: Where the tensors lie. ``meta``: nowhere yet.
+
+    Raises:
+        WireError: INVALID_ARGUMENT if config and inputs do not fit each other.
     """
 
     mean: Tensor
     scale: Tensor
 
     def __init__(
-        self, config: HeadConfig, num_features: int, num_outputs: int, *, device: torch.device | str = "cpu"
+        self, config: HeadConfig, inputs: Sequence[HeadInput], num_outputs: int, *, device: torch.device | str = "cpu"
     ) -> None:
         """Build the layers."""
         super().__init__()
+        _check_inputs(config, inputs)
         self.config = config
-        self.register_buffer("mean", torch.zeros(num_features, device=device))
-        self.register_buffer("scale", torch.ones(num_features, device=device))
-        widths = (num_features, *config.hidden, num_outputs)
-        self.layers = nn.ModuleList(
-            # skip_init: the usual draw comes from the process-wide generator, which others may be using.
-            nn.utils.skip_init(nn.Linear, inputs, outputs, device=device)
-            for inputs, outputs in pairwise(widths)
+        self.inputs = tuple(inputs)
+        num_statistics = sum(one.num_statistics for one in inputs)
+        self.register_buffer("mean", torch.zeros(num_statistics, device=device))
+        self.register_buffer("scale", torch.ones(num_statistics, device=device))
+        widths = [one.num_columns for one in inputs]
+        self.convolutions: Convolutions | None = None
+        if config.kind == CONV:
+            self.convolutions = Convolutions(config, inputs[0].map_shape[0], device)
+            widths[0] = config.channels[-1]
+        self.fusion: Fusion | None = None
+        if is_fused(config, inputs):
+            width = config.fuse_width or min(DEFAULT_FUSE_WIDTH, max(widths))
+            self.fusion = Fusion(config, widths, width, device)
+            widths = [width]
+        layers = pairwise((sum(widths), *config.hidden, num_outputs))
+        self.layers = nn.ModuleList(linear(before, behind, device) for before, behind in layers)
+        self.norms = nn.ModuleList(
+            batch_norm(nn.BatchNorm1d, width, device) for width in (config.hidden if config.batch_norm else ())
         )
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
+        zero_(self)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the weights: He's uniform for hidden layers, zero for the output layer, which then starts unbiased.
+        """Draw the weights: He's uniform for hidden layers and convolutions, variance-preserving for projections.
 
-        Source: He et al. 2015, "Delving Deep into Rectifiers", for the bound.
+        The output layer and the gate are zero: outputs start unbiased, inputs with equal weights.
         """
-        with torch.no_grad():
-            for layer in self.linears[:-1]:
-                bound = math.sqrt(6.0 / layer.in_features)
-                # Drawn on the CPU, so that every device starts from the same numbers.
-                drawn = torch.rand(layer.weight.shape, generator=generator).mul_(2 * bound).sub_(bound)
-                layer.weight.copy_(drawn)
-                layer.bias.zero_()
-            self.linears[-1].weight.zero_()
-            self.linears[-1].bias.zero_()
+        zero_(self)
+        if self.convolutions is not None:
+            for conv in self.convolutions.convs:
+                draw_(conv, math.sqrt(2.0), generator)  # type: ignore[arg-type]
+        if self.fusion is not None:
+            for projection in self.fusion.projections:
+                draw_(projection, 1.0, generator)  # type: ignore[arg-type]
+        for layer in self.linears[:-1]:
+            draw_(layer, math.sqrt(2.0), generator)
+
+    @property
+    def num_features(self) -> int:
+        """Columns that go in."""
+        return sum(one.num_columns for one in self.inputs)
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """The linear layers, from the embedding on."""
+        """The linear layers behind the fusion, the output layer last."""
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
+    @property
+    def output(self) -> nn.Linear:
+        """The output layer."""
+        return self.linears[-1]
+
+    @property
+    def penalised(self) -> list[Tensor]:
+        """The weights that an L2 penalty covers: all but biases and those of normalisations."""
+        return [one.weight for one in self.modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+
     def standardise(self, x_BD: Tensor) -> Tensor:
-        """Shift and scale each column."""
-        return (x_BD - self.mean) / self.scale
+        """Shift and scale each column, of a map each channel."""
+        return (x_BD - self._columns(self.mean)) / self._columns(self.scale)
+
+    def _columns(self, statistics_S: Tensor) -> Tensor:
+        """Return one number for each column."""
+        shape = self.inputs[0].map_shape
+        if not shape:
+            return statistics_S
+        channels, *places = shape
+        return torch.cat([statistics_S[:channels].repeat_interleave(math.prod(places)), statistics_S[channels:]])
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return logits or values, (B, K), from raw columns."""
@@ -89,28 +140,53 @@ class Head(nn.Module):
             x_BD: What ``standardise`` returned.
             dropout_generator: Where the units to leave out are drawn from; none means that none is left out.
         """
+        x_BH = self._fused(x_BD, dropout_generator)
         *hidden, output = self.linears
-        x_BH = x_BD
-        for layer in hidden:
-            x_BH = torch.relu(layer(x_BH))
-            if dropout_generator is not None and self.config.dropout > 0:
-                keep = 1.0 - self.config.dropout
-                drawn = torch.rand(x_BH.shape, generator=dropout_generator, device=dropout_generator.device)
-                x_BH = x_BH * (drawn < keep).to(x_BH) / keep
+        for index, layer in enumerate(hidden):
+            x_BH = layer(x_BH)
+            if len(self.norms):
+                x_BH = self.norms[index](x_BH)
+            x_BH = drop(activate(x_BH, self.config.activation), self.config.dropout, dropout_generator)
         logits: Tensor = output(x_BH)
         return logits
+
+    def _fused(self, x_BD: Tensor, dropout_generator: torch.Generator | None) -> Tensor:
+        if self.config.kind == PROTOTYPE:
+            return functional.normalize(x_BD, dim=1)
+        if self.convolutions is None and self.fusion is None:
+            return x_BD
+        vectors = list(x_BD.split([one.num_columns for one in self.inputs], dim=1))
+        if self.convolutions is not None:
+            pooled = self.convolutions(vectors[0].unflatten(1, self.inputs[0].map_shape))
+            vectors[0] = drop(pooled, self.config.dropout, dropout_generator)
+        return torch.cat(vectors, dim=1) if self.fusion is None else self.fusion(vectors)
+
+
+def is_fused(config: HeadConfig, inputs: Sequence[object]) -> bool:
+    """Whether layers stand between the inputs and what comes behind: there are several, not just side by side."""
+    return config.fuse != CONCAT and len(inputs) > 1
+
+
+def _check_inputs(config: HeadConfig, inputs: Sequence[HeadInput]) -> None:
+    if not inputs:
+        raise invalid("a head needs at least one input")
+    first, *others = inputs
+    if config.kind == CONV and not first.map_shape:
+        raise invalid("a convolutional head reads a map; name a tap whose features have places")
+    if config.kind != CONV and first.map_shape:
+        raise invalid(f"a map is for convolutional heads; this one is of kind {config.kind!r}")
+    if any(one.map_shape for one in others):
+        raise invalid("only the first input of a head can be a map")
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head with what its inputs and outputs mean: what a model is made of.
+    """A head with what its outputs mean: what a model is made of.
 
     Attributes:
         head: The module.
-        task: ``classification`` or ``regression``.
+        task: ``classification``, ``multi_label`` or ``regression``.
         class_names: In the order of the output's columns; empty for regression.
-        slices: Names of the embedding's slices, in the order in which their columns go in.
-        slice_widths: Columns of each.
 
     Raises:
         WireError: INVALID_ARGUMENT if the parts contradict each other.
@@ -119,23 +195,19 @@ class TrainedHead:
     head: Head
     task: str
     class_names: tuple[str, ...]
-    slices: tuple[str, ...]
-    slice_widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other."""
         if self.task not in TASKS:
             raise invalid(f"task {str(self.task)[:40]!r} is not known; one of {', '.join(TASKS)} is needed")
-        _check_names(self.slices, "slice")
-        _check_names(self.class_names, "class")
-        if not self.slices or len(self.slices) != len(self.slice_widths) or min(self.slice_widths) < 1:
-            raise invalid(f"{len(self.slices)} slices do not fit widths {self.slice_widths}")
-        if sum(self.slice_widths) != self.head.mean.shape[0]:
-            raise invalid(f"slices of {sum(self.slice_widths)} columns; the head takes {self.head.mean.shape[0]}")
-        if self.task == CLASSIFICATION and (len(self.class_names) < 2 or len(self.class_names) != self.num_outputs):
+        check_names(self.class_names, "class")
+        if self.task == REGRESSION:
+            if self.class_names:
+                raise invalid("a regression head has no class names")
+            return
+        least = 2 if self.task == CLASSIFICATION else 1
+        if len(self.class_names) < least or len(self.class_names) != self.num_outputs:
             raise invalid(f"{len(self.class_names)} class names do not fit {self.num_outputs} outputs")
-        if self.task == REGRESSION and self.class_names:
-            raise invalid("a regression head has no class names")
 
     @property
     def config(self) -> HeadConfig:
@@ -143,14 +215,29 @@ class TrainedHead:
         return self.head.config
 
     @property
+    def inputs(self) -> tuple[HeadInput, ...]:
+        """What goes in."""
+        return self.head.inputs
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the first input's slices."""
+        return self.inputs[0].slices
+
+    @property
+    def more_width(self) -> int:
+        """Columns of the inputs behind the first."""
+        return sum(one.num_columns for one in self.inputs[1:])
+
+    @property
     def num_features(self) -> int:
         """Columns that go in."""
-        return self.head.mean.shape[0]
+        return self.head.num_features
 
     @property
     def num_outputs(self) -> int:
         """Columns that come out."""
-        return self.head.linears[-1].out_features
+        return self.head.output.out_features
 
     @property
     def size_bytes(self) -> int:
@@ -167,7 +254,7 @@ class TrainedHead:
         """Return class probabilities, or values.
 
         Args:
-            x_BD: The head's slices of the embedding, side by side, raw. Any floating-point type, any device.
+            x_BD: The columns of all inputs, side by side, raw. Any floating-point type, any device.
 
         Shape:
             x_BD: (B, D); returns (B, K), float32, on the head's device.
@@ -176,16 +263,12 @@ class TrainedHead:
             WireError: SHAPE_MISMATCH.
         """
         if x_BD.ndim != 2 or x_BD.shape[1] != self.num_features:
+            names = ", ".join(name for one in self.inputs for name in one.slices)
             raise WireError(
                 ErrorCode.SHAPE_MISMATCH,
-                f"the head takes (rows, {self.num_features}), slices {', '.join(self.slices)}; got {tuple(x_BD.shape)}",
+                f"the head takes (rows, {self.num_features}), slices {names}; got {tuple(x_BD.shape)}",
             )
         outputs_BK: Tensor = self.head(x_BD.to(self.head.mean))
-        return outputs_BK.softmax(dim=1) if self.task == CLASSIFICATION else outputs_BK
-
-
-def _check_names(names: Sequence[str], what: str) -> None:
-    if not all(isinstance(name, str) and name for name in names):
-        raise invalid(f"every {what} has a name that is not empty")
-    if len(set(names)) != len(names):
-        raise invalid(f"a {what} name occurs twice")
+        if self.task == CLASSIFICATION:
+            return outputs_BK.softmax(dim=1)
+        return outputs_BK.sigmoid() if self.task == MULTI_LABEL else outputs_BK

@@ -65,6 +65,11 @@ ACCESS: dict[str, Role] = {
     f"{_WIRE}TrainingService/ListJobs": Role.READER,
     f"{_WIRE}TrainingService/CancelJob": Role.USER,
     f"{_WIRE}TrainingService/WatchJob": Role.READER,
+    f"{_WIRE}TrunkService/Forward": Role.READER,
+    f"{_WIRE}TrunkService/Backward": Role.READER,
+    f"{_WIRE}TrunkService/StreamTrunk": Role.READER,
+    f"{_WIRE}TrunkService/PutBottleneck": Role.USER,
+    f"{_WIRE}TrunkService/GetBottleneck": Role.READER,
     f"{_WIRE}RegistryService/GetModel": Role.READER,
     f"{_WIRE}RegistryService/ListModels": Role.READER,
 }

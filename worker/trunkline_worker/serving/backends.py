@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trunkline_wire.bottleneck import Bottleneck
 from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.engine.api import Engine
@@ -37,6 +39,7 @@ class Backends:
         versions: Library to version, for ``GetServerInfo``.
         storage_shared: Whether every node reads what another one wrote.
         storage_note: What was found out about it.
+        bottlenecks: Those found last, by tenant and hash.
     """
 
     engines: Mapping[str, Engine]
@@ -45,6 +48,7 @@ class Backends:
     versions: Mapping[str, str] = field(default_factory=dict)
     storage_shared: bool = True
     storage_note: str = ""
+    bottlenecks: OrderedDict[tuple[str, str], Bottleneck] = field(default_factory=OrderedDict, compare=False)
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a backbone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -10,13 +11,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 from ray import serve
+from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace
 
-from trunkline_worker.engine.api import EngineStats, Extraction, Payload, Prediction, StemFile
+from trunkline_worker.engine.api import (
+    EngineStats,
+    Extraction,
+    Payload,
+    Prediction,
+    StemFile,
+    TrunkGradients,
+    TrunkOutputs,
+)
 from trunkline_worker.serving.backends import Backends, Metadata
+from trunkline_worker.serving.bottlenecks import load_bottleneck
 from trunkline_worker.serving.gateway import GatewayServer, Listener
 from trunkline_worker.serving.loopback import keep_replica_port_on_loopback
 from trunkline_worker.store.blobs import BlobStore
@@ -84,15 +97,17 @@ class Backbone:
             manifest=config.manifest,
             samples=config.samples,
         )
+        blobs = BlobStore(config.storage_url)
         self._engine = LocalEngine(
             backbone,
-            BlobStore(config.storage_url),
+            blobs,
             device=config.device,
             # Not what torch says: Ray tells it to use as many threads as the actor reserved CPUs.
             num_threads=config.num_threads or os.cpu_count(),
             clock=SystemClock(),
             max_queued_rows=config.max_queued_rows,
             head_capacity=config.head_capacity,
+            load_bottleneck=functools.partial(load_bottleneck, blobs),
         )
         await self._engine.start()
 
@@ -109,16 +124,46 @@ class Backbone:
         return await _returned(self._engine.cut_cost(cut, input_size))
 
     async def predict(
-        self, space: FeatureSpace, rows: Payload, model: ModelRecord, timeout_s: float | None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        model: ModelRecord,
+        more_BE: npt.NDArray[np.float32] | None,
+        timeout_s: float | None,
     ) -> Prediction | WireError:
         """See ``Engine.predict``."""
-        return await _returned(self._engine.predict(space, rows, model, timeout_s=timeout_s))
+        return await _returned(self._engine.predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s))
 
     async def extract(
         self, space: FeatureSpace, rows: Payload, slices: Sequence[str], timeout_s: float | None
     ) -> Extraction | WireError:
         """See ``Engine.extract``."""
         return await _returned(self._engine.extract(space, rows, slices, timeout_s=timeout_s))
+
+    async def forward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        outputs: Sequence[str],
+        decoder: ChannelLinear | None,
+        timeout_s: float | None,
+    ) -> TrunkOutputs | WireError:
+        """See ``Engine.forward``."""
+        return await _returned(self._engine.forward(space, rows, outputs, decoder=decoder, timeout_s=timeout_s))
+
+    async def backward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        gradient_BD: npt.NDArray[np.generic],
+        outputs: Sequence[str],
+        decoder: ChannelLinear | None,
+        timeout_s: float | None,
+    ) -> TrunkGradients | WireError:
+        """See ``Engine.backward``."""
+        return await _returned(
+            self._engine.backward(space, rows, gradient_BD, outputs, decoder=decoder, timeout_s=timeout_s)
+        )
 
     async def stats(self) -> EngineStats | WireError:
         """See ``Engine.stats``."""
@@ -167,10 +212,16 @@ class HandleEngine:
         return cost
 
     async def predict(
-        self, space: FeatureSpace, rows: Payload, model: ModelRecord, *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        model: ModelRecord,
+        *,
+        more_BE: npt.NDArray[np.float32] | None = None,
+        timeout_s: float | None = None,
     ) -> Prediction:
         """See ``Engine.predict``."""
-        prediction: Prediction = await self._call("predict", timeout_s, space, rows, model)
+        prediction: Prediction = await self._call("predict", timeout_s, space, rows, model, more_BE)
         return prediction
 
     async def extract(
@@ -179,6 +230,35 @@ class HandleEngine:
         """See ``Engine.extract``."""
         extraction: Extraction = await self._call("extract", timeout_s, space, rows, tuple(slices))
         return extraction
+
+    async def forward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkOutputs:
+        """See ``Engine.forward``."""
+        answer: TrunkOutputs = await self._call("forward", timeout_s, space, rows, tuple(outputs), decoder)
+        return answer
+
+    async def backward(
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        gradient_BD: npt.NDArray[np.generic],
+        outputs: Sequence[str] = (),
+        *,
+        decoder: ChannelLinear | None = None,
+        timeout_s: float | None = None,
+    ) -> TrunkGradients:
+        """See ``Engine.backward``."""
+        answer: TrunkGradients = await self._call(
+            "backward", timeout_s, space, rows, gradient_BD, tuple(outputs), decoder
+        )
+        return answer
 
     async def stats(self) -> EngineStats:
         """See ``Engine.stats``. Of one replica."""
@@ -190,7 +270,7 @@ class HandleEngine:
         if patience_s is None:
             patience_s = DEFAULT_TIMEOUT_S
         deadline = time.monotonic() + (patience_s if timeout_s is None else timeout_s)
-        takes_timeout = method in ("predict", "extract")
+        takes_timeout = method in ("predict", "extract", "forward", "backward")
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:

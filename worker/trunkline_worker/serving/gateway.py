@@ -24,6 +24,8 @@ from trunkline_wire.v1 import (
     registry_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
+    trunk_pb2,
+    trunk_pb2_grpc,
 )
 
 from trunkline_worker.serving.auth import Tokens
@@ -35,6 +37,7 @@ from trunkline_worker.serving.servicers.datasets import DatasetServicer
 from trunkline_worker.serving.servicers.inference import InferenceServicer
 from trunkline_worker.serving.servicers.registry import RegistryServicer
 from trunkline_worker.serving.servicers.training import TrainingServicer
+from trunkline_worker.serving.servicers.trunk import TrunkServicer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ SERVICES = (
     dataset_pb2.DESCRIPTOR.services_by_name["DatasetService"],
     training_pb2.DESCRIPTOR.services_by_name["TrainingService"],
     registry_pb2.DESCRIPTOR.services_by_name["RegistryService"],
+    trunk_pb2.DESCRIPTOR.services_by_name["TrunkService"],
 )
 """Descriptors of all services of the wire."""
 
@@ -141,6 +145,7 @@ class GatewayServer:
         dataset_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(backends, budget), self._server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(backends), self._server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(backends), self._server)
+        trunk_pb2_grpc.add_TrunkServiceServicer_to_server(TrunkServicer(backends, budget), self._server)
         self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [service.full_name for service in SERVICES]

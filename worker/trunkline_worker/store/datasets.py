@@ -8,18 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.limits import MAX_CLASSES, MAX_DATASET_ROWS
 from trunkline_wire.names import check_name, parse_reference
 from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
 from trunkline_wire.specs import FeatureSpace
 
-from trunkline_worker.store import idempotency, locations, schema, serial
+from trunkline_worker.store import idempotency, schema, serial
 from trunkline_worker.store.context import StoreContext
-from trunkline_worker.store.records import DatasetContent, DatasetRecord
+from trunkline_worker.store.inputs import check_inputs
+from trunkline_worker.store.labels import bad_labels, checked_classes, checked_targets
+from trunkline_worker.store.records import DatasetContent, DatasetRecord, DatasetSource
 from trunkline_worker.store.rows import Rows
 
 _METHOD = "datasets.commit"
-_MAX_CLASS_NAME_LENGTH = 512
 _table = schema.datasets
 _contents = schema.dataset_contents
 
@@ -42,6 +42,7 @@ class Datasets:
         class_indices: Sequence[int] | npt.NDArray[np.integer],
         targets: npt.NDArray[np.float32] | None,
         idempotency_key: str,
+        more_inputs: Sequence[tuple[FeatureSpace, Sequence[bytes]]] = (),
     ) -> DatasetRecord:
         """Name a list of uploaded rows with their labels: the next version of ``name``.
 
@@ -50,28 +51,30 @@ class Datasets:
         Args:
             tenant: Whose dataset it is.
             name: What the user calls it.
-            space: Where the rows live.
+            space: Where the rows of the first input live.
             row_ids: In the dataset's order. A row may stand in it more than once.
             class_names: Empty where the labels are numbers.
-            class_indices: One per row, into ``class_names``; empty where the labels are numbers.
-            targets: Labels that are numbers; None where they are classes.
+            class_indices: One per row, into ``class_names``; empty unless every row is of one class.
+            targets: Labels that are numbers, or for each class whether the row is of it; None where every row is of
+                one class.
             idempotency_key: Made by the client, once per commit that it means.
+            more_inputs: What stands beside the first input: where the rows live, and their ids in the same order.
 
         Shape:
-            targets: (N, M), float32, finite.
+            targets: (N, M), float32, finite; with class names 0 or 1 throughout, a column for each.
 
         Raises:
-            WireError: INVALID_ARGUMENT (name, ids, key), EMPTY_BATCH, PAYLOAD_TOO_LARGE, BAD_LABELS, NOT_FINITE;
-                NOT_FOUND where rows are not there; INCOMPATIBLE where rows are from another space or of two codecs;
-                ALREADY_EXISTS where the key was used for something else.
+            WireError: INVALID_ARGUMENT (name, ids, key, which inputs), EMPTY_BATCH, PAYLOAD_TOO_LARGE, SHAPE_MISMATCH,
+                BAD_LABELS, NOT_FINITE; NOT_FOUND where rows are not there; INCOMPATIBLE where rows of one input are
+                from another space or of two codecs; ALREADY_EXISTS where the key was used for something else.
         """
         check_name(name, "dataset")
-        _check_rows(row_ids)
-        indices = _checked_classes(len(row_ids), class_names, class_indices)
-        values = _checked_targets(len(row_ids), class_names, targets)
-        digest = dataset_digest(row_ids, class_names, indices, values)
-        space_text = serial.space_to_text(space)
-        content = idempotency.content_sha256(name, space_text, digest)
+        check_inputs(space, row_ids, more_inputs)
+        indices = checked_classes(len(row_ids), class_names, class_indices, has_targets=targets is not None)
+        values = checked_targets(len(row_ids), class_names, targets)
+        digest = dataset_digest(row_ids, class_names, indices, values, [ids for _, ids in more_inputs])
+        space_texts = [serial.space_to_text(one) for one in (space, *(one for one, _ in more_inputs))]
+        content = idempotency.content_sha256(name, space_texts[0], digest, *space_texts[1:])
         context = self._context
         now = context.clock.now()
         with context.mutation("datasets.commit") as connection:
@@ -80,8 +83,13 @@ class Datasets:
                 return self.find(connection, tenant, earlier)
             # In this transaction, so that no row can have gone by the time its dataset is named.
             codec = self._stored_codec(connection, tenant, space, row_ids)
+            sources = tuple(
+                DatasetSource(one, self._stored_codec(connection, tenant, one, ids)) for one, ids in more_inputs
+            )
+            sources_text = serial.sources_to_text(sources)
+            identity = (digest, space_texts[0], sources_text)
             newest = _newest(connection, tenant, name)
-            if newest is not None and newest.digest == digest and newest.space == space_text:
+            if newest is not None and (newest.digest, newest.space, newest.more_inputs) == identity:
                 record = _record(newest)
             else:
                 record = DatasetRecord(
@@ -95,6 +103,7 @@ class Datasets:
                     num_targets=0 if values is None else values.shape[1],
                     create_time=now,
                     codec=codec,
+                    more_inputs=sources,
                 )
                 connection.execute(
                     context.database.insert_or_ignore(_contents).values(
@@ -103,6 +112,7 @@ class Datasets:
                         row_ids=b"".join(row_ids),
                         class_indices=indices.tobytes(),
                         targets=b"" if values is None else values.tobytes(),
+                        more_row_ids=b"".join(one for _, ids in more_inputs for one in ids) or None,
                     )
                 )
                 connection.execute(
@@ -112,11 +122,12 @@ class Datasets:
                         version=record.version,
                         num_rows=record.num_rows,
                         digest=digest,
-                        space=space_text,
+                        space=space_texts[0],
                         class_names=serial.dumps(list(class_names)),
                         num_targets=record.num_targets,
                         create_time=now,
                         codec=record.codec,
+                        more_inputs=sources_text,
                     )
                 )
             idempotency.remember(
@@ -150,15 +161,18 @@ class Datasets:
             content = connection.execute(
                 sa.select(_contents).where(_contents.c.tenant == tenant, _contents.c.digest == record.digest)
             ).one()
-        joined = bytes(content.row_ids)
+        more_ids = _unpacked(content.more_row_ids or b"")
         targets = None
         if record.num_targets:
             targets = np.frombuffer(bytearray(content.targets), dtype="<f4").reshape(-1, record.num_targets)
         return DatasetContent(
             record=record,
-            row_ids=[joined[start : start + ROW_ID_BYTES] for start in range(0, len(joined), ROW_ID_BYTES)],
+            row_ids=_unpacked(content.row_ids),
             class_indices=np.frombuffer(bytearray(content.class_indices), dtype="<u4"),
             targets=targets,
+            more_row_ids=tuple(
+                more_ids[start : start + record.num_rows] for start in range(0, len(more_ids), record.num_rows)
+            ),
         )
 
     def find(self, connection: sa.Connection, tenant: str, reference: str) -> DatasetRecord:
@@ -179,90 +193,52 @@ class Datasets:
             )
         return _record(row)
 
-    def num_classes_used(self, connection: sa.Connection, record: DatasetRecord) -> int:
-        """Return how many classes occur among the labels; 0 where they are numbers."""
+    def check_trainable(self, connection: sa.Connection, record: DatasetRecord) -> None:
+        """Check that the labels have something to tell apart.
+
+        Raises:
+            WireError: BAD_LABELS.
+        """
+        if not record.class_names:
+            return
         packed = connection.execute(
-            sa.select(_contents.c.class_indices).where(
+            sa.select(_contents.c.class_indices, _contents.c.targets).where(
                 _contents.c.tenant == record.tenant, _contents.c.digest == record.digest
             )
-        ).scalar_one()
-        return len(np.unique(np.frombuffer(packed, dtype="<u4")))
+        ).one()
+        if record.num_targets:
+            if not np.frombuffer(packed.targets, dtype="<f4").any():
+                raise bad_labels(f"no row of {record.reference} is of any class; training needs one or more")
+        elif len(np.unique(np.frombuffer(packed.class_indices, dtype="<u4"))) < 2:
+            raise bad_labels(f"every row of {record.reference} is of one class; training needs two or more")
 
     def _stored_codec(
         self, connection: sa.Connection, tenant: str, space: FeatureSpace, row_ids: Sequence[bytes]
     ) -> str:
-        """Check that all rows are there, of one space and one codec, and return the codec."""
+        """Check that all rows of an input are there, of one space and one codec, and return the codec."""
+        of_what = f"{space.source or 'images'}{f', cut {space.cut}' if space.backbone else ''}"
         num_missing, spaces = self._rows.spaces(connection, tenant, row_ids)
         if num_missing:
             raise WireError(
                 ErrorCode.NOT_FOUND,
-                f"{num_missing} of {len(row_ids)} rows are not stored; upload them, then commit again",
+                f"{num_missing} of {len(row_ids)} rows are not stored ({of_what}); upload them, then commit again",
             )
         num_other = sum(count for (fingerprint, _), count in spaces.items() if fingerprint != space.fingerprint)
         if num_other:
             raise WireError(
                 ErrorCode.INCOMPATIBLE,
                 f"{num_other} of {len(row_ids)} rows are from another feature space than the dataset's "
-                f"({space.backbone or 'images'}, cut {space.cut}); upload them again with one stem",
+                f"({of_what}); upload them again with one stem or local model",
             )
         if len(spaces) > 1:
             codecs = ", ".join(sorted(codec for _, codec in spaces))
-            raise WireError(ErrorCode.INCOMPATIBLE, f"rows of one dataset have one codec; got {codecs}")
+            raise WireError(ErrorCode.INCOMPATIBLE, f"rows of one input have one codec; got {codecs} ({of_what})")
         ((_, codec),) = spaces
         return codec
 
 
-def _check_rows(row_ids: Sequence[bytes]) -> None:
-    if not row_ids:
-        raise WireError(ErrorCode.EMPTY_BATCH, "a dataset without rows")
-    if len(row_ids) > MAX_DATASET_ROWS:
-        raise WireError(
-            ErrorCode.PAYLOAD_TOO_LARGE, f"a dataset of {len(row_ids)} rows; at most {MAX_DATASET_ROWS}: split it"
-        )
-    locations.check_row_ids(row_ids)
-
-
-def _checked_classes(
-    num_rows: int, class_names: Sequence[str], class_indices: Sequence[int] | npt.NDArray[np.integer]
-) -> npt.NDArray[np.uint32]:
-    indices = np.asarray(class_indices, dtype=np.int64)
-    if indices.shape != (num_rows if class_names else 0,):
-        raise _bad_labels(f"{len(class_names)} classes, {num_rows} rows and {indices.size} class indices do not fit")
-    if not class_names:
-        return indices.astype("<u4")
-    if len(class_names) > MAX_CLASSES:
-        raise _bad_labels(f"{len(class_names)} classes; at most {MAX_CLASSES}")
-    if len(set(class_names)) != len(class_names):
-        raise _bad_labels("two classes have the same name")
-    for name in class_names:
-        if not name or len(name) > _MAX_CLASS_NAME_LENGTH:
-            raise _bad_labels(f"class name {name[:40]!r}: 1 to {_MAX_CLASS_NAME_LENGTH} characters are needed")
-    if indices.min() < 0 or indices.max() >= len(class_names):
-        wrong = int(np.flatnonzero((indices < 0) | (indices >= len(class_names)))[0])
-        raise _bad_labels(f"row {wrong} is of class {int(indices[wrong])}; there are {len(class_names)}")
-    return indices.astype("<u4")
-
-
-def _checked_targets(
-    num_rows: int, class_names: Sequence[str], targets: npt.NDArray[np.float32] | None
-) -> npt.NDArray[np.float32] | None:
-    if targets is None:
-        if not class_names:
-            raise _bad_labels("no labels: classes or targets are needed")
-        return None
-    if class_names:
-        raise _bad_labels("both classes and targets were given; one kind of label is needed")
-    if targets.ndim != 2 or targets.shape[0] != num_rows or targets.shape[1] == 0:
-        raise _bad_labels(f"targets of shape {targets.shape} for {num_rows} rows; (rows, outputs) is needed")
-    values = np.ascontiguousarray(targets, dtype="<f4")
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise WireError(ErrorCode.NOT_FINITE, f"the target of row {row} is NaN or infinite")
-    return values
-
-
-def _bad_labels(message: str) -> WireError:
-    return WireError(ErrorCode.BAD_LABELS, message)
+def _unpacked(row_ids: bytes) -> list[bytes]:
+    return [bytes(row_ids[start : start + ROW_ID_BYTES]) for start in range(0, len(row_ids), ROW_ID_BYTES)]
 
 
 def _newest(connection: sa.Connection, tenant: str, name: str) -> sa.Row[tuple[object, ...]] | None:
@@ -282,4 +258,5 @@ def _record(row: sa.Row[tuple[object, ...]]) -> DatasetRecord:
         num_targets=row.num_targets,
         create_time=row.create_time,
         codec=row.codec,
+        more_inputs=serial.sources_from_text(row.more_inputs),
     )

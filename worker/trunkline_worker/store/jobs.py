@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.names import check_name
+from trunkline_wire.names import check_backbone_name, check_name
 
 from trunkline_worker.store import idempotency, leases, schema, serial
 from trunkline_worker.store.context import StoreContext
@@ -50,11 +50,13 @@ class Jobs:
 
         Raises:
             WireError: INVALID_ARGUMENT (names, key), NOT_FOUND for the dataset, BAD_LABELS where it holds one class
-                only, ALREADY_EXISTS where the key was used for another job.
+                only, or where a row may be of several and none is of any; ALREADY_EXISTS where the key was used for
+                another job.
         """
         check_name(spec.model, "model")
-        if spec.backbone:
-            check_name(spec.backbone, "backbone")
+        for backbone in (spec.backbone, *(one.backbone for one in spec.more_backbones)):
+            if backbone:
+                check_backbone_name(backbone)
         content = idempotency.content_sha256(serial.spec_to_text(spec))
         now = self._context.clock.now()
         with self._context.mutation("jobs.submit") as connection:
@@ -62,11 +64,7 @@ class Jobs:
             if earlier is not None:
                 return leases.record(leases.find(connection, tenant, earlier))
             dataset = self._datasets.find(connection, tenant, spec.dataset)
-            if not dataset.num_targets and self._datasets.num_classes_used(connection, dataset) < 2:
-                raise WireError(
-                    ErrorCode.BAD_LABELS,
-                    f"every row of {dataset.reference} is of one class; training needs two or more",
-                )
+            self._datasets.check_trainable(connection, dataset)
             job_id = self._context.new_id()
             last_number = connection.execute(sa.select(sa.func.max(_table.c.number))).scalar()
             connection.execute(

@@ -1,7 +1,8 @@
-"""The metadata store: rows, cached embeddings, datasets, jobs and models over one database."""
+"""The metadata store: rows, cached embeddings, datasets, jobs, models and bottlenecks over one database."""
 
 from __future__ import annotations
 
+from trunkline_worker.store.bottlenecks import Bottlenecks
 from trunkline_worker.store.clock import Clock, SystemClock
 from trunkline_worker.store.context import StoreContext
 from trunkline_worker.store.database import Database
@@ -23,6 +24,7 @@ class MetadataStore:
         datasets: Versions of datasets.
         jobs: The queue and its leases.
         models: Published models.
+        bottlenecks: Which bottlenecks a tenant has put here.
     """
 
     def __init__(
@@ -48,4 +50,5 @@ class MetadataStore:
         self.embeddings = Embeddings(context)
         self.datasets = Datasets(context, self.rows)
         self.models = Models(context)
+        self.bottlenecks = Bottlenecks(context)
         self.jobs = Jobs(context, self.datasets, self.models, max_restarts=max_restarts)

@@ -29,5 +29,24 @@ def _from_1(connection: sa.Connection) -> None:
     connection.execute(sa.text(_CODECS_OF_DATASETS))
 
 
-STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1}
+_BYTES = {"sqlite": "BLOB", "postgresql": "BYTEA"}
+_BOTTLENECKS = """
+CREATE TABLE bottlenecks (
+    tenant VARCHAR NOT NULL,
+    sha256 VARCHAR(64) NOT NULL,
+    create_time FLOAT NOT NULL,
+    PRIMARY KEY (tenant, sha256)
+)
+"""
+
+
+def _from_2(connection: sa.Connection) -> None:
+    """A dataset has several inputs, and tenants have bottlenecks."""
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN more_inputs TEXT DEFAULT '[]' NOT NULL"))
+    packed = _BYTES[connection.dialect.name]
+    connection.execute(sa.text(f"ALTER TABLE dataset_contents ADD COLUMN more_row_ids {packed}"))
+    connection.execute(sa.text(_BOTTLENECKS))
+
+
+STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2}
 """By the version that a step starts from; it ends at the one after it."""

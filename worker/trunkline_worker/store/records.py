@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 
@@ -27,11 +28,20 @@ class JobState(enum.Enum):
 
 
 @dataclass(frozen=True)
+class DatasetSource:
+    """Where the rows of one input of a dataset live, and how they were made and sent, as ``codec_label`` says."""
+
+    space: FeatureSpace
+    codec: str = ""
+
+
+@dataclass(frozen=True)
 class DatasetRecord:
     """A version of a dataset.
 
     ``space`` is ``IMAGES`` where the rows are images. ``codec`` says how the rows were made and sent, as
-    ``codec_label`` does; empty where that is not known.
+    ``codec_label`` does; empty where that is not known. ``more_inputs`` stand beside them. Class names and
+    ``num_targets`` together: a row may be of several classes.
     """
 
     tenant: str
@@ -44,6 +54,7 @@ class DatasetRecord:
     num_targets: int
     create_time: float
     codec: str = ""
+    more_inputs: tuple[DatasetSource, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -58,19 +69,33 @@ class DatasetContent:
     Attributes:
         record: The version.
         row_ids: One per row, in the dataset's order.
-        class_indices: uint32, into ``record.class_names``; empty where the labels are numbers.
-        targets: float32 (rows, outputs); None where the labels are classes.
+        class_indices: uint32, into ``record.class_names``; empty unless every row is of one class.
+        targets: float32 (rows, outputs), or (rows, classes) of 0 and 1 where a row may be of several classes; None
+            where every row is of one.
+        more_row_ids: The same for each of ``record.more_inputs``.
     """
 
     record: DatasetRecord
     row_ids: list[bytes]
     class_indices: npt.NDArray[np.uint32]
     targets: npt.NDArray[np.float32] | None
+    more_row_ids: tuple[list[bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """One more backbone that reads a dataset of images. Input size 0 is its own."""
+
+    backbone: str
+    input_size: int = 0
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``. See ``JobSpec`` in training.proto."""
+    """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``. See ``JobSpec`` in training.proto.
+
+    ``loss`` is ``mse`` or ``huber``, and means nothing for classes.
+    """
 
     model: str
     dataset: str
@@ -78,9 +103,7 @@ class JobSpec:
     input_size: int
     embedding: str = "auto"
     slices: tuple[str, ...] = ()
-    head_kind: str = "linear"
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.0
+    head: HeadConfig = field(default_factory=HeadConfig)
     solver: str = "lbfgs"
     epochs: int = 0
     batch_size: int = 0
@@ -89,6 +112,9 @@ class JobSpec:
     validation_fraction: float = 0.2
     refit: bool = True
     seed: int = 0
+    loss: str = "mse"
+    huber_delta: float = 1.0
+    more_backbones: tuple[BackboneChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,8 +167,20 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ModelInput:
+    """One more tensor that a model needs for each row. See ``ModelInput`` in registry.proto."""
+
+    space: FeatureSpace
+    embedding_fingerprint: str
+    slices: tuple[str, ...]
+    width: int
+    codec: str = ""
+    codec_error: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelRecord:
-    """A trained model: immutable. ``task`` is ``classification`` or ``regression``.
+    """A trained model: immutable. ``task`` is ``classification``, ``multi_label`` or ``regression``.
 
     ``codec`` and ``codec_error`` say how the rows that it was trained on were made and sent, as ``codec_label`` does,
     and the embedding error of that. An empty codec is not known and counts as exact. ``candidates`` are best first.
@@ -167,6 +205,8 @@ class ModelRecord:
     codec: str = ""
     codec_error: float = 0.0
     candidates: tuple[Candidate, ...] = ()
+    more_inputs: tuple[ModelInput, ...] = ()
+    head: HeadConfig = field(default_factory=HeadConfig)
 
     @property
     def reference(self) -> str:

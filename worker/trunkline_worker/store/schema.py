@@ -10,7 +10,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.store import migrations
 
-VERSION = 2
+VERSION = 3
 """Raised with every change to the tables, together with a step in ``migrations`` that makes it where there is data."""
 
 metadata = sa.MetaData()
@@ -71,6 +71,8 @@ dataset_contents = sa.Table(
     sa.Column("row_ids", sa.LargeBinary, nullable=False),
     sa.Column("class_indices", sa.LargeBinary, nullable=False),
     sa.Column("targets", sa.LargeBinary, nullable=False),
+    # Ids of the other inputs' rows, packed likewise, input after input; NULL where there are none.
+    sa.Column("more_row_ids", sa.LargeBinary),
 )
 
 datasets = sa.Table(
@@ -87,6 +89,8 @@ datasets = sa.Table(
     sa.Column("create_time", sa.Float, nullable=False),
     # How the rows were made and sent; empty where that is not known.
     sa.Column("codec", sa.String, nullable=False, server_default=""),
+    # Space and codec of each input beside the first.
+    sa.Column("more_inputs", sa.Text, nullable=False, server_default="[]"),
     sa.ForeignKeyConstraint(["tenant", "digest"], ["dataset_contents.tenant", "dataset_contents.digest"]),
 )
 
@@ -145,6 +149,14 @@ models = sa.Table(
     # At most one model per job, whatever the code above does.
     sa.UniqueConstraint("tenant", "job_id"),
     sa.ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.id"]),
+)
+
+bottlenecks = sa.Table(
+    "bottlenecks",
+    metadata,
+    _tenant(),
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("create_time", sa.Float, nullable=False),
 )
 
 idempotency = sa.Table(

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
+from trunkline_wire.heads import MLP, HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
-from trunkline_worker.store.records import Candidate, JobSpec, ModelRecord
+from trunkline_worker.store.records import (
+    BackboneChoice,
+    Candidate,
+    DatasetSource,
+    JobSpec,
+    ModelInput,
+    ModelRecord,
+)
+
+_FLAT_HIDDEN = (256,)
+"""What an MLP without hidden layers meant while a job said it in columns of its own."""
 
 _MODEL_COLUMNS = ("tenant", "name", "version", "job_id", "create_time")
 _CANDIDATES = "candidates"
@@ -26,13 +38,27 @@ def loads(text: str) -> Any:
 
 
 def space_to_text(space: FeatureSpace) -> str:
-    """Return a feature space as JSON."""
-    return dumps(asdict(space))
+    """Return a feature space as JSON. Without what came later where that is empty: equal spaces, equal text."""
+    values = asdict(space)
+    for name in ("local_model", "bottleneck"):
+        if not values[name]:
+            del values[name]
+    return dumps(values)
 
 
 def space_from_text(text: str) -> FeatureSpace:
     """Read what ``space_to_text`` wrote."""
     return FeatureSpace(**json.loads(text))
+
+
+def sources_to_text(sources: Sequence[DatasetSource]) -> str:
+    """Return inputs of a dataset as JSON."""
+    return dumps([asdict(one) for one in sources])
+
+
+def sources_from_text(text: str) -> tuple[DatasetSource, ...]:
+    """Read what ``sources_to_text`` wrote."""
+    return tuple(DatasetSource(FeatureSpace(**one["space"]), one["codec"]) for one in json.loads(text))
 
 
 def spec_to_text(spec: JobSpec) -> str:
@@ -41,9 +67,15 @@ def spec_to_text(spec: JobSpec) -> str:
 
 
 def spec_from_text(text: str) -> JobSpec:
-    """Read what ``spec_to_text`` wrote."""
+    """Read what ``spec_to_text`` wrote, now or when a head was a kind, hidden layers and dropout beside the rest."""
     values = json.loads(text)
-    return JobSpec(**{**values, "slices": tuple(values["slices"]), "hidden": tuple(values["hidden"])})
+    if "head" not in values:
+        kind, hidden, dropout = (values.pop(name) for name in ("head_kind", "hidden", "dropout"))
+        values["head"] = {"kind": kind, "hidden": hidden or (_FLAT_HIDDEN if kind == MLP else ()), "dropout": dropout}
+    values["head"] = _head(values["head"])
+    values["slices"] = tuple(values["slices"])
+    values["more_backbones"] = tuple(BackboneChoice(**one) for one in values.get("more_backbones", ()))
+    return JobSpec(**values)
 
 
 def manifest_to_text(model: ModelRecord) -> str:
@@ -51,6 +83,8 @@ def manifest_to_text(model: ModelRecord) -> str:
     names = [one.name for one in fields(model) if one.name not in (*_MODEL_COLUMNS, _CANDIDATES)]
     values = {name: getattr(model, name) for name in names}
     values["space"] = asdict(model.space)
+    values["more_inputs"] = [asdict(one) for one in model.more_inputs]
+    values["head"] = asdict(model.head)
     for name in ("metrics", "versions"):
         values[name] = dict(values[name])
     return dumps(values)
@@ -71,10 +105,21 @@ def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
     values["space"] = FeatureSpace(**values["space"])
     for name in ("class_names", "slices"):
         values[name] = tuple(values[name])
+    values["more_inputs"] = tuple(_model_input(one) for one in values.get("more_inputs", ()))
+    values["head"] = _head(values.get("head", {}))
     candidates = tuple(
         Candidate(**{**one, "slices": tuple(one["slices"])}) for one in json.loads(columns.get(_CANDIDATES, "[]"))
     )
     return ModelRecord(**values, **{name: columns[name] for name in _MODEL_COLUMNS}, candidates=candidates)
+
+
+def _head(values: Mapping[str, Any]) -> HeadConfig:
+    lists = {name: tuple(values[name]) for name in ("hidden", "channels") if name in values}
+    return HeadConfig(**{**values, **lists})
+
+
+def _model_input(values: Mapping[str, Any]) -> ModelInput:
+    return ModelInput(**{**values, "space": FeatureSpace(**values["space"]), "slices": tuple(values["slices"])})
 
 
 def public_text(text: str, limit: int) -> str:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import CONV, MLP, PROTOTYPE, HeadConfig
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.config import HeadConfig
-from trunkline_worker.heads.model import CLASSIFICATION
+from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_worker.training import selection
 from trunkline_worker.training.fit import Rows
 from trunkline_worker.training.progress import Progress
@@ -95,13 +95,18 @@ def choose_l2(
     progress: Progress,
 ) -> float:
     """Choose the L2 strength for a head on the chosen slices. The grid grows with the columns: so does the kernel."""
-    if config.kind == "mlp":
+    if config.kind in (MLP, CONV):
         return MLP_L2
+    if config.kind == PROTOTYPE and task != REGRESSION:
+        return 0.0
     num_rows, num_columns = training.x_ND.shape
     picked = subsample(classes_N, num_rows, _L2_ROWS, _L2_CLASSES, random_stream(seed, SUBSAMPLE))
     sample = training if len(picked) == num_rows else training.take(torch.from_numpy(picked).to(training.truth.device))
     fitted = standardisation(sample.x_ND, widths)
     x_ND = (sample.x_ND.float() - fitted.mean_D) / fitted.scale_D
+    if config.kind == PROTOTYPE:
+        x_ND = torch.nn.functional.normalize(x_ND, dim=1)
+        num_columns = 1  # each row has length 1, as if it had a single column of variance 1
     if task == CLASSIFICATION:
         sample_classes_N = None if classes_N is None else classes_N[picked]
         num_folds = min(_L2_FOLDS, len(picked))
@@ -126,7 +131,12 @@ def choose_l2(
         strengths=_RIDGE_STRENGTHS,
         check=lambda done: progress.check(),
     )
-    return scored.strength * num_columns * num_rows
+    l2 = scored.strength * num_columns * num_rows
+    if task == MULTI_LABEL:
+        # Found on squared errors, whose curvature is 1 a row; that of a sigmoid is its variance.
+        share_K = sample.truth.double().mean(dim=0)
+        l2 *= float((share_K * (1 - share_K)).mean())
+    return l2
 
 
 def _enough(classes_N: Indices | None, num_rows: int) -> bool:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from trunkline_wire.heads import PROTOTYPE
 
-from trunkline_worker.heads.config import HeadConfig
-from trunkline_worker.heads.model import CLASSIFICATION, Head
+from trunkline_worker.heads.inputs import HeadInput
+from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION, Head
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.metrics import measure
-from trunkline_worker.training.minibatch import Split, fit_minibatches, schedule
+from trunkline_worker.training.minibatch import Objective, Split, fit_minibatches, run_head, schedule
+from trunkline_worker.training.outputwise import OutputwiseFit, fit_outputwise, huber, log_odds, logistic
 from trunkline_worker.training.progress import Progress
+from trunkline_worker.training.prototype import fit_prototypes
 from trunkline_worker.training.ridge import fit_ridge
 from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare
+from trunkline_worker.training.spec import HUBER
 from trunkline_worker.training.split import WEIGHTS, random_stream
-from trunkline_worker.training.standardise import standardisation
+from trunkline_worker.training.standardise import input_statistics
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
 
@@ -27,7 +31,7 @@ _EXPECTED_STEPS = 40
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw columns of the chosen slices and what they should give: class indices, (N,), or targets, (N, M)."""
+    """Raw columns of all inputs and what they should give: class indices, (N,), or targets, (N, M)."""
 
     x_ND: Tensor
     truth: Tensor
@@ -57,11 +61,10 @@ class Fit:
 
 
 def fit_head(
-    config: HeadConfig,
     spec: JobSpec,
     task: str,
     num_outputs: int,
-    widths: Sequence[int],
+    inputs: Sequence[HeadInput],
     training: Rows,
     validation: Rows | None,
     l2: float,
@@ -73,11 +76,10 @@ def fit_head(
     """Fit a head.
 
     Args:
-        config: What the head is made of.
-        spec: Names the solver, its settings and the seed.
-        task: ``classification`` or ``regression``.
+        spec: What the head is made of, the solver, its settings and the seed.
+        task: ``classification``, ``multi_label`` or ``regression``.
         num_outputs: M.
-        widths: Columns of each slice.
+        inputs: What the columns are.
         training: Rows that everything is fitted on.
         validation: Rows that the best epoch is chosen by; of no use to the solvers that run to convergence.
         l2: Penalty on the sum of the rows' losses.
@@ -85,116 +87,131 @@ def fit_head(
         span: Which part of the phase this fit is.
         before: An earlier fit on most of these rows: where to start, or after how many epochs to stop.
     """
-    fitted = standardisation(training.x_ND, widths)
-    head = Head(config, training.x_ND.shape[1], num_outputs)
-    head.mean, head.scale = fitted.mean_D, fitted.scale_D
+    head = Head(spec.head, inputs, num_outputs)
+    head.mean, head.scale = input_statistics(training.x_ND, inputs)
     start, stop = span
 
     def tell(done: float, metrics: dict[str, float]) -> None:
         progress.tell("fit", start + (stop - start) * min(1.0, done), metrics)
 
     progress.tell("fit", start)
-    x_ND = head.standardise(training.x_ND.float())
-    details: dict[str, float] = {}
     best_epoch = 0
     if spec.solver == "adam":
-        best_epoch = _fit_epochs(
-            head,
-            spec,
-            task,
-            Split(x_ND, training.truth),
-            validation,
-            l2,
-            progress,
-            tell,
-            before.best_epoch if before else 0,
-        )
-        details["best_epoch"] = float(best_epoch)
-    elif task == CLASSIFICATION:
-        solved = fit_softmax(
-            prepare(x_ND),
-            training.truth,
-            num_outputs,
-            l2,
-            start_from=_softmax_start(before, head) if before else None,
-            on_step=lambda step, loss: tell(step / _EXPECTED_STEPS * 0.95, {"loss": loss}),
-        )
-        _set_linear(head, solved.weights_DK, solved.bias_K)
-        details = {"num_iterations": float(solved.num_iterations), "converged": float(solved.converged)}
+        stop_after = before.best_epoch if before else 0
+        best_epoch = _fit_epochs(head, spec, task, training, validation, l2, progress, tell, stop_after)
+        details = {"best_epoch": float(best_epoch)}
     else:
-        ridge = fit_ridge(x_ND, training.truth, l2, check=progress.check)
-        _set_linear(head, ridge.weights_DM, ridge.bias_M)
+        x_ND = head.standardise(training.x_ND.float())
+        details = _fit_to_convergence(head, spec, task, x_ND, training.truth, l2, progress, tell, before)
     return Fit(head.eval().requires_grad_(False), best_epoch, details)
+
+
+def _fit_to_convergence(
+    head: Head,
+    spec: JobSpec,
+    task: str,
+    x_ND: Tensor,
+    truth: Tensor,
+    l2: float,
+    progress: Progress,
+    tell: Callable[[float, dict[str, float]], None],
+    before: Fit | None,
+) -> dict[str, float]:
+    """Set the head's only layer. Returns how the solver fared."""
+
+    def on_step(step: int, loss: float) -> None:
+        tell(step / _EXPECTED_STEPS * 0.95, {"loss": loss})
+
+    solved: SoftmaxFit | OutputwiseFit
+    if spec.head.kind == PROTOTYPE:
+        weights_DK, bias_K = fit_prototypes(x_ND, task, truth, head.output.out_features, l2, check=progress.check)
+        _set_linear(head, weights_DK, bias_K)
+        return {}
+    if task == CLASSIFICATION:
+        start_from = _softmax_start(before, head) if before else None
+        solved = fit_softmax(prepare(x_ND), truth, head.output.out_features, l2, start_from=start_from, on_step=on_step)
+        _set_linear(head, solved.weights_DK, solved.bias_K)
+    elif task == MULTI_LABEL:
+        solved = fit_outputwise(prepare(x_ND), truth, logistic, l2, log_odds(truth), on_step=on_step)
+        _set_linear(head, solved.weights_DK, solved.bias_K)
+    elif spec.loss == HUBER:
+        mean_M, scale_M = _target_scale(truth)
+        targets_NM = (truth.double() - mean_M) / scale_M
+        start_M = targets_NM.median(dim=0).values
+        solved = fit_outputwise(prepare(x_ND), targets_NM, huber(spec.huber_delta), l2, start_M, on_step=on_step)
+        _set_linear(head, solved.weights_DK, solved.bias_K)
+        _unstandardise_targets(head, mean_M, scale_M)
+    else:
+        ridge = fit_ridge(x_ND, truth, l2, check=progress.check)
+        _set_linear(head, ridge.weights_DM, ridge.bias_M)
+        return {}
+    return {"num_iterations": float(solved.num_iterations), "converged": float(solved.converged)}
 
 
 def _fit_epochs(
     head: Head,
     spec: JobSpec,
     task: str,
-    training: Split,
+    training: Rows,
     validation: Rows | None,
     l2: float,
     progress: Progress,
     tell: Callable[[float, dict[str, float]], None],
     stop_after: int,
 ) -> int:
-    plan = schedule(spec, training.x_ND.shape[0], l2)
+    plan = schedule(spec, len(training), l2)
     planned = stop_after or plan.epochs
-    mean_M, scale_M = _target_scale(task, training.truth)
+    # Targets are standardised, so that one learning rate fits every unit; the output layer takes it back.
+    scale = _target_scale(training.truth) if task == REGRESSION else None
     seed = int(random_stream(spec.seed, WEIGHTS).integers(2**63))
 
-    def split(x_ND: Tensor, truth: Tensor) -> Split:
-        return Split(
-            x_ND, truth if mean_M is None or scale_M is None else ((truth.double() - mean_M) / scale_M).float()
-        )
+    def split(rows: Rows) -> Split:
+        if scale is None:
+            return Split(rows.x_ND, rows.truth)
+        return Split(rows.x_ND, ((rows.truth.double() - scale[0]) / scale[1]).float())
 
     best_epoch = fit_minibatches(
         head,
-        task,
-        split(training.x_ND, training.truth),
-        None if validation is None else split(head.standardise(validation.x_ND.float()), validation.truth),
+        Objective(task, spec.huber_delta if spec.loss == HUBER else None),
+        split(training),
+        None if validation is None else split(validation),
         plan,
         seed=seed,
         stop_after=stop_after,
         check=progress.check,
         on_epoch=lambda epoch, losses: tell(epoch / planned * 0.95, dict(losses)),
     )
-    if mean_M is not None and scale_M is not None:
-        # Targets were standardised, so that one learning rate fits every unit; the output layer takes it back.
-        output = head.linears[-1]
-        with torch.no_grad():
-            output.weight.mul_(scale_M[:, None].to(output.weight))
-            output.bias.copy_(output.bias.double() * scale_M + mean_M)
+    if scale is not None:
+        _unstandardise_targets(head, *scale)
     return best_epoch
 
 
-def _target_scale(task: str, truth: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if task == CLASSIFICATION:
-        return None, None
-    truth_NM = truth.double()
+def _target_scale(truth_NM: Tensor) -> tuple[Tensor, Tensor]:
+    truth_NM = truth_NM.double()
     scale_M = truth_NM.std(dim=0, correction=0)
     return truth_NM.mean(dim=0), torch.where(scale_M > 0, scale_M, torch.ones_like(scale_M))
 
 
+def _unstandardise_targets(head: Head, mean_M: Tensor, scale_M: Tensor) -> None:
+    with torch.no_grad():
+        head.output.weight.mul_(scale_M[:, None].to(head.output.weight))
+        head.output.bias.copy_(head.output.bias.double() * scale_M + mean_M)
+
+
 def _softmax_start(before: Fit, head: Head) -> SoftmaxFit:
     """Express an earlier fit on the columns as this head standardises them."""
-    old, layer = before.head, before.head.linears[-1]
+    old, layer = before.head, before.head.output
     weights_DK = (layer.weight * (head.scale / old.scale)).T
     return SoftmaxFit(weights_DK, layer(old.standardise(head.mean)), 0, False)
 
 
 def _set_linear(head: Head, weights_DM: Tensor, bias_M: Tensor) -> None:
-    layer = head.linears[-1]
     head.to(weights_DM.device)
     with torch.no_grad():
-        layer.weight.copy_(weights_DM.T)
-        layer.bias.copy_(bias_M)
+        head.output.weight.copy_(weights_DM.T)
+        head.output.bias.copy_(bias_M)
 
 
-@torch.inference_mode()
-def measure_head(head: Head, task: str, rows: Rows, *, batch_rows: int = 8192) -> dict[str, float]:
-    """Return the metrics of a head on rows, computed a portion at a time."""
-    if len(rows) == 0:
-        return {}
-    outputs = torch.cat([head(portion.float()) for portion in rows.x_ND.split(batch_rows)])
-    return measure(task, outputs, rows.truth)
+def measure_head(head: Head, task: str, rows: Rows) -> dict[str, float]:
+    """Return the metrics of a head on rows."""
+    return measure(task, run_head(head, rows.x_ND), rows.truth) if len(rows) else {}

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
 
-from trunkline_worker.heads.model import CLASSIFICATION, REGRESSION
+from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 # Shape suffix legend: N = rows, D = columns of the embedding, M = regression targets
 
@@ -18,12 +18,12 @@ _CHECK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes or numbers, one row each; the other kind stays empty.
+    """One class a row, or several, or numbers.
 
     Attributes:
-        class_names: In the order of the model's outputs.
-        class_indices: (N,), into ``class_names``.
-        targets: (N, M), float32.
+        class_names: In the order of the model's outputs; empty for numbers.
+        class_indices: (N,), into ``class_names``; of no use where ``targets`` are given.
+        targets: (N, M), float32: numbers; with class names, 1 where the row is of the class and 0 where it is not.
     """
 
     class_names: tuple[str, ...] = ()
@@ -32,8 +32,10 @@ class Labels:
 
     @property
     def task(self) -> str:
-        """``classification`` or ``regression``."""
-        return CLASSIFICATION if self.class_names else REGRESSION
+        """``classification``, ``multi_label`` or ``regression``."""
+        if not self.class_names:
+            return REGRESSION
+        return CLASSIFICATION if self.targets is None else MULTI_LABEL
 
     @property
     def num_outputs(self) -> int:
@@ -56,15 +58,15 @@ def check_labels(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
     """
     if num_rows == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, "the dataset has no rows; upload some first")
-    if labels.class_names:
+    if labels.task == CLASSIFICATION:
         _check_classes(labels, num_rows, hold_out=hold_out)
-    else:
-        _check_targets(labels, num_rows, hold_out=hold_out)
+        return
+    _check_targets(labels, num_rows, hold_out=hold_out)
+    if labels.task == MULTI_LABEL:
+        _check_multi(labels)
 
 
 def _check_classes(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
-    if labels.targets is not None and labels.targets.size:
-        raise _bad("the dataset has both classes and numbers as labels; give one kind")
     indices = labels.class_indices
     if indices is None:
         raise _bad("the dataset has class names but no class per row")
@@ -110,6 +112,24 @@ def _check_targets(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
     needed = 3 if hold_out else 2
     if num_rows < needed:
         raise _bad(f"{num_rows} rows; regression needs at least {needed}")
+
+
+def _check_multi(labels: Labels) -> None:
+    targets = labels.targets
+    assert targets is not None
+    names = labels.class_names
+    if targets.shape[1] != len(names):
+        raise _bad(f"{len(names)} classes but labels of shape {targets.shape}; one column per class is needed")
+    odd = ((targets != 0) & (targets != 1)).any(axis=1)
+    if odd.any():
+        raise _bad(f"row {int(odd.argmax())} has a label that is neither 0 nor 1")
+    for value, what in ((1, "with"), (0, "without")):
+        missing = ~(targets == value).any(axis=0)
+        if missing.any():
+            raise _bad(
+                f"no row is {what} {names[int(missing.argmax())][:80]!r}; there is nothing to tell apart. Add such "
+                "rows, or leave the class out"
+            )
 
 
 def check_embedding(embedding_ND: torch.Tensor, num_rows_expected: int, num_columns_expected: int) -> None:

@@ -9,24 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION, TrainedHead
+from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, TrainedHead
 from trunkline_worker.store.records import Event, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, measure_head
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.progress import Progress, TrainingCancelled
 from trunkline_worker.training.scoring import Candidate
+from trunkline_worker.training.sources import POOLED, Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
-from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
+from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
 
-__all__ = ["Labels", "TrainingCancelled", "TrainingResult", "train_head"]
+__all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
 
-# Shape suffix legend: N = rows, D = columns of the embedding
-
-POOLED = "pooled"
+# Shape suffix legend: N = rows, D = columns of all inputs side by side
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,11 @@ class TrainingResult:
     Attributes:
         head: The head to publish, on the CPU.
         metrics: ``num_rows``, ``num_train_rows``, ``num_validation_rows``, ``num_features``, ``l2``; with held-out rows
-            ``accuracy`` and ``cross_entropy``, or ``r2``, ``mse`` and ``mae``; the same with ``train_`` in front, on
-            the training split; and what the solver says of itself. Where the spec asks for a refit on all rows, the
-            scores are those measured before it: afterwards no row is left that the head has not seen.
-        candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``.
+            what ``measure`` returns for the task; the same with ``train_`` in front, on the training split; and what
+            the solver says of itself. Where the spec asks for a refit on all rows, the scores are those measured before
+            it: afterwards no row is left that the head has not seen.
+        candidates: Sets of slices that were tried for the first backbone, best first; empty unless the embedding is
+            ``auto``.
     """
 
     head: TrainedHead
@@ -48,8 +47,7 @@ class TrainingResult:
 
 
 def train_head(
-    embedding_ND: npt.NDArray[np.floating] | Tensor,
-    slices: Sequence[SliceSpec],
+    sources: Sequence[Source],
     labels: Labels,
     spec: JobSpec,
     *,
@@ -63,8 +61,8 @@ def train_head(
     number of threads.
 
     Args:
-        embedding_ND: One row per row of the dataset. Stays on its device, where the work is done.
-        slices: Which columns are which.
+        sources: The inputs of the rows, one row per row of the dataset each, in the order in which they enter the head.
+            Tensors stay on their device, where the work is done.
         labels: Classes or numbers.
         spec: What to train. Zeros leave a setting to us; a negative ``l2`` has it chosen by cross-validation. Epochs,
             batch size and learning rate mean nothing to the solver ``lbfgs``, which runs to convergence.
@@ -72,33 +70,29 @@ def train_head(
         should_stop: Asked between steps.
 
     Raises:
-        WireError: INVALID_ARGUMENT, BAD_LABELS, NOT_FINITE, EMPTY_BATCH, SHAPE_MISMATCH; NOT_FOUND for a slice that the
+        WireError: INVALID_ARGUMENT, BAD_LABELS, NOT_FINITE, EMPTY_BATCH, SHAPE_MISMATCH; NOT_FOUND for a slice that an
             embedding does not have.
         TrainingCancelled: Once ``should_stop`` said so.
     """
     progress = Progress(on_event, should_stop)
     config = check_spec(spec)
-    if isinstance(embedding_ND, np.ndarray):
-        # Rows read from storage cannot be written to, and torch will not have such memory.
-        embedding_ND = torch.from_numpy(np.require(embedding_ND, requirements=["C", "W"]))
-    num_rows = int(embedding_ND.shape[0]) if embedding_ND.ndim else 0
+    first_ND = sources[0].tensor
+    num_rows = int(first_ND.shape[0]) if first_ND.ndim else 0
     check_labels(labels, num_rows, hold_out=spec.validation_fraction > 0)
-    check_embedding(embedding_ND, num_rows, max((one.stop for one in slices), default=0))
-    truth, classes_N = _truth(labels, embedding_ND.device)
+    for source in sources:
+        check_embedding(source.tensor, num_rows, source.width)
+    truth, classes_N = _truth(labels, first_ND.device)
     training_index, validation_index = hold_out(
         classes_N, num_rows, spec.validation_fraction, random_stream(spec.seed, HOLD_OUT)
     )
+    if labels.task == MULTI_LABEL:
+        assert labels.targets is not None
+        training_index, validation_index = keep_both(labels.targets, training_index, validation_index)
 
-    candidates: list[Candidate] = []
-    if spec.embedding == "auto":
-        candidates = choose_slices(
-            embedding_ND, slices, labels.task, truth, classes_N, training_index, spec.seed, progress
-        )
-        chosen = _named(slices, candidates[0].slices)
-    else:
-        chosen = _named(slices, (POOLED,) if spec.embedding == "pooled" else spec.slices)
-    columns_ND = _columns(embedding_ND, chosen)
-    widths = [one.width for one in chosen]
+    chosen, candidates = _choose(sources, labels.task, truth, classes_N, training_index, spec, progress)
+    inputs = [source.head_input(slices) for source, slices in zip(sources, chosen, strict=True)]
+    columns = [source.columns(slices) for source, slices in zip(sources, chosen, strict=True)]
+    columns_ND = columns[0] if len(columns) == 1 else torch.cat([one.to(columns[0]) for one in columns], dim=1)
 
     everything = Rows(columns_ND, truth)
     training = (
@@ -106,17 +100,17 @@ def train_head(
     )
     validation = everything.take(torch.from_numpy(validation_index).to(truth.device))
     training_classes_N = None if classes_N is None else classes_N[training_index]
+    widths = [width for one in inputs for width in one.widths]
     l2 = spec.l2
     if l2 < 0:
         l2 = choose_l2(config, labels.task, training, training_classes_N, widths, spec.seed, progress)
 
     again = spec.refit and len(validation_index) > 0
     fit = fit_head(
-        config,
         spec,
         labels.task,
         labels.num_outputs,
-        widths,
+        inputs,
         training,
         validation if len(validation) else None,
         l2,
@@ -135,23 +129,38 @@ def train_head(
     }
     if again:
         fit = fit_head(
-            config,
-            spec,
-            labels.task,
-            labels.num_outputs,
-            widths,
-            everything,
-            None,
-            l2,
-            progress,
-            span=(0.6, 1.0),
-            before=fit,
+            spec, labels.task, labels.num_outputs, inputs, everything, None, l2, progress, span=(0.6, 1.0), before=fit
         )
-    head = TrainedHead(
-        fit.head, labels.task, tuple(labels.class_names), tuple(one.name for one in chosen), tuple(widths)
-    )
+    head = TrainedHead(fit.head, labels.task, tuple(labels.class_names))
     progress.tell("fit", 1.0, metrics, _summary(metrics, again), always=True)
     return TrainingResult(head.to("cpu"), metrics, candidates)
+
+
+def _choose(
+    sources: Sequence[Source],
+    task: str,
+    truth: Tensor,
+    classes_N: npt.NDArray[np.int64] | None,
+    training_index: npt.NDArray[np.int64],
+    spec: JobSpec,
+    progress: Progress,
+) -> tuple[list[list[SliceSpec]], list[Candidate]]:
+    """Return the slices of each source that enter the head, and what was tried for the first that had a choice."""
+    named = slices_by_source(spec.slices, sources) if spec.embedding == "slices" else []
+    chosen: list[list[SliceSpec]] = []
+    tried: list[Candidate] = []
+    for number, source in enumerate(sources):
+        if source.is_whole:
+            chosen.append(list(source.slices))
+        elif spec.embedding == "auto":
+            candidates = choose_slices(
+                source.tensor, source.slices, task, truth, classes_N, training_index, spec.seed, progress
+            )
+            tried = tried or candidates
+            chosen.append(source.take(candidates[0].slices))
+        else:
+            chosen.append(source.take((POOLED,) if spec.embedding == "pooled" else named[number]))
+    return chosen, tried
 
 
 def _truth(labels: Labels, device: torch.device) -> tuple[Tensor, npt.NDArray[np.int64] | None]:
@@ -161,27 +170,10 @@ def _truth(labels: Labels, device: torch.device) -> tuple[Tensor, npt.NDArray[np
     return torch.from_numpy(np.array(labels.targets, dtype=np.float32)).to(device), None
 
 
-def _named(slices: Sequence[SliceSpec], names: Sequence[str]) -> list[SliceSpec]:
-    """Return the slices of those names, in the embedding's order."""
-    known = {one.name for one in slices}
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise WireError(
-            ErrorCode.NOT_FOUND,
-            f"slice {missing[0][:80]!r} is not part of this embedding, which has {', '.join(sorted(known)) or 'none'}",
-        )
-    return [one for one in slices if one.name in names]
-
-
-def _columns(embedding_ND: Tensor, chosen: Sequence[SliceSpec]) -> Tensor:
-    """Return the chosen slices side by side."""
-    return torch.cat([embedding_ND[:, one.start : one.stop] for one in chosen], dim=1)
-
-
 def _summary(metrics: dict[str, float], again: bool) -> str:
     rows = int(metrics["num_validation_rows"])
-    name = "accuracy" if "accuracy" in metrics else "r2"
-    if not rows or name not in metrics:
+    name = next((one for one in ("accuracy", "f1_micro", "r2") if one in metrics), "")
+    if not rows or not name:
         return f"fitted on {int(metrics['num_train_rows'])} rows, none held out"
     after = f"; then fitted on all {int(metrics['num_rows'])} rows" if again else ""
     return f"{name} {metrics[name]:.3f} on {rows} held-out rows{after}"

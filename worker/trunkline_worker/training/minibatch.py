@@ -1,17 +1,19 @@
-"""Training in minibatches with Adam: MLP heads, and linear ones on request."""
+"""Training in minibatches with Adam: heads with hidden layers or convolutions, and linear ones on request."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import LINEAR
 
-from trunkline_worker.heads.model import CLASSIFICATION, Head
+from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, Head
 from trunkline_worker.store.records import JobSpec
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
@@ -19,6 +21,9 @@ from trunkline_worker.store.records import JobSpec
 _DEFAULT_STEPS = 1500
 _MIN_EPOCHS, _MAX_EPOCHS = 20, 200
 _MAX_BATCH = 256
+
+_PORTION_CELLS = 2**24
+"""Numbers that go through a head at once where nothing is learnt."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,38 @@ def schedule(spec: JobSpec, num_rows: int, l2: float) -> Schedule:
     batch_size = min(batch_size, num_rows)
     steps_per_epoch = math.ceil(num_rows / batch_size)
     epochs = spec.epochs or min(_MAX_EPOCHS, max(_MIN_EPOCHS, _DEFAULT_STEPS // steps_per_epoch))
-    return Schedule(epochs, batch_size, spec.learning_rate or (1e-3 if spec.head_kind == "mlp" else 1e-2), l2)
+    return Schedule(epochs, batch_size, spec.learning_rate or (1e-3 if spec.head.kind != LINEAR else 1e-2), l2)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Standardised rows and what they should give: class indices, (N,), or standardised targets, (N, M)."""
+    """Raw rows and what they should give: class indices, (N,); 0 and 1, (N, M); or standardised targets, (N, M)."""
 
     x_ND: Tensor
     truth: Tensor
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised. ``huber_delta`` is that of Huber's loss on standardised targets; None: the squared error."""
+
+    task: str
+    huber_delta: float | None = None
+
+    def loss(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """Return the mean over rows: cross-entropy, or a regression's loss, summed over the outputs."""
+        if self.task == CLASSIFICATION:
+            return functional.cross_entropy(outputs, truth)
+        if self.task == MULTI_LABEL:
+            return functional.binary_cross_entropy_with_logits(outputs, truth, reduction="none").sum(dim=1).mean()
+        if self.huber_delta is not None:
+            return functional.huber_loss(outputs, truth, reduction="none", delta=self.huber_delta).sum(dim=1).mean()
+        return 0.5 * (outputs - truth).square().sum(dim=1).mean()
+
+
 def fit_minibatches(
     head: Head,
-    task: str,
+    objective: Objective,
     training: Split,
     validation: Split | None,
     plan: Schedule,
@@ -73,8 +96,8 @@ def fit_minibatches(
     With a validation split the head ends as it was after the epoch of the lowest validation loss.
 
     Args:
-        head: Its parameters are drawn anew. Works on standardised columns: the head's own buffers are left alone.
-        task: ``classification`` or ``regression``.
+        head: Its parameters are drawn anew; what standardises its columns is left alone.
+        objective: What to minimise.
         training: Rows to train on.
         validation: Rows to choose the epoch by, or None for the last one.
         plan: Length, speed and portions.
@@ -96,20 +119,23 @@ def fit_minibatches(
     num_rows = training.x_ND.shape[0]
     steps_per_epoch = math.ceil(num_rows / plan.batch_size)
     total_steps = plan.epochs * steps_per_epoch
-    factor = 2.0 if task == CLASSIFICATION and head.linears[-1].out_features == 2 and len(head.linears) == 1 else 1.0
+    # As the solver that runs to convergence counts it, see `softmax`.
+    is_binary = objective.task == CLASSIFICATION and head.output.out_features == 2
+    factor = 2.0 if is_binary and head.config.kind == LINEAR else 1.0
     best_loss, best_epoch = math.inf, 0
     best_state: dict[str, Tensor] = {}
     step = 0
     for epoch in range(1, (stop_after or plan.epochs) + 1):
         order_N = torch.randperm(num_rows, generator=draw).to(training.x_ND.device)
         total_loss = 0.0
-        for rows in order_N.split(plan.batch_size):
+        head.train()
+        for rows in _batches(order_N, plan.batch_size):
             check()
             for group in optimiser.param_groups:
                 group["lr"] = plan.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-            outputs = head.forward_standardised(training.x_ND[rows], draw)
-            loss = _loss(task, outputs, training.truth[rows])
-            penalty = sum((layer.weight.square().sum() for layer in head.linears), start=loss.new_zeros(()))
+            outputs = head.forward_standardised(head.standardise(training.x_ND[rows].float()), draw)
+            loss = objective.loss(outputs, training.truth[rows])
+            penalty = sum((one.square().sum() for one in head.penalised), start=loss.new_zeros(()))
             optimiser.zero_grad(set_to_none=True)
             (loss + 0.5 * plan.l2 * factor / num_rows * penalty).backward()
             optimiser.step()
@@ -122,15 +148,14 @@ def fit_minibatches(
                 f"the loss was no longer finite in epoch {epoch}; use a learning rate below {plan.learning_rate:g}",
             )
         if validation is not None:
-            with torch.no_grad():
-                outputs = head.forward_standardised(validation.x_ND)
-                losses["validation_loss"] = float(_loss(task, outputs, validation.truth))
-                if task == CLASSIFICATION:
-                    hits = outputs.argmax(dim=1) == validation.truth
-                    losses["validation_accuracy"] = float(hits.double().mean())
+            outputs = run_head(head, validation.x_ND)
+            losses["validation_loss"] = float(objective.loss(outputs, validation.truth))
+            if objective.task == CLASSIFICATION:
+                hits = outputs.argmax(dim=1) == validation.truth
+                losses["validation_accuracy"] = float(hits.double().mean())
             if losses["validation_loss"] < best_loss:
                 best_loss, best_epoch = losses["validation_loss"], epoch
-                best_state = {name: one.detach().clone() for name, one in head.state_dict().items()}
+                best_state = copy.deepcopy(head.state_dict())
         on_epoch(epoch, losses)
     if best_state:
         head.load_state_dict(best_state)
@@ -138,8 +163,17 @@ def fit_minibatches(
     return stop_after or plan.epochs
 
 
-def _loss(task: str, outputs: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean over rows: cross-entropy, or half the squared error summed over outputs."""
-    if task == CLASSIFICATION:
-        return functional.cross_entropy(outputs, truth)
-    return 0.5 * (outputs - truth).square().sum(dim=1).mean()
+@torch.no_grad()
+def run_head(head: Head, x_ND: Tensor) -> Tensor:
+    """Return logits or values of raw rows, a portion at a time, as they will be served."""
+    head.eval()
+    portion = max(1, _PORTION_CELLS // x_ND.shape[1])
+    return torch.cat([head(rows.float()) for rows in x_ND.split(portion)])
+
+
+def _batches(order_N: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """Split rows into batches. A last one of a single row, which has no variance, is joined to the one before."""
+    *batches, last = order_N.split(batch_size)
+    if batches and len(last) == 1:
+        return [*batches[:-1], torch.cat([batches[-1], last])]
+    return [*batches, last]

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +126,16 @@ class HandleTrunk:
         """Say what codecs and stems cost at a cut. Takes seconds where nobody has asked before."""
         return self._finish(lambda: self._handle(backbone).cut_cost.remote(cut, input_size), None)
 
-    def extract(self, batches: Iterator[tuple[FeatureSpace, Payload]]) -> Iterator[Extraction]:
-        """Return the whole embedding of each batch, in order. A batch whose replica died is sent again."""
+    def extract(
+        self, batches: Iterator[tuple[FeatureSpace, Payload]], slices: Sequence[str] = ()
+    ) -> Iterator[Extraction]:
+        """Return slices of the embedding of each batch, in order. A batch whose replica died is sent again."""
         waiting: deque[tuple[Any, Any]] = deque()
+        wanted = tuple(slices)
         for space, rows in batches:
 
             def send(space: FeatureSpace = space, rows: Payload = rows) -> Any:
-                return self._handle(space.backbone).extract.remote(space, rows, (), self._patience_s)
+                return self._handle(space.backbone).extract.remote(space, rows, wanted, self._patience_s)
 
             waiting.append((send, send()))
             if len(waiting) >= self.IN_FLIGHT:
@@ -213,14 +216,13 @@ def _warm_up() -> None:
     from trunkline_wire.specs import SliceSpec
 
     from trunkline_worker.store.records import JobSpec
-    from trunkline_worker.training.loop import Labels, train_head
+    from trunkline_worker.training.loop import Labels, Source, train_head
 
     rows = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
     indices = np.arange(20) % 2
     rows[indices == 1] += 1.0
     train_head(
-        rows,
-        (SliceSpec("a", 0, 4), SliceSpec("pooled", 4, 8)),
+        [Source("", rows, (SliceSpec("a", 0, 4), SliceSpec("pooled", 4, 8)))],
         Labels(("a", "b"), indices, None),
         JobSpec(model="warm-up", dataset="warm-up", backbone="", input_size=0),
         on_event=lambda event: None,

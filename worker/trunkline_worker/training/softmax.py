@@ -210,7 +210,7 @@ def _solve(
     onehot_NK = torch.nn.functional.one_hot(classes_N, num_classes).to(x_NR)
 
     total_P1 = weights_PN.sum(dim=1, keepdim=True)
-    floor = _floor(design)
+    floor = curvature_floor(design)
 
     def slopes(probability_PNK: Tensor) -> Tensor:
         """Return the mean over the rows of each logit's curvature, p (1 - p)."""
@@ -268,8 +268,8 @@ def _losses(x_NR: Tensor, classes_N: Tensor, b_PRK: Tensor) -> tuple[Tensor, Ten
     return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK.exp()
 
 
-def _floor(design: Design) -> float:
-    """Keep directions without rows from getting endless steps when there is no penalty."""
+def curvature_floor(design: Design) -> float:
+    """Return what keeps directions without rows from getting endless steps when there is no penalty."""
     return 1e-8 * float(design.curvature_Q.max()) if design.curvature_Q.numel() else 1.0
 
 

@@ -43,6 +43,26 @@ def hold_out(
     return np.setdiff1d(everything, validation), validation
 
 
+def keep_both(targets_NK: npt.NDArray[np.floating], training: Indices, validation: Indices) -> tuple[Indices, Indices]:
+    """Move rows to the training side until every label has a row with it and one without it there.
+
+    Args:
+        targets_NK: 0 and 1.
+        training: Rows to train on, ascending.
+        validation: Rows to measure with, ascending.
+    """
+    held = list(validation)
+    kept = list(training)
+    for column in targets_NK.T:
+        for value in (0, 1):
+            if not (column[kept] == value).any():
+                moved = next((row for row in held if column[row] == value), None)
+                if moved is not None:
+                    held.remove(moved)
+                    kept.append(moved)
+    return np.sort(np.array(kept, dtype=np.int64)), np.sort(np.array(held, dtype=np.int64))
+
+
 def folds(classes_N: Indices | None, num_rows: int, num_folds: int, random: np.random.Generator) -> Indices:
     """Return the fold of each row: folds of equal size, and each class spread over as many as it has rows."""
     everything = np.arange(num_rows, dtype=np.int64)

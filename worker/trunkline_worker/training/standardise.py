@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Shape suffix legend: N = rows, D = columns
+from trunkline_worker.heads.inputs import HeadInput
+
+# Shape suffix legend: N = rows, D = columns, C = channels, H = height, W = width
 
 _LEAST_SPREAD = 0.1
 """Of the slice's mean spread: a column that varies less than this is not blown up to the others' size."""
@@ -45,6 +47,36 @@ def standardisation(x_ND: Tensor, widths: Sequence[int]) -> Standardisation:
     balance = [(len(widths) * width / sum(widths)) ** 0.5 for width in widths]
     balance_D = torch.repeat_interleave(torch.tensor(balance, dtype=torch.float64), torch.tensor(widths))
     return Standardisation(mean_D.float(), (scale_D * balance_D.to(scale_D)).float())
+
+
+def input_statistics(x_ND: Tensor, inputs: Sequence[HeadInput]) -> tuple[Tensor, Tensor]:
+    """Return what a head subtracts from the columns of its inputs and divides them by.
+
+    Ordinary inputs are standardised together, by column; a map by channel.
+    """
+    first, *others = inputs
+    if not first.map_shape:
+        fitted = standardisation(x_ND, [width for one in inputs for width in one.widths])
+        return fitted.mean_D, fitted.scale_D
+    mean_C, scale_C = _map_statistics(x_ND[:, : first.num_columns].unflatten(1, first.map_shape))
+    if not others:
+        return mean_C, scale_C
+    rest = standardisation(x_ND[:, first.num_columns :], [width for one in others for width in one.widths])
+    return torch.cat([mean_C, rest.mean_D]), torch.cat([scale_C, rest.scale_D])
+
+
+def _map_statistics(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    total_C = square_C = x_NCHW.new_zeros(x_NCHW.shape[1], dtype=torch.float64)
+    for chunk_NCHW in x_NCHW.split(max(1, 2**22 // x_NCHW[0].numel())):
+        chunk_NCHW = chunk_NCHW.double()
+        total_C = total_C + chunk_NCHW.sum(dim=(0, 2, 3))
+        square_C = square_C + chunk_NCHW.square().sum(dim=(0, 2, 3))
+    count = x_NCHW.numel() / x_NCHW.shape[1]
+    mean_C = total_C / count
+    std_C = (square_C / count - mean_C.square()).clamp(min=0.0).sqrt()
+    std_C = torch.where(std_C <= 1e-6 * mean_C.abs() + 1e-12, torch.zeros_like(std_C), std_C)
+    floored_C = std_C.clamp(min=_LEAST_SPREAD * std_C.mean())
+    return mean_C.float(), torch.where(floored_C > 0, floored_C, torch.ones_like(floored_C)).float()
 
 
 def _chunks(x_ND: Tensor) -> Sequence[Tensor]:

@@ -14,10 +14,15 @@ from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
 from trunkline_wire.v1 import inference_pb2 as pb
 
 from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.bottlenecks import find_bottleneck
 from trunkline_worker.serving.boundary import current_call, public_error
 from trunkline_worker.serving.budget import ByteBudget
+from trunkline_worker.serving.fusion import more_columns
 from trunkline_worker.serving.models import ModelLookup
 from trunkline_worker.serving.streams import pipelined
+
+CLASSIFICATION = "classification"
+"""The task whose answers are labels."""
 
 STREAM_WINDOW = 8
 """Batches of one stream that are worked on at a time."""
@@ -84,23 +89,38 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _predict_held(self, request: pb.PredictRequest) -> pb.PredictResponse:
         call = current_call()
-        remaining = call.remaining_s(request.timeout_s)
         rows = codecs.decode(request.features)
         space = messages.space_from_proto(request.space)
         model = await self._models.find(call.tenant, request.model)
-        prediction = await self._backends.engine(space.backbone).predict(space, rows, model, timeout_s=remaining)
+        engine = self._backends.engine(self._backends.default_backbone if space.is_local else space.backbone)
+        if space.bottleneck:
+            await find_bottleneck(self._backends, call.tenant, space.bottleneck)
+        more = await more_columns(
+            model,
+            rows,
+            request.more_inputs,
+            self._backends,
+            tenant=call.tenant,
+            timeout_s=call.remaining_s(request.timeout_s),
+        )
+        prediction = await engine.predict(
+            space, rows, model, more_BE=more.more_BE, timeout_s=call.remaining_s(request.timeout_s)
+        )
+        row_errors = {**prediction.row_errors, **more.row_errors}
+        outputs_BK = prediction.outputs_BK
+        if more.row_errors:
+            outputs_BK = outputs_BK.copy()
+            outputs_BK[list(more.row_errors)] = np.nan
         labels: list[str] = []
-        if model.class_names:
+        if model.task == CLASSIFICATION:
             # A failed row is NaN throughout; argmax of NaN is 0, so it must be told apart.
-            best = np.argmax(prediction.outputs_BK, axis=1)
-            labels = [
-                "" if row in prediction.row_errors else model.class_names[index] for row, index in enumerate(best)
-            ]
+            best = np.argmax(outputs_BK, axis=1)
+            labels = ["" if row in row_errors else model.class_names[index] for row, index in enumerate(best)]
         return pb.PredictResponse(
             model=model.reference,
-            outputs=codecs.encode_array(prediction.outputs_BK),
+            outputs=codecs.encode_array(outputs_BK),
             labels=labels,
-            row_errors=_row_errors(prediction.row_errors),
+            row_errors=_row_errors(row_errors),
             timings=messages.timings_to_proto(prediction.timings),
             codec_use=messages.codec_use_to_proto(prediction.codec_use),
         )
@@ -110,6 +130,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         remaining = call.remaining_s(request.timeout_s)
         rows = codecs.decode(request.features)
         space = messages.space_from_proto(request.space)
+        if space.bottleneck:
+            await find_bottleneck(self._backends, call.tenant, space.bottleneck)
         await self._check_reply_size(space, request.slices, len(rows))
         extraction = await self._backends.engine(space.backbone).extract(
             space, rows, tuple(request.slices), timeout_s=remaining
@@ -127,7 +149,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         spec = await self._backends.engine(space.backbone).describe(space.input_size)
         cut = spec.cut(space.cut)
         wanted = set(slices) or set(cut.slices if cut else ())
-        row_bytes = 4 * sum(one.width for one in spec.slices if one.name in wanted)
+        row_bytes = 4 * sum(spec.slice_width(name) or 0 for name in wanted)
         if num_rows * row_bytes > MAX_PAYLOAD_BYTES:
             raise WireError(
                 ErrorCode.PAYLOAD_TOO_LARGE,

@@ -7,18 +7,46 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 from trunkline_wire import messages
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, HeadConfig
 from trunkline_wire.v1 import dataset_pb2, registry_pb2, training_pb2
 
-from trunkline_worker.store.records import DatasetRecord, Event, JobRecord, JobSpec, ModelRecord
+from trunkline_worker.store.records import (
+    BackboneChoice,
+    DatasetRecord,
+    Event,
+    JobRecord,
+    JobSpec,
+    ModelInput,
+    ModelRecord,
+)
 
-_HEADS = {training_pb2.HEAD_KIND_LINEAR: "linear", training_pb2.HEAD_KIND_MLP: "mlp"}
+_DEFAULT_HIDDEN = (256,)
+"""Hidden layers of an MLP that names none."""
+
+_HEADS = {
+    training_pb2.HEAD_KIND_LINEAR: "linear",
+    training_pb2.HEAD_KIND_MLP: "mlp",
+    training_pb2.HEAD_KIND_CONV: "conv",
+    training_pb2.HEAD_KIND_PROTOTYPE: "prototype",
+}
+_ACTIVATIONS = {training_pb2.ACTIVATION_RELU: "relu", training_pb2.ACTIVATION_GELU: "gelu"}
+_FUSIONS = {
+    training_pb2.FUSION_CONCAT: "concat",
+    training_pb2.FUSION_ADD: "add",
+    training_pb2.FUSION_GATE: "gate",
+}
+_LOSSES = {training_pb2.LOSS_MSE: "mse", training_pb2.LOSS_HUBER: "huber"}
 _SOLVERS = {training_pb2.SOLVER_LBFGS: "lbfgs", training_pb2.SOLVER_ADAM: "adam"}
 _EMBEDDINGS = {
     training_pb2.EMBEDDING_MODE_POOLED: "pooled",
     training_pb2.EMBEDDING_MODE_AUTO: "auto",
     training_pb2.EMBEDDING_MODE_SLICES: "slices",
 }
-_TASKS = {"classification": registry_pb2.TASK_CLASSIFICATION, "regression": registry_pb2.TASK_REGRESSION}
+_TASKS = {
+    "classification": registry_pb2.TASK_CLASSIFICATION,
+    "multi_label": registry_pb2.TASK_MULTI_LABEL,
+    "regression": registry_pb2.TASK_REGRESSION,
+}
 
 
 def timestamp(seconds: float) -> Timestamp | None:
@@ -41,6 +69,45 @@ def dataset_to_proto(record: DatasetRecord) -> dataset_pb2.Dataset:
         num_targets=record.num_targets,
         create_time=timestamp(record.create_time),
         codec=record.codec,
+        more_inputs=[
+            dataset_pb2.DatasetSource(space=messages.space_to_proto(one.space), codec=one.codec)
+            for one in record.more_inputs
+        ],
+    )
+
+
+def head_from_proto(message: training_pb2.HeadConfig) -> HeadConfig:
+    """Return the head that a message asks for; what is unspecified takes the default.
+
+    Raises:
+        WireError: UNSUPPORTED for a value from a newer wire; INVALID_ARGUMENT where the parts do not fit each other.
+    """
+    kind = _choice(_HEADS, message.kind, training_pb2.HEAD_KIND_LINEAR, "head kind")
+    return HeadConfig(
+        kind=kind,
+        hidden=tuple(message.hidden) or (_DEFAULT_HIDDEN if kind == MLP else ()),
+        activation=_choice(_ACTIVATIONS, message.activation, training_pb2.ACTIVATION_RELU, "activation"),
+        batch_norm=message.batch_norm,
+        dropout=message.dropout,
+        channels=tuple(message.channels),
+        tap=message.tap,
+        fuse=_choice(_FUSIONS, message.fuse, training_pb2.FUSION_CONCAT, "fusion"),
+        fuse_width=message.fuse_width,
+    )
+
+
+def head_to_proto(head: HeadConfig) -> training_pb2.HeadConfig:
+    """Return the message of a head."""
+    return training_pb2.HeadConfig(
+        kind=_code(_HEADS, head.kind),
+        hidden=head.hidden,
+        dropout=head.dropout,
+        activation=_code(_ACTIVATIONS, head.activation),
+        batch_norm=head.batch_norm,
+        channels=head.channels,
+        tap=head.tap,
+        fuse=_code(_FUSIONS, head.fuse),
+        fuse_width=head.fuse_width,
     )
 
 
@@ -48,11 +115,14 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     """Return the job that a message asks for; what is unspecified takes the default.
 
     Raises:
-        WireError: UNSUPPORTED, for a value from a newer wire.
+        WireError: UNSUPPORTED for a value from a newer wire; INVALID_ARGUMENT for a head whose parts do not fit.
     """
     fit = message.fit
-    head = _choice(_HEADS, message.head.kind, training_pb2.HEAD_KIND_LINEAR, "head kind")
-    default_solver = training_pb2.SOLVER_LBFGS if head == "linear" else training_pb2.SOLVER_ADAM
+    head = head_from_proto(message.head)
+    loss = _choice(_LOSSES, fit.loss, training_pb2.LOSS_MSE, "loss")
+    # Convex, so that a solver that goes to convergence finds the one solution; or nothing to solve.
+    convex = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT and loss == "mse")
+    default_solver = training_pb2.SOLVER_LBFGS if convex else training_pb2.SOLVER_ADAM
     return JobSpec(
         model=message.model,
         dataset=message.dataset,
@@ -60,9 +130,7 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
         input_size=message.input_size,
         embedding=_choice(_EMBEDDINGS, message.embedding, training_pb2.EMBEDDING_MODE_AUTO, "embedding mode"),
         slices=tuple(message.slices),
-        head_kind=head,
-        hidden=tuple(message.head.hidden),
-        dropout=message.head.dropout,
+        head=head,
         solver=_choice(_SOLVERS, fit.solver, default_solver, "solver"),
         epochs=fit.epochs,
         batch_size=fit.batch_size,
@@ -71,6 +139,9 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
         validation_fraction=fit.validation_fraction,
         refit=fit.refit,
         seed=fit.seed,
+        loss=loss,
+        huber_delta=fit.huber_delta or 1.0,
+        more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
     )
 
 
@@ -83,7 +154,7 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
         input_size=spec.input_size,
         embedding=_code(_EMBEDDINGS, spec.embedding),
         slices=spec.slices,
-        head=training_pb2.HeadConfig(kind=_code(_HEADS, spec.head_kind), hidden=spec.hidden, dropout=spec.dropout),
+        head=head_to_proto(spec.head),
         fit=training_pb2.FitConfig(
             solver=_code(_SOLVERS, spec.solver),
             epochs=spec.epochs,
@@ -93,7 +164,12 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
             validation_fraction=spec.validation_fraction,
             refit=spec.refit,
             seed=spec.seed,
+            loss=_code(_LOSSES, spec.loss),
+            huber_delta=spec.huber_delta,
         ),
+        more_backbones=[
+            training_pb2.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
+        ],
     )
 
 
@@ -151,6 +227,19 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
             registry_pb2.Candidate(slices=one.slices, width=one.width, score=one.score, accuracy=one.accuracy)
             for one in record.candidates
         ],
+        more_inputs=[_model_input_to_proto(one) for one in record.more_inputs],
+        head=head_to_proto(record.head),
+    )
+
+
+def _model_input_to_proto(one: ModelInput) -> registry_pb2.ModelInput:
+    return registry_pb2.ModelInput(
+        space=messages.space_to_proto(one.space),
+        embedding_fingerprint=one.embedding_fingerprint,
+        slices=one.slices,
+        width=one.width,
+        codec=one.codec,
+        codec_error=one.codec_error,
     )
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator
 
 import grpc
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import INPUT_CUT
 from trunkline_wire.v1 import error_pb2, training_pb2_grpc
 from trunkline_wire.v1 import training_pb2 as pb
 
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.boundary import current_call
+from trunkline_worker.serving.resolve import resolve
 from trunkline_worker.serving.servicers.records import event_to_proto, job_to_proto, spec_from_proto
-from trunkline_worker.store.records import DatasetRecord, JobSpec
+from trunkline_worker.store.records import DatasetRecord
 from trunkline_worker.training.spec import check_spec
 
 WATCH_INTERVAL_S = 10.0
@@ -38,7 +37,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         dataset: DatasetRecord = await self._backends.metadata.call(
             "datasets.get", call.tenant, spec.dataset, timeout_s=call.remaining_s()
         )
-        spec = await self._resolve(spec, dataset)
+        spec = await resolve(spec, dataset, self._backends)
         job = await self._backends.metadata.call(
             "jobs.submit", call.tenant, spec, request.idempotency_key, timeout_s=call.remaining_s()
         )
@@ -84,36 +83,3 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 yield pb.WatchJobResponse(seq=count + 1, job=job_to_proto(job))
                 yield pb.WatchJobResponse(seq=count + 2, end=error_pb2.EndOfStream(num_messages=count + 1))
                 return
-
-    async def _resolve(self, spec: JobSpec, dataset: DatasetRecord) -> JobSpec:
-        """Fill in who reads the dataset, and check that backbone, input size and slices exist."""
-        if not dataset.class_names and not dataset.num_targets:
-            raise WireError(ErrorCode.BAD_LABELS, f"dataset {dataset.name}@{dataset.version} has no labels to train on")
-        space = dataset.space
-        if space.backbone:
-            if spec.backbone not in ("", space.backbone) or spec.input_size not in (0, space.input_size):
-                raise WireError(
-                    ErrorCode.INCOMPATIBLE,
-                    f"dataset {dataset.name}@{dataset.version} holds features of {space.backbone} at input size "
-                    f"{space.input_size}; {spec.backbone or space.backbone} at {spec.input_size or space.input_size} "
-                    "cannot read them. Upload the images again with a stem of that backbone",
-                )
-            name, size, cut_name = space.backbone, space.input_size, space.cut
-        else:
-            name, size, cut_name = spec.backbone or self._backends.default_backbone, spec.input_size, INPUT_CUT
-        described = await self._backends.engine(name).describe(size)
-        cut = described.cut(cut_name)
-        if cut is None or (space.backbone and cut.precision_of(space.fingerprint) is None):
-            raise WireError(
-                ErrorCode.INCOMPATIBLE,
-                f"the features of dataset {dataset.name}@{dataset.version} were made with other weights or "
-                f"preprocessing than {name} has now; upload the images again",
-            )
-        unknown = [one for one in spec.slices if one not in cut.slices]
-        if unknown:
-            raise WireError(
-                ErrorCode.NOT_FOUND,
-                f"no slice {unknown[0][:80]!r} behind the cut {cut_name!r} of {name}; there is "
-                + ", ".join(cut.slices),
-            )
-        return dataclasses.replace(spec, backbone=name, input_size=described.preprocessing.input_size)

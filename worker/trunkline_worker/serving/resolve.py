@@ -1,0 +1,194 @@
+"""From what a job asks for to what it will do: who reads the dataset, at which input size, which slices of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import CONV, invalid
+from trunkline_wire.limits import MAX_INPUTS
+from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace, map_slice
+
+from trunkline_worker.serving.backends import Backends
+from trunkline_worker.store.records import BackboneChoice, DatasetRecord, JobSpec
+
+_POOLED = "pooled"
+"""The slice of a backbone's last layer."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A backbone that reads an input of the dataset, and the cut where the rows enter it."""
+
+    name: str
+    described: BackboneSpec
+    cut: CutSpec
+
+    @property
+    def choice(self) -> BackboneChoice:
+        return BackboneChoice(self.name, self.described.preprocessing.input_size)
+
+
+async def resolve(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> JobSpec:
+    """Fill in what a job leaves to the cluster, and check that it can work on this dataset.
+
+    Raises:
+        WireError: BAD_LABELS, INVALID_ARGUMENT; NOT_FOUND for a backbone, cut or slice that is not there; INCOMPATIBLE
+            where the dataset's features are not those of its backbones now.
+    """
+    if not dataset.class_names and not dataset.num_targets:
+        raise WireError(ErrorCode.BAD_LABELS, f"dataset {dataset.reference} has no labels to train on")
+    if dataset.class_names and spec.loss == "huber":
+        raise invalid(f"the labels of {dataset.reference} are classes; loss 'huber' is for labels that are numbers")
+    if dataset.space.is_local:
+        _check_local_job(spec, dataset)
+        return spec
+    if not dataset.space.backbone:
+        spec = replace(spec, backbone=spec.backbone or backends.default_backbone)
+    _check_inputs(spec, dataset)
+    readers = await _readers(spec, dataset, backends)
+    first = readers[0]
+    spec = replace(
+        spec,
+        backbone=first.name,
+        input_size=first.choice.input_size,
+        more_backbones=tuple(one.choice for one in readers[1 : 1 + len(spec.more_backbones)]),
+    )
+    if spec.head.kind == CONV:
+        return _with_map(spec, readers)
+    return replace(spec, slices=_slices(spec.slices, readers))
+
+
+def _check_local_job(spec: JobSpec, dataset: DatasetRecord) -> None:
+    """Check that a job on local features alone asks for nothing that needs a backbone."""
+    what = f"dataset {dataset.reference} holds local features alone"
+    if spec.backbone or spec.input_size or spec.more_backbones:
+        raise invalid(f"{what}: no backbone can read them; leave backbone and input size out")
+    if spec.head.kind == CONV:
+        raise invalid(f"{what}, which are vectors; a convolutional head needs a map at a cut of a backbone")
+    if spec.embedding == "slices":
+        raise invalid(f"{what}: there are no slices to name; leave the embedding out")
+
+
+def _check_inputs(spec: JobSpec, dataset: DatasetRecord) -> None:
+    """Check that the job's backbones can read the dataset, and that the inputs of the model can be told apart."""
+    space = dataset.space
+    if space.backbone and spec.more_backbones:
+        raise invalid(
+            f"dataset {dataset.reference} holds features of {space.backbone}, which no other backbone can read; "
+            "upload the images, or features of each backbone"
+        )
+    if space.backbone and (spec.backbone not in ("", space.backbone) or spec.input_size not in (0, space.input_size)):
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"dataset {dataset.reference} holds features of {space.backbone} at input size {space.input_size}; "
+            f"{spec.backbone or space.backbone} at {spec.input_size or space.input_size} cannot read them. Upload the "
+            "images again with a stem of that backbone",
+        )
+    sources = [space.backbone or spec.backbone, *(one.backbone for one in spec.more_backbones)]
+    sources += [one.space.source for one in dataset.more_inputs]
+    twice = next((one for one in sources if sources.count(one) > 1), None)
+    if twice is not None:
+        raise invalid(f"{twice[:80]!r} is named twice; backbones and local models of a job are all different")
+    if len(sources) > MAX_INPUTS:
+        raise invalid(f"{len(sources)} inputs; a model has at most {MAX_INPUTS}")
+
+
+async def _readers(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> list[_Reader]:
+    """Return who reads the first input, and then who reads others; local features are read by nobody."""
+    features = [one.space for one in dataset.more_inputs if not one.space.is_local]
+    if dataset.space.backbone:
+        features.insert(0, dataset.space)
+        choices = []
+    else:
+        choices = [BackboneChoice(spec.backbone, spec.input_size), *spec.more_backbones]
+    return await asyncio.gather(
+        *(_image_reader(one, backends) for one in choices),
+        *(_feature_reader(one, dataset, backends) for one in features),
+    )
+
+
+async def _image_reader(choice: BackboneChoice, backends: Backends) -> _Reader:
+    described = await backends.engine(choice.backbone).describe(choice.input_size)
+    cut = described.cut(INPUT_CUT)
+    if cut is None:
+        raise WireError(ErrorCode.INCOMPATIBLE, f"{choice.backbone} does not read images")
+    return _Reader(choice.backbone, described, cut)
+
+
+async def _feature_reader(space: FeatureSpace, dataset: DatasetRecord, backends: Backends) -> _Reader:
+    described = await backends.engine(space.backbone).describe(space.input_size)
+    cut = described.cut(space.cut)
+    if cut is None or cut.precision_in(space) is None:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE,
+            f"the features of dataset {dataset.reference} were made with other weights or preprocessing than "
+            f"{space.backbone} has now; upload the images again",
+        )
+    return _Reader(space.backbone, described, cut)
+
+
+def _with_map(spec: JobSpec, readers: Sequence[_Reader]) -> JobSpec:
+    """Find the map that a convolutional head reads. Beside it stands the last layer of every other backbone."""
+    first, *others = readers
+    if spec.embedding == "slices":
+        raise invalid("a convolutional head reads the map at its tap; name a tap, and no slices")
+    cuts = first.described.cuts
+    behind = cuts[cuts.index(first.cut) :]
+    maps = [cut for cut in behind if cut.map_shape]
+    if spec.head.tap:
+        tap = first.described.cut(spec.head.tap)
+        if tap is None:
+            raise WireError(ErrorCode.NOT_FOUND, f"{first.name} has no cut {spec.head.tap[:80]!r} that could be a tap")
+        if tap not in maps:
+            why = "lies before the cut where the rows enter" if tap not in behind else "is no map"
+            raise invalid(f"the tap {tap.name!r} of {first.name} {why}; {_stages(maps, first)}")
+    else:
+        tap = next((cut for cut in reversed(maps) if cut.is_stage), None)
+        if tap is None:
+            raise invalid(
+                f"no stage of {first.name} behind the cut {first.cut.name!r} is a map; {_stages(maps, first)}"
+            )
+    slices = (map_slice(tap.name), *(f"{one.name}:{_POOLED}" for one in others))
+    return replace(spec, head=replace(spec.head, tap=tap.name), embedding="slices", slices=slices)
+
+
+def _stages(maps: Sequence[CutSpec], first: _Reader) -> str:
+    names = [cut.name for cut in maps if cut.is_stage] or [cut.name for cut in maps]
+    if not names:
+        return f"there is none behind the cut {first.cut.name!r}: take a head of another kind"
+    return f"among those that can be read behind the cut {first.cut.name!r} are {', '.join(names)}"
+
+
+def _slices(names: Sequence[str], readers: Sequence[_Reader]) -> tuple[str, ...]:
+    """Check the slices that a job names; those of the first backbone go without its name."""
+    first = readers[0]
+    by_name = {one.name: one for one in readers}
+    resolved: list[str] = []
+    named = set()
+    for name in names:
+        source, colon, rest = name.partition(":")
+        reader = by_name.get(source) if colon else first
+        if reader is None:
+            raise WireError(
+                ErrorCode.NOT_FOUND,
+                f"no backbone {source[:80]!r} reads this dataset, for its slice {rest[:80]!r}; there is "
+                + ", ".join(by_name),
+            )
+        one = rest if colon else name
+        if one not in reader.cut.slices:
+            raise WireError(
+                ErrorCode.NOT_FOUND,
+                f"no slice {one[:80]!r} behind the cut {reader.cut.name!r} of {reader.name}; there is "
+                + ", ".join(reader.cut.slices),
+            )
+        resolved.append(one if reader is first else f"{reader.name}:{one}")
+        named.add(reader.name)
+    if len(set(resolved)) != len(resolved):
+        raise invalid("a slice is named twice")
+    left_out = [one.name for one in readers if one.name not in named]
+    if names and left_out:
+        raise invalid(f"no slice of {left_out[0]} is named; name one of each backbone, as 'BACKBONE:SLICE'")
+    return tuple(resolved)

@@ -1,0 +1,118 @@
+"""Linear heads whose outputs have nothing to do with one another, solved to convergence: one convex problem an output.
+
+Sigmoids for several labels a row, and Huber's loss. The objective is scikit-learn's, as in ``softmax``: the sum of the
+rows' losses plus ``l2 / 2`` times the squared weights, intercepts free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trunkline_worker.training.lbfgs import minimise
+from trunkline_worker.training.softmax import Design, curvature_floor
+
+# Shape suffix legend: N = rows, D = columns, R = coordinates, K = outputs, Q = directions of known curvature
+
+_TOLERANCE = 1e-7
+_FLOAT32_TOLERANCE = 1e-5
+_MIN_SLOPE = 1e-6
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Outputs and what they should be, (N, K), to the loss, its slope and its curvature, (N, K)."""
+
+
+def logistic(outputs_NK: Tensor, truth_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of a sigmoid, in nats, where the truth is 0 or 1."""
+    probability_NK = outputs_NK.sigmoid()
+    loss_NK = functional.softplus(outputs_NK) - truth_NK * outputs_NK
+    return loss_NK, probability_NK - truth_NK, probability_NK * (1 - probability_NK)
+
+
+def huber(delta: float) -> Loss:
+    """Half the squared error up to ``delta``, linear beyond.
+
+    Source: Huber 1964, "Robust Estimation of a Location Parameter".
+    """
+
+    def loss(outputs_NK: Tensor, truth_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        error_NK = outputs_NK - truth_NK
+        clipped_NK = error_NK.clamp(-delta, delta)
+        return clipped_NK * (error_NK - 0.5 * clipped_NK), clipped_NK, (error_NK.abs() <= delta).to(error_NK)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class OutputwiseFit:
+    """A solved problem. ``converged`` is False if the steps ran out first."""
+
+    weights_DK: Tensor
+    bias_K: Tensor
+    num_iterations: int
+    converged: bool
+
+
+def fit_outputwise(
+    design: Design, truth_NK: Tensor, loss: Loss, l2: float, start_K: Tensor, *, on_step: Callable[[int, float], None]
+) -> OutputwiseFit:
+    """Solve for all outputs side by side.
+
+    Args:
+        design: What ``softmax.prepare`` returned.
+        truth_NK: What the outputs should be.
+        loss: Convex in the outputs.
+        l2: scikit-learn's 1 / C, or alpha.
+        start_K: Intercepts to start from, with weights of 0.
+        on_step: Called before each step with its number and the mean objective; may raise to stop.
+    """
+    x_NR = design.x_NR
+    num_rows, num_outputs = truth_NK.shape
+    truth_NK = truth_NK.to(x_NR)
+    floor = curvature_floor(design)
+    slope_K = x_NR.new_ones(num_outputs)
+
+    def objective(flat_KV: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal slope_K
+        weights_KR, bias_K = flat_KV[:, :-1], flat_KV[:, -1]
+        loss_NK, gradient_NK, curvature_NK = loss(x_NR @ weights_KR.T + bias_K, truth_NK)
+        slope_K = curvature_NK.mean(dim=0).clamp(min=_MIN_SLOPE)
+        gradient_KV = torch.cat([gradient_NK.T @ x_NR + l2 * weights_KR, gradient_NK.sum(dim=0)[:, None]], dim=1)
+        return loss_NK.sum(dim=0) + 0.5 * l2 * weights_KR.square().sum(dim=1), gradient_KV
+
+    def precondition(flat_KV: Tensor) -> Tensor:
+        # As if every row had the output's mean curvature.
+        inverse_KQ = 1.0 / (design.curvature_Q * slope_K[:, None] + (l2 + floor))
+        weights_KR = flat_KV[:, :-1]
+        if design.directions_RQ is None:
+            scaled_KR = inverse_KQ * weights_KR
+        else:
+            inverse_rest_K1 = 1.0 / (design.rest * slope_K + (l2 + floor))[:, None]
+            along_KQ = (weights_KR @ design.directions_RQ) * (inverse_KQ - inverse_rest_K1)
+            scaled_KR = along_KQ @ design.directions_RQ.T + inverse_rest_K1 * weights_KR
+        return torch.cat([scaled_KR, flat_KV[:, -1:] / (num_rows * slope_K)[:, None]], dim=1)
+
+    start_KV = x_NR.new_zeros((num_outputs, x_NR.shape[1] + 1))
+    start_KV[:, -1] = start_K.to(x_NR)
+    minimum = minimise(
+        objective,
+        start_KV,
+        precondition=precondition,
+        on_step=lambda step, value_K: on_step(step, float(value_K.sum()) / num_rows),
+        tolerance=_TOLERANCE if x_NR.dtype == torch.float64 else _FLOAT32_TOLERANCE,
+    )
+    solution_KV = minimum.x_PV
+    return OutputwiseFit(
+        design.weights(solution_KV[:, :-1].T), solution_KV[:, -1], minimum.num_iterations, minimum.converged
+    )
+
+
+def log_odds(truth_NK: Tensor) -> Tensor:
+    """Return the intercepts that fit each label's share without any features."""
+    num_rows = truth_NK.shape[0]
+    positive_K = truth_NK.double().sum(dim=0).clamp(0.5, num_rows - 0.5)
+    return positive_K.log() - (num_rows - positive_K).log()
