@@ -149,6 +149,41 @@ def test_local_features_alone(client, local):
     assert np.mean([int(one) == truth for one, truth in zip(answer.labels, labels[240:], strict=True)]) > 0.5
 
 
+def test_what_neither_input_knows_alone_both_know_together(client, stem):
+    """The class is the digit on the picture plus a number that only the local features know, modulo ten."""
+    pictures, shown = digits(1700)
+    draw = np.random.default_rng(0)
+    added = draw.integers(10, size=len(shown))
+    codes = (np.eye(10)[added] + 0.1 * draw.normal(size=(len(shown), 10))).astype(np.float32)
+    labels = (shown + added) % 10
+    sensor = trunkline.local_model(lambda rows: rows, name="sensor", version="1")
+    made = {
+        "both": {"stem": stem, "local": sensor, "local_inputs": codes[:1500]},
+        "remote": {"stem": stem},
+        "local": {"local": sensor, "local_inputs": codes[:1500], "remote": False},
+    }
+    accuracy = {}
+    for name, inputs in made.items():
+        images = None if name == "local" else pictures[:1500]
+        data = client.upload(images, labels[:1500], name=f"sum-{name}", **inputs)
+        model = client.train(
+            data,
+            name=f"sum-{name}",
+            head=trunkline.MLP(hidden=(512,), fuse="add" if name == "both" else "concat"),
+            embedding="auto" if name == "local" else ("blocks.4.grid", "pooled"),
+            epochs=60,
+        ).result(progress=False)
+        asked = {key: value for key, value in inputs.items() if key in ("stem", "local")}
+        if "local" in inputs:
+            asked["local_inputs"] = codes[1500:]
+        answer = model.predict(None if name == "local" else pictures[1500:], **asked)
+        said = np.array([int(one) for one in answer.labels])
+        accuracy[name] = float((said == labels[1500:]).mean())
+    print(accuracy)
+    assert accuracy["both"] > 0.6
+    assert max(accuracy["remote"], accuracy["local"]) < 0.25
+
+
 def test_two_backbones_read_the_same_pictures(client):
     pictures, labels = digits(200)
     data = client.upload(pictures[:160], labels[:160], name="read-twice")
