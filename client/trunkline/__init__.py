@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from trunkline.local_models import LocalModel, local_model
     from trunkline.local_vectors import LocalFeatures, local_features
     from trunkline.models import Model
+    from trunkline.own_stems import OwnStem
     from trunkline.predictions import Prediction, RowPrediction
     from trunkline.records import JobEvent, JobState, JobStatus
     from trunkline.reports import ClassificationReport, MultiLabelReport, RegressionReport, Report
@@ -94,6 +95,7 @@ __all__ = [
     "NotFiniteError",
     "NotFoundError",
     "OverloadedError",
+    "OwnStem",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "Prediction",
@@ -130,6 +132,7 @@ _MODULES = {
     "MLP": "trunkline.heads",
     "Model": "trunkline.models",
     "MultiLabelReport": "trunkline.reports",
+    "OwnStem": "trunkline.own_stems",
     "Prediction": "trunkline.predictions",
     "Prototype": "trunkline.heads",
     "RegressionReport": "trunkline.reports",

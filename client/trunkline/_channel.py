@@ -29,6 +29,7 @@ IDEMPOTENT_METHODS: dict[str, tuple[str, ...]] = {
     "DatasetService": ("FindMissingRows", "CommitDataset", "GetDataset", "ListDatasets"),
     "TrainingService": ("SubmitJob", "GetJob", "ListJobs", "CancelJob"),
     "RegistryService": ("GetModel", "ListModels"),
+    "TrunkService": ("PutBottleneck", "GetBottleneck"),
 }
 """Unary calls that gRPC itself may repeat when the connection broke under them."""
 

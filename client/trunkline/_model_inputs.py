@@ -102,17 +102,17 @@ def _described(space: FeatureSpace) -> str:
 class BackboneInputs:
     """The inputs of a model that backbones read, and how they are fed."""
 
-    def __init__(self, record: ModelRecord, backbones: Backbones, own_stem: Callable[[str], AnyStem | None]) -> None:
+    def __init__(self, record: ModelRecord, backbones: Backbones, model_stem: Callable[[str], AnyStem | None]) -> None:
         """Keep the model and who is asked.
 
         Args:
             record: The model.
             backbones: Describes backbones.
-            own_stem: Returns the stem that goes with the model's input of a backbone; None where none can be had.
+            model_stem: Returns the stem that goes with the model's input of a backbone; None where none can be had.
         """
         self._reference = record.reference
         self._backbones = backbones
-        self._own_stem = own_stem
+        self._model_stem = model_stem
         self._sources = [one for one in record.inputs if not one.space.is_local]
         self.spaces = [one.space for one in self._sources]
 
@@ -149,7 +149,7 @@ class BackboneInputs:
             self._check_stem(one, deadline)
         for space in self.spaces:
             if space.backbone not in stems:
-                own = self._own_stem(space.backbone)
+                own = self._model_stem(space.backbone)
                 if own is not None:
                     stems[space.backbone] = own
         return stems

@@ -28,7 +28,6 @@ from trunkline.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from trunkline.local_models import LocalModel
 from trunkline.own_stems import OwnStem
 from trunkline.progress import show_progress
 from trunkline.stems import Stem
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from trunkline._calls import FetchedStem
     from trunkline._calls.catalog import CatalogCalls
     from trunkline._deadline import Deadline
+    from trunkline.local_models import LocalModel
     from trunkline.records import ServerInfo
 
 

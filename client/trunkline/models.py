@@ -259,7 +259,8 @@ class Model:
             IncompatibleModelError: They come from other weights, or a local model is another one.
             InvalidArgumentError: Features of a backbone or a local model are missing, or are none of this model's.
         """
-        own = [one.space for one in self.inputs if not one.space.is_local]
+        sources = [one for one in self.inputs if not one.space.is_local]
+        own = [one.space for one in sources]
         if not own:
             raise InvalidArgumentError(
                 f"{self.reference} was trained on local features alone; these are of no backbone",
@@ -271,10 +272,12 @@ class Model:
         found = check_locals(self.record, bind_local(local, local_inputs, GivenImages(None)))
         deadline = rows_deadline(timeout_s, len(pairs[0][0]))
         by_backbone = {
-            one.backbone: FeatureFeed(self._client._backbones.features(rows, one, codec, deadline))
-            for rows, one in pairs
+            one.backbone: self._client._backbones.features(rows, one, codec, deadline) for rows, one in pairs
         }
-        feeds = [by_backbone[one.backbone] for one in own]
+        for needed in sources:
+            features_of_it = by_backbone[needed.space.backbone]
+            check_own(self.reference, needed, features_of_it.space, features_of_it.codec)
+        feeds = [FeatureFeed(by_backbone[one.backbone]) for one in own]
         return self._predict(join(self.record, feeds, found), batch_size, max_in_flight, deadline, progress)
 
     def evaluate(
@@ -391,7 +394,7 @@ class Model:
             ],
         ) + _html.candidates(record.candidates)
 
-    def _own_stem(self, backbone: str) -> Stem | None:
+    def _model_stem(self, backbone: str) -> Stem | None:
         """Return the stem that goes with the input of a backbone, None where images are sent instead."""
         space = input_of(self.record, backbone).space
         if space.is_input or space.local_model or not has_onnxruntime():
@@ -412,7 +415,7 @@ class Model:
         timeout_s: float | None,
         progress: bool | None,
     ) -> Prediction:
-        readers = BackboneInputs(self.record, self._client._backbones, self._own_stem)
+        readers = BackboneInputs(self.record, self._client._backbones, self._model_stem)
         if not readers.spaces and stem:
             raise InvalidArgumentError(
                 f"{self.reference} was trained on local features alone; a stem makes none of them",

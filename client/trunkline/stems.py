@@ -215,7 +215,9 @@ def stem_list(given: AnyStem | Sequence[AnyStem] | None) -> list[AnyStem]:
     Raises:
         InvalidArgumentError: Something else is among them.
     """
-    chosen = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if given is None:
+        return []
+    chosen: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for one in chosen:
         if not isinstance(one, AnyStem):
             raise InvalidArgumentError(

@@ -77,6 +77,7 @@ class _Engine:
             fake_fusion.check_local_use(model.space, model.codec, space, rows)
             use = CodecUse(quantise.codec_of(rows), 0.0, model.codec, 0.0)
         else:
+            fake_fusion.check_own_use(model.space, model.codec, space, rows)
             use = fake_backbone.check_use(space, rows, model.codec, model.codec_error)
         columns_BD, errors = fake_fusion.Reader(space, model.slices).columns(rows)
         if more_BE is not None:

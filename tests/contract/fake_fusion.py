@@ -135,6 +135,13 @@ def matched(needed, given):
 def check_local_use(space, codec, own, rows):
     """Check that local features are those that a model was trained on."""
     check_local(own, rows)
+    check_own_use(space, codec, own, rows)
+
+
+def check_own_use(space, codec, own, rows):
+    """Check that rows which a client's own model makes are those that a model was trained on."""
+    if not space.is_own and not own.is_own:
+        return
     if own != space:
         raise WireError(
             ErrorCode.INCOMPATIBLE,

@@ -181,6 +181,7 @@ def _check_use(reader, space, rows, trained):
     if reader.space.is_local:
         fake_fusion.check_local_use(reader.space, trained.codec, space, rows)
         return CodecUse(trained.codec, 0.0, trained.codec, 0.0)
+    fake_fusion.check_own_use(reader.space, trained.codec, space, rows)
     return fake_backbone.check_use(space, rows, trained.codec, trained.codec_error)
 
 

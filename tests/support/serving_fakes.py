@@ -108,20 +108,31 @@ def fake_cost(cut):
     )
 
 
-def fake_use(space, rows):
-    """Say how rows were made and sent, as an engine does."""
-    spec = fake_spec(space.input_size or 8)
+def fake_use(space, rows, spec=None):
+    """Say how rows were made and sent, as an engine of that backbone, `fake` by default, does."""
+    if space.is_local:
+        return CodecUse(codec_of(rows), 0.0)
+    spec = spec or fake_spec(space.input_size or 8)
     cut = spec.cut(space.cut)
-    precision = cut.precision_of(space.fingerprint) if space.backbone else FLOAT32
+    precision = cut.precision_in(space) if space.backbone else FLOAT32
     error = CODEC_ERRORS.get(codec_of(rows), 0.0) + (INT8_STEM_ERROR if precision == INT8 else 0.0)
     return CodecUse(codec_label(codec_of(rows), precision), error)
 
 
-class FakeEngine:
-    """An ``Engine``: rows of 255 fail, a row of 254 raises what is no caller's business. ``gate`` holds calls back."""
+def unreadable(backbone):
+    """Return an encoded image that the engine of that name cannot read, and others can."""
+    return f"not for {backbone}".encode()
 
-    def __init__(self, blobs):
+
+class FakeEngine:
+    """An ``Engine``: rows of 255 fail, a row of 254 raises what is no caller's business. ``gate`` holds calls back.
+
+    The embedding of an encoded image is its number of bytes.
+    """
+
+    def __init__(self, blobs, name="fake"):
         self.blobs = blobs
+        self.name = name
         self.gate = None
         self.calls = 0
         self.running = 0
@@ -133,7 +144,7 @@ class FakeEngine:
         self.last_more = None
 
     async def describe(self, input_size=0):
-        return fake_spec(input_size or 8)
+        return replace(fake_spec(input_size or 8), name=self.name)
 
     async def stem(self, cut, input_size=0, precision=FLOAT32):
         import hashlib
@@ -195,7 +206,14 @@ class FakeEngine:
                     embedding[row] = np.nan
             if isinstance(rows, PackedRows):
                 embedding[:, :3] = unpack(rows).mean(axis=(2, 3))
-            return Extraction(embedding, fake_spec().slices, errors, Timings(total_s=0.5), fake_use(space, rows))
+            if isinstance(rows, list):
+                embedding[:] = [[len(row)] for row in rows]
+                for row in [number for number, one in enumerate(rows) if one == unreadable(self.name)]:
+                    errors[row] = WireError(ErrorCode.CORRUPT_IMAGE, f"{self.name} cannot read it")
+                    embedding[row] = np.nan
+            chosen = [one for one in fake_spec().slices if one.name in slices] or fake_spec().slices
+            embedding = np.concatenate([embedding[:, one.start : one.stop] for one in chosen], axis=1)
+            return Extraction(embedding, tuple(chosen), errors, Timings(total_s=0.5), fake_use(space, rows))
         finally:
             self.running -= 1
 
@@ -206,14 +224,15 @@ class FakeEngine:
 class GatewayThread:
     """The server on an event loop in a thread of its own."""
 
-    def __init__(self, folder, **listener):
+    def __init__(self, folder, backbones=("fake",), **listener):
         self.folder = folder
         tokens = folder / "tokens"
         tokens.write_text(f"{TOKEN}\n{OTHER_TOKEN} other\n{READER_TOKEN} default reader\n")
         self.blobs = BlobStore(f"file://{folder}/data")
         self.store = MetadataStore(Database(f"sqlite:///{folder}/metadata.sqlite"))
         self.metadata = LocalMetadata(self.store)
-        self.engine = FakeEngine(self.blobs)
+        self.engines = {name: FakeEngine(self.blobs, name) for name in backbones}
+        self.engine = next(iter(self.engines.values()))
         self.budget = ByteBudget()
         listener = {"port": 0, "token_file": str(tokens), **listener}
         self.loop = asyncio.new_event_loop()
@@ -221,7 +240,7 @@ class GatewayThread:
         self._thread.start()
 
         async def start():
-            backends = Backends({"fake": self.engine}, self.metadata, self.blobs, {"numpy": np.__version__})
+            backends = Backends(self.engines, self.metadata, self.blobs, {"numpy": np.__version__})
             self.server = GatewayServer(Listener(**listener), backends, budget=self.budget)
             return await self.server.start()
 

@@ -1,5 +1,8 @@
 """Backbones of a few hundred numbers, untrained: features of every rank, and some that overflow."""
 
+import itertools
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from trunkline_wire.specs import Preprocessing
@@ -42,11 +45,22 @@ class _Large(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class _Deep(nn.Sequential):
+    """Ends, at its own input size, in a map of one place."""
+
+    def __init__(self) -> None:
+        sides = [3, 8, 8, 8, 8, 8]
+        layers = [nn.Conv2d(inside, outside, 3, 2, 1) for inside, outside in itertools.pairwise(sides)]
+        names = ["first", "second", "third", "fourth", "last"]
+        super().__init__(OrderedDict(zip(names, layers, strict=True)))
+        self.mean, self.flat, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+
+
 def small_backbone(kind: str = "places", samples=BUNDLED) -> Backbone:
-    """Make one: ``places`` (``patch``, ``norm``, ``blocks.3``, ``flatten``, ``mean`` ...) or ``large``."""
+    """Make one: ``places`` (``patch``, ``norm``, ``blocks.3``, ``flatten``, ``mean`` ...), ``large`` or ``deep``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _Large() if kind == "large" else _Places()
+        network = {"places": _Places, "large": _Large, "deep": _Deep}[kind]()
     preprocessing = Preprocessing(SIZE, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     info = WeightsInfo("random", pretrained=False)
     return Backbone(kind, network, preprocessing, info, sha256_of(network), samples=samples)

@@ -4,9 +4,10 @@ import asyncio
 import threading
 
 import trunkline
-from serving_fakes import OTHER_TOKEN, TOKEN, LocalMetadata
+from serving_fakes import OTHER_TOKEN, READER_TOKEN, TOKEN, LocalMetadata
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.gateway import GatewayServer, Listener
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
@@ -19,7 +20,7 @@ class TrunkGateway:
 
     def __init__(self, folder, backbones, **options):
         self.folder = folder
-        (folder / "tokens").write_text(f"{TOKEN}\n{OTHER_TOKEN} other\n")
+        (folder / "tokens").write_text(f"{TOKEN}\n{OTHER_TOKEN} other\n{READER_TOKEN} default reader\n")
         self.blobs = BlobStore(f"file://{folder}/data")
         self.store = MetadataStore(Database(f"sqlite:///{folder}/metadata.sqlite"))
         self.loop = asyncio.new_event_loop()
@@ -34,13 +35,14 @@ class TrunkGateway:
 
         self.run(start())
         self.backends = Backends(self.engines, LocalMetadata(self.store), self.blobs)
+        self.budget = ByteBudget()
         self.port = 0
         self.serve()
 
     def serve(self):
         async def start():
             listener = Listener(port=self.port, token_file=str(self.folder / "tokens"))
-            self.server = GatewayServer(listener, self.backends)
+            self.server = GatewayServer(listener, self.backends, budget=self.budget)
             return await self.server.start()
 
         self.port = self.run(start())

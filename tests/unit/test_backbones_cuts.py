@@ -359,6 +359,56 @@ def test_channels_are_found_where_they_come_last() -> None:
     torch.testing.assert_close(embedding[:, 24:28], features.reshape(2, 2, 8, 2, 8, 12).mean((2, 4))[..., 0].flatten(1))
 
 
+def test_the_map_of_tokens_leaves_out_those_that_stand_for_no_place() -> None:
+    backbone = _backbone(Tokens())
+    assert backbone.describe().cut("layers.2").map_shape == (16, 4, 4)  # type: ignore[union-attr]
+    with torch.inference_mode():
+        tokens = backbone.stem("layers.2")(sample_images(2, SIZE))
+        at_the_cut = backbone.trunk("layers.2", "layers.2")(tokens)
+        from_before = backbone.trunk("layers.0", "layers.2")(backbone.stem("layers.0")(sample_images(2, SIZE)))
+    torch.testing.assert_close(at_the_cut, tokens[:, 1:].transpose(1, 2).flatten(1))
+    torch.testing.assert_close(from_before, at_the_cut)
+
+
+def test_the_map_of_channels_last_features_has_its_channels_first() -> None:
+    backbone = _backbone(ChannelsLast())
+    assert backbone.describe().cut("second").map_shape == (12, 16, 16)  # type: ignore[union-attr]
+    with torch.inference_mode():
+        images = sample_images(2, SIZE)
+        flat = backbone.trunk("input", "second")(images)
+        features = backbone.stem("second")(images)
+    torch.testing.assert_close(flat, features.permute(0, 3, 1, 2).flatten(1))
+
+
+def test_the_map_at_a_convolution_is_what_leaves_it() -> None:
+    backbone = _backbone(Small())
+    spec = backbone.describe()
+    assert spec.cuts[0].map_shape == spec.cuts[-1].map_shape == ()
+    with torch.inference_mode():
+        images = sample_images(3, SIZE)
+        for tap in backbone.stage_names:
+            features = backbone.stem(tap)(images)
+            assert spec.cut(tap).map_shape == features.shape[1:]  # type: ignore[union-attr]
+            torch.testing.assert_close(backbone.trunk("stem", tap)(backbone.stem("stem")(images)), features.flatten(1))
+
+
+def test_a_tap_that_gives_no_map_is_refused_with_those_that_do() -> None:
+    backbone = _backbone(Small())
+    first, last = backbone.stage_names
+    for tap, why in ((first, "lies before it"), ("stem", "lies before it"), ("input", "lies before it")):
+        with pytest.raises(WireError, match=f"{why}.*are maps there: {last}$") as caught:
+            backbone.trunk(last, tap)
+        assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    pooled = backbone.cut_names[-1]
+    for tap in (pooled, "input"):
+        with pytest.raises(WireError, match=f"no places that form a map.*: {first}, {last}$") as caught:
+            backbone.trunk("input", tap)
+        assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+    with pytest.raises(WireError) as caught:
+        backbone.trunk("stem", "nowhere")
+    assert caught.value.code is ErrorCode.NOT_FOUND
+
+
 class Places(nn.Module):
     """Adds an encoding of places, made from the picture's size once and used in every layer."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from trunkline_worker.backbones.embedding import LastPool, Tap, TapPool, grid_means, slices_of
+from trunkline_worker.backbones.embedding import LastPool, MapPool, Tap, TapPool, grid_means, map_shape, slices_of
 from trunkline_worker.backbones.layout import channel_axis, is_picture, num_extra_tokens, resolution
 
 
@@ -27,6 +27,36 @@ def test_places_are_found_in_every_layout(extra: int) -> None:
     tokens = torch.cat([torch.full((2, extra, 3), 9.0), x_BCHW.flatten(2).transpose(1, 2)], dim=1)
     torch.testing.assert_close(TapPool((16 + extra, 3))(tokens), expected)
     torch.testing.assert_close(LastPool((16 + extra, 3))(tokens), expected[:, :3])
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_maps_of_every_layout_have_their_channels_first(extra: int) -> None:
+    x_BCHW = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(extra))
+    expected = x_BCHW.flatten(1)
+    assert torch.equal(MapPool((3, 4, 4))(x_BCHW), expected)
+    assert torch.equal(MapPool((4, 4, 3))(x_BCHW.permute(0, 2, 3, 1)), expected)
+    tokens = torch.cat([torch.full((2, extra, 3), 9.0), x_BCHW.flatten(2).transpose(1, 2)], dim=1)
+    assert torch.equal(MapPool((16 + extra, 3))(tokens), expected)
+    assert MapPool((3, 4, 4))(x_BCHW.to(torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("row_shape", "expected"),
+    [
+        ((512, 7, 7), (512, 7, 7)),
+        ((14, 14, 96), (96, 14, 14)),
+        ((7, 7, 7), (7, 7, 7)),
+        ((196, 768), (768, 14, 14)),
+        ((197, 768), (768, 14, 14)),
+        ((201, 768), (768, 14, 14)),
+        ((35, 768), ()),  # no square, and no square with a few more
+        ((1, 768), ()),
+        ((512,), ()),
+        ((512, 1, 1), ()),
+    ],
+)
+def test_the_shape_of_a_map_is_read_from_that_of_a_row(row_shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert map_shape(row_shape) == expected
 
 
 def test_tokens_that_form_no_square_have_no_grid() -> None:

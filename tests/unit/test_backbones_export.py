@@ -88,6 +88,25 @@ def test_stems_of_every_rank_are_exported(cut: str) -> None:
         assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("cut", "tap"), [("input", "patch"), ("patch", "norm"), ("norm", "blocks.3"), ("norm", "norm")]
+)
+def test_trunks_that_end_in_a_map_are_exported(cut: str, tap: str) -> None:
+    backbone = small_backbone()
+    images = sample_images(3, backbone.preprocessing.input_size, seed=1)
+    features = images if cut == "input" else backbone.stem(cut)(images)
+    module = backbone.trunk(cut, tap)
+    expected = module(features).numpy()
+    with torch.inference_mode(mode=False):
+        data = export_module(module, features[:2].clone(), "features", "embedding")
+    session = onnxruntime.InferenceSession(data, session_options(1), providers=["CPUExecutionProvider"])
+    for rows in (features, features[:1]):
+        (got,) = session.run(None, {"features": rows.contiguous().numpy()})
+        assert got.shape == (len(rows), expected.shape[1])
+        assert np.abs(got - expected[: len(rows)]).max() <= TOLERANCE * np.abs(expected).max()
+
+
 def test_a_stem_carries_nothing_of_the_machine_it_was_exported_on(stem: bytes) -> None:
     for text in (b".py", b"site-packages", b"torch/nn", b"stack_trace"):
         assert text not in stem

@@ -402,6 +402,11 @@ class TestIdentity:
         assert local.space == local_space("f", local_fingerprint(local.sha256, local.inputs, 3))
         assert local.space.is_local and local.space.source == "f"
 
+    def test_space_is_found_with_a_blank_picture(self, images):
+        local, other = (local_model(lambda x: x[..., :2], name="f", version="1", input_size=8) for _ in range(2))
+        other.run(images)
+        assert local.space == other.space and local.width == 8 * 8 * 2
+
     def test_what_tells_functions_apart(self):
         def fingerprint(name="f", version="1", rows=np.zeros((2, 8, 8, 3), np.uint8), **keywords):
             local = local_model(lambda x: x, name=name, version=version, **keywords)

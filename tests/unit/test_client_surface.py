@@ -43,6 +43,7 @@ NAMES = [
     "NotFiniteError",
     "NotFoundError",
     "OverloadedError",
+    "OwnStem",
     "PayloadTooLargeError",
     "PermissionDeniedError",
     "Prediction",
@@ -132,6 +133,7 @@ def test_public_methods_are_documented():
         trunkline.Dataset,
         trunkline.Stem,
         trunkline.LocalModel,
+        trunkline.OwnStem,
     ):
         for name, member in inspect.getmembers(kind):
             if not name.startswith("_") and callable(member):

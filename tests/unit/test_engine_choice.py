@@ -16,7 +16,7 @@ from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
 from trunkline_worker.engine import choice
-from trunkline_worker.engine.choice import Measurement, RuntimeChooser, choose, embedding_error
+from trunkline_worker.engine.choice import Measurement, RuntimeChooser, choose, embedding_error, trunk_slices
 from trunkline_worker.engine.exports import STEMS, ExportStore
 from trunkline_worker.engine.runtimes import (
     ONNX_FP32,
@@ -162,6 +162,36 @@ def test_the_choice_is_measured_once_and_remembered(
     # Another number of threads, or another size, is another machine or network.
     assert _chooser(backbone, blobs, num_threads=2).remembered("input", SIZE) is None
     assert _chooser(backbone, blobs).remembered("input", 96) is None
+
+
+def test_the_runtime_of_a_map_is_chosen_and_remembered_by_its_tap(blobs: BlobStore) -> None:
+    small = place(small_backbone(), CPU)
+    chooser = _chooser(small, blobs)
+    taps = ("blocks.1", "blocks.3", "")
+    with torch.inference_mode():
+        features = small.stem("norm")(sample_images(3, SMALL, seed=7))
+    for number, tap in enumerate(taps):
+        assert [chooser.remembered("norm", SMALL, one) is None for one in taps] == [at >= number for at in range(3)]
+        candidates = chooser.candidates("norm", SMALL, tap)
+        assert [one.name for one in candidates] == [*torch_candidates(CPU), ONNX_FP32]
+        chosen = chooser.measure("norm", SMALL, candidates, tap)
+        found = chooser.remembered("norm", SMALL, tap)
+        assert found is not None
+        assert (found.runtime.name, found.error) == (chosen.runtime.name, chosen.error)
+        expected = small.trunk("norm", tap)(features)
+        got = found.runtime.run(features.contiguous().numpy())
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def test_the_error_of_a_map_is_measured_on_all_of_it() -> None:
+    spec = small_backbone().describe()
+    assert trunk_slices(spec, "norm", "blocks.3") == [SliceSpec("blocks.3.map", 0, 16 * 64)]
+    assert [one.name for one in trunk_slices(spec, "blocks.3", "")] == [
+        "blocks.3.mean",
+        "blocks.3.std",
+        "blocks.3.grid",
+        "pooled",
+    ]
 
 
 def test_without_an_export_torch_serves(

@@ -14,6 +14,8 @@ from trunkline_wire.quantise import pack
 from trunkline_wire.specs import FeatureSpace, local_space
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
+from trunkline_worker.engine import graphs
+from trunkline_worker.engine.graphs import Function, Graphs
 from trunkline_worker.store.blobs import BlobStore
 
 with_engine = functools.partial(engines.with_engine, patience_s=120)
@@ -175,3 +177,167 @@ def test_rows_wait_in_line_with_everybody_elses(resnet, blobs):
         assert 0 < len(refused) < len(answers)
 
     with_engine(resnet, blobs, test, max_queued_rows=9)
+
+
+@pytest.mark.parametrize(("outputs", "with_decoder"), [(("pooled",), False), (("logits",), True)])
+def test_a_pass_that_is_still_at_hand_changes_no_bit(resnet, blobs, outputs, with_decoder):
+    spec = resnet.describe(SIZE)
+    space = spec.space(spec.cut("layer2"))
+    draw = np.random.default_rng(2)
+    decoder = None
+    rows = features_at(resnet, "layer2", 3, SIZE)
+    if with_decoder:
+        decoder = ChannelLinear(draw.normal(size=(128, 5)).astype(np.float32), draw.normal(size=128).astype(np.float32))
+        rows = draw.normal(size=(3, 5, 8, 8)).astype(np.float32)
+    gradient = draw.normal(size=(3, 1000 if outputs == ("logits",) else 512)).astype(np.float32)
+
+    async def test(engine):
+        def answers(got):
+            return [got.features] + ([] if got.decoder is None else [got.decoder.weight, got.decoder.bias])
+
+        async def backward():
+            return answers(await engine.backward(space, rows, gradient, outputs, decoder=decoder))
+
+        kept = engine._differentiator._graphs
+        alone = await backward()
+        first = await engine.forward(space, rows, outputs, decoder=decoder)
+        assert len(kept) == 1
+        together = await backward()
+        assert len(kept) == 0, "it was used"
+        # Other rows, other outputs and another decoder have passes of their own.
+        await engine.forward(space, rows, outputs, decoder=decoder)
+        await engine.forward(space, rows[:2], outputs, decoder=decoder)
+        await engine.forward(space, -rows, outputs, decoder=decoder)
+        await engine.forward(space, rows, ("layer4.mean",), decoder=decoder)
+        if decoder is not None:
+            other = ChannelLinear(decoder.weight, decoder.bias + 1)
+            await engine.forward(space, rows, outputs, decoder=other)
+        beside = await backward()
+        assert len(kept) == (4 if decoder is not None else 3)
+        kept.clear()
+        evicted = await backward()
+        for one in (together, beside, evicted):
+            assert all(np.array_equal(got, wanted) for got, wanted in zip(one, alone, strict=True))
+        engine._differentiator._graphs = Graphs(0)
+        unkept = await engine.forward(space, rows, outputs, decoder=decoder)
+        assert np.array_equal(unkept.outputs_BD, first.outputs_BD)
+
+    with_engine(resnet, blobs, test)
+
+
+def test_a_callers_array_may_change_behind_a_pass(resnet, blobs):
+    spec = resnet.describe(SIZE)
+    space = spec.space(spec.cut("layer2"))
+    rows = features_at(resnet, "layer2", 2, SIZE)
+    gradient = np.ones((2, 512), np.float32)
+
+    async def test(engine):
+        await engine.forward(space, rows)
+        rows[:] *= 0.5
+        got = await engine.backward(space, rows, gradient)
+        engine._differentiator._graphs.clear()
+        wanted = await engine.backward(space, rows, gradient)
+        assert np.array_equal(got.features, wanted.features)
+
+    with_engine(resnet, blobs, test)
+
+
+class Squares(torch.nn.Module):
+    """Keeps its input for the backward pass, and its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1000), requires_grad=False)
+
+    def forward(self, x):
+        return (x * self.weight).square().tanh()
+
+
+def rows_of(value, count=2):
+    return (torch.full((count, 1000), float(value), requires_grad=True),)
+
+
+def test_passes_are_kept_within_bounds(monkeypatch):
+    function = Function(Squares(), 0)
+    row_bytes = function.graph_bytes(rows_of(1)) // 2
+    # Leaf, product and output; not the weight.
+    assert row_bytes == 3 * 4000
+    kept = Graphs(max_bytes=5 * row_bytes)
+    for value in range(4):
+        kept.forward(function, rows_of(value))
+        assert len(kept) == min(value + 1, 2)
+    for value, left in ((0, 2), (3, 1), (3, 1), (2, 0)):
+        graph = kept.take(function, rows_of(value))
+        assert len(kept) == left
+        graph.gradients(torch.ones(2, 1000))
+    outputs = kept.forward(function, rows_of(1, count=6))
+    assert (outputs.requires_grad, len(kept)) == (False, 0), "there can be no room for it"
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
+    kept = Graphs(max_bytes=2**30)
+    for value in range(5):
+        kept.forward(function, rows_of(value))
+    assert len(kept) == 3
+
+
+def test_zeros_of_either_sign_are_told_apart():
+    function = Function(Squares(), 0)
+    kept = Graphs(max_bytes=2**30)
+    kept.forward(function, rows_of(0.0))
+    kept.take(function, rows_of(-0.0))
+    assert len(kept) == 1
+
+
+def test_memory_that_runs_out_is_first_taken_from_kept_passes(resnet, blobs, monkeypatch):
+    spec = resnet.describe(SIZE)
+    space = spec.space(spec.cut("layer2"))
+    rows = features_at(resnet, "layer2", 2, SIZE)
+    gradient = np.ones((2, 512), np.float32)
+
+    async def test(engine):
+        kept = engine._differentiator._graphs
+        wanted = await engine.backward(space, rows, gradient)
+        await engine.forward(space, rows)
+        real = Function.forward
+
+        def needs_room(self, *inputs):
+            if len(kept):
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return real(self, *inputs)
+
+        monkeypatch.setattr(Function, "forward", needs_room)
+        got = await engine.backward(space, -rows, gradient)
+        assert got.features.shape == wanted.features.shape
+        assert len(kept) == 0
+
+        def never(self, *inputs):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(Function, "forward", never)
+        for call in (engine.forward(space, rows), engine.backward(space, rows, gradient)):
+            with pytest.raises(WireError, match="fewer rows") as caught:
+                await call
+            assert caught.value.code is ErrorCode.WORKER_OOM
+
+    with_engine(resnet, blobs, test)
+
+
+def test_rows_beyond_float32_are_named(resnet, blobs):
+    spec = resnet.describe(SIZE)
+    space = spec.space(spec.cut("layer2"))
+    rows = features_at(resnet, "layer2", 5, SIZE)
+    large = rows.copy()
+    large[3] = 3e38
+    steep = np.ones((5, 512), np.float32)
+    steep[4] = 3e38
+
+    async def test(engine):
+        for call, what in (
+            (engine.forward(space, large), r"outputs.*row 3"),
+            (engine.backward(space, rows, steep), r"gradients.*row 4"),
+        ):
+            with pytest.raises(WireError, match=what) as caught:
+                await call
+            assert caught.value.code is ErrorCode.NOT_FINITE
+
+    # Four rows at a time: the number is that of the whole message.
+    with_engine(resnet, blobs, test, max_rows=1)

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_backbones import SIZE as SMALL
+from small_backbones import small_backbone
 from trunkline_wire.bottleneck import Bottleneck, ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import pack
 from trunkline_wire.specs import FeatureSpace, bottleneck_fingerprint, local_space, map_slice
 from trunkline_worker.backbones.catalogue import load_backbone
-from trunkline_worker.backbones.embedding import map_shape
 from trunkline_worker.backbones.export import sample_images
+from trunkline_worker.engine import choice
+from trunkline_worker.engine.runtimes import TORCH_FP32
+from trunkline_worker.engine.targets import Target
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
@@ -35,6 +39,11 @@ with_engine = functools.partial(engines.with_engine, patience_s=120)
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    monkeypatch.setattr(choice, "torch_candidates", lambda _device: (TORCH_FP32,))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,7 @@ OWN = HeadInput(("edge",), (4,))
 MORE = (ModelInput(LOCAL, "", ("edge",), 4, "float32"),)
 
 
-def refuses(engine, code, *parts):
+def refuses(code, *parts):
     async def check(call):
         with pytest.raises(WireError) as caught:
             await call
@@ -174,13 +183,16 @@ def test_columns_that_do_not_fit_are_refused(backbone, blobs, spec, features, ow
         def predict(record, more):
             return engine.predict(space, features, record, more_BE=more)
 
-        await refuses(engine, ErrorCode.INVALID_ARGUMENT, "another input: edge")(predict(model, None))
-        await refuses(engine, ErrorCode.INVALID_ARGUMENT, "has one input")(predict(plain, own))
-        await refuses(engine, ErrorCode.SHAPE_MISMATCH, "4 columns for 7 rows")(predict(model, own[:6]))
-        await refuses(engine, ErrorCode.SHAPE_MISMATCH, "(7, 3)")(predict(model, own[:, :3]))
-        await refuses(engine, ErrorCode.NOT_FINITE, "3")(predict(model, bad))
+        await refuses(ErrorCode.INVALID_ARGUMENT, "another input: edge")(predict(model, None))
+        await refuses(ErrorCode.INVALID_ARGUMENT, "has one input")(predict(plain, own))
+        await refuses(ErrorCode.SHAPE_MISMATCH, "4 columns for 7 rows")(predict(model, own[:6]))
+        await refuses(ErrorCode.SHAPE_MISMATCH, "(7, 3)")(predict(model, own[:, :3]))
+        await refuses(ErrorCode.NOT_FINITE, "3")(predict(model, bad))
+        await refuses(ErrorCode.DTYPE_MISMATCH, "float64")(predict(model, own.astype(np.float64)))
+        await refuses(ErrorCode.SHAPE_MISMATCH, "(28)")(predict(model, own.ravel()))
+        assert (await engine.stats()).queued_rows == 0
         other = dataclasses.replace(plain, head_sha256=model.head_sha256)
-        await refuses(engine, ErrorCode.CORRUPT_DATA, "m@1")(predict(other, None))
+        await refuses(ErrorCode.CORRUPT_DATA, "m@1")(predict(other, None))
 
     with_engine(backbone, blobs, test)
 
@@ -198,15 +210,60 @@ def test_local_features_alone_need_no_trunk(backbone, blobs, spec, own):
         np.testing.assert_allclose(lossy.outputs_BK, expected, atol=0.02)
         assert (await engine.stats()).trunk_rows == 0
         other = local_space("edge", "ef" * 32)
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "ababababab", "efefefefef")(engine.predict(other, own, model))
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "'float16'")(engine.predict(LOCAL, own.astype(np.float16), model))
-        await refuses(engine, ErrorCode.SHAPE_MISMATCH, "(rows, 4)")(engine.predict(LOCAL, own[:, :3], model))
-        await refuses(engine, ErrorCode.DTYPE_MISMATCH, "floats")(engine.predict(LOCAL, own.astype(np.uint8), model))
-        await refuses(engine, ErrorCode.NOT_FINITE)(engine.predict(LOCAL, own * np.inf, model))
-        await refuses(engine, ErrorCode.EMPTY_BATCH)(engine.predict(LOCAL, own[:0], model))
-        await refuses(engine, ErrorCode.INVALID_ARGUMENT, "enter no backbone")(engine.extract(LOCAL, own))
+        await refuses(ErrorCode.INCOMPATIBLE, "ababababab", "efefefefef")(engine.predict(other, own, model))
+        await refuses(ErrorCode.INCOMPATIBLE, "'float16'")(engine.predict(LOCAL, own.astype(np.float16), model))
+        await refuses(ErrorCode.SHAPE_MISMATCH, "(rows, 4)")(engine.predict(LOCAL, own[:, :3], model))
+        for kind in (np.uint8, np.int64, np.float64):
+            wrong = own.astype(kind)
+            await refuses(ErrorCode.DTYPE_MISMATCH, wrong.dtype.name)(engine.predict(LOCAL, wrong, model))
+        await refuses(ErrorCode.DTYPE_MISMATCH, "images")(engine.predict(LOCAL, [b"picture"] * 7, model))
+        await refuses(ErrorCode.NOT_FINITE)(engine.predict(LOCAL, own * np.inf, model))
+        await refuses(ErrorCode.EMPTY_BATCH)(engine.predict(LOCAL, own[:0], model))
+        await refuses(ErrorCode.INVALID_ARGUMENT, "enter no backbone")(engine.extract(LOCAL, own))
         features_model, _ = publish(blobs, spec, HeadConfig(), (POOLED,))
-        await refuses(engine, ErrorCode.INCOMPATIBLE)(engine.predict(LOCAL, own, features_model))
+        await refuses(ErrorCode.INCOMPATIBLE)(engine.predict(LOCAL, own, features_model))
+        at_cut = spec.space(spec.cut(CUT))
+        await refuses(ErrorCode.INCOMPATIBLE, "'edge'")(engine.predict(at_cut, own, model))
+        await refuses(ErrorCode.INVALID_ARGUMENT)(engine.forward(LOCAL, own))
+        await refuses(ErrorCode.INVALID_ARGUMENT)(engine.backward(LOCAL, own, own))
+
+    with_engine(backbone, blobs, test)
+
+
+def test_several_local_models_feed_one_head(backbone, blobs, spec, own):
+    other = ModelInput(local_space("other", "ef" * 32), "", ("other",), 2, "float32")
+    inputs = (OWN, HeadInput(("other",), (2,)))
+    model, head = publish(blobs, spec, HeadConfig(fuse="gate"), inputs, space=LOCAL, more=(other,))
+    columns = np.concatenate([own, own[:, :2] * 3], axis=1)
+
+    async def test(engine):
+        calls = [engine.predict(LOCAL, columns[at:, :4], model, more_BE=columns[at:, 4:]) for at in range(6)]
+        for at, answer in enumerate(await asyncio.gather(*calls)):
+            expected = head.predict(torch.from_numpy(columns[at:])).numpy()
+            np.testing.assert_allclose(answer.outputs_BK, expected, atol=1e-6)
+        await refuses(ErrorCode.INVALID_ARGUMENT, "other")(engine.predict(LOCAL, own, model))
+
+    with_engine(backbone, blobs, test, max_rows=4)
+
+
+def test_clients_whose_local_models_are_alike_in_name_or_width_do_not_disturb_each_other(backbone, blobs, spec):
+    def published(name, width):
+        # Whoever names a fingerprint may name any.
+        space = local_space(name, LOCAL.fingerprint)
+        return space, width, *publish(blobs, spec, HeadConfig(), (HeadInput((name,), (width,)),), space=space)
+
+    ways = [published("edge", 4), published("edge", 5), published("other", 4)]
+
+    async def test(engine):
+        for space, width, model, _ in ways:  # loads the heads, so that what follows arrives together
+            await engine.predict(space, np.ones((1, width), np.float32), model)
+        rows = {width: np.random.default_rng(width).normal(size=(3, width)).astype(np.float32) for width in (4, 5)}
+        answers = await asyncio.gather(
+            *(engine.predict(space, rows[width], model) for _ in range(3) for space, width, model, _ in ways)
+        )
+        for answer, (_, width, _, head) in zip(answers, ways * 3, strict=True):
+            expected = head.predict(torch.from_numpy(rows[width])).numpy()
+            np.testing.assert_allclose(answer.outputs_BK, expected, atol=1e-6)
 
     with_engine(backbone, blobs, test)
 
@@ -226,98 +283,217 @@ def test_a_convolutional_head_reads_the_map_at_its_tap(backbone, blobs, spec, fe
         got = await engine.extract(space, features, (map_slice(TAP),))
         assert [(one.name, one.stop) for one in got.slices] == [("layer4.map", 2048)]
         scale = float(reference.abs().max())
-        assert np.abs(got.embedding_BD - reference.numpy()).max() <= 0.02 * scale  # the runtime may be bfloat16
+        np.testing.assert_allclose(got.embedding_BD, reference.numpy(), rtol=0, atol=1e-5 * scale)
         answer = await engine.predict(space, features, model, more_BE=own)
-        np.testing.assert_allclose(answer.outputs_BK, expected, atol=0.02)
+        np.testing.assert_allclose(answer.outputs_BK, expected, atol=1e-5)
         # The tap may be the cut itself.
         here = await engine.extract(space, features, (map_slice(CUT),))
-        np.testing.assert_allclose(here.embedding_BD, features.reshape(7, -1), rtol=1e-2, atol=1e-6)
-        await refuses(engine, ErrorCode.INVALID_ARGUMENT, "alone")(
-            engine.extract(space, features, (map_slice(TAP), "pooled"))
-        )
-        await refuses(engine, ErrorCode.NOT_FOUND, "layer4.map")(engine.extract(space, features, ("fc.map",)))
-        await refuses(engine, ErrorCode.INVALID_ARGUMENT, "before the cut")(
+        np.testing.assert_array_equal(here.embedding_BD, features.reshape(7, -1))
+        await refuses(ErrorCode.INVALID_ARGUMENT, "alone")(engine.extract(space, features, (map_slice(TAP), "pooled")))
+        await refuses(ErrorCode.NOT_FOUND, "layer4.map")(engine.extract(space, features, ("fc.map",)))
+        await refuses(ErrorCode.INVALID_ARGUMENT, "before the cut 'layer3'", "layer4.map")(
             engine.extract(space, features, ("layer1.map",))
+        )
+        await refuses(ErrorCode.INVALID_ARGUMENT, "no map", "layer4.map")(
+            engine.extract(space, features, ("avgpool.map",))
         )
 
     with_engine(backbone, blobs, test)
 
 
-def test_maps_of_every_layout_are_channels_first():
-    assert map_shape((512, 7, 7)) == (512, 7, 7)
-    assert map_shape((14, 14, 96)) == (96, 14, 14)
-    assert map_shape((197, 768)) == (768, 14, 14)
-    assert map_shape((10, 768)) == (768, 3, 3)
-    assert map_shape((512,)) == ()
-    assert map_shape((512, 1, 1)) == ()
+def test_a_map_and_the_embedding_behind_one_cut_are_asked_for_side_by_side(backbone, blobs, spec, features):
+    space, names = spec.space(spec.cut(CUT)), ((map_slice(TAP),), ("pooled",), (map_slice(CUT),))
+
+    async def test(engine):
+        alone = [(await engine.extract(space, features, name)).embedding_BD for name in names]
+        calls = (engine.extract(space, features, name) for name in names * 3)
+        for answer, expected in zip(await asyncio.gather(*calls), alone * 3, strict=True):
+            np.testing.assert_allclose(answer.embedding_BD, expected, rtol=1e-5, atol=1e-6)
+
+    with_engine(backbone, blobs, test)
 
 
-def test_the_map_of_tokens_leaves_out_those_that_stand_for_no_place():
-    vit = load_backbone("timm/test_vit", allow_untrained=True)
-    spec = vit.describe()
-    tap = next(one for one in reversed(spec.cuts) if one.is_stage and one.map_shape)
-    channels, height, width = tap.map_shape
-    with torch.inference_mode():
-        tokens = vit.stem(tap.name)(sample_images(2, spec.preprocessing.input_size, 0))
-        flat = vit.trunk(tap.name, tap.name)(tokens)
-    assert tokens.shape[1] == height * width + 1
-    expected = tokens[:, 1:].permute(0, 2, 1).reshape(2, channels, height, width)
-    torch.testing.assert_close(flat.view(2, channels, height, width), expected)
+def test_the_runtime_of_a_map_is_measured_once_and_found_again(blobs, monkeypatch):
+    small = small_backbone()
+    spec = small.describe()
+    pictures = sample_images(2, SMALL).numpy()
+    measured = []
+    measure = choice.RuntimeChooser.measure
+
+    def counted(self, cut, input_size, candidates, tap=""):
+        measured.append((cut, tap))
+        return measure(self, cut, input_size, candidates, tap)
+
+    monkeypatch.setattr(choice.RuntimeChooser, "measure", counted)
+
+    async def test(engine):
+        for slices in (("blocks.1.map",), ("blocks.3.map",), ("pooled",)):
+            await engine.extract(spec.space(spec.cuts[0]), pictures, slices)
+
+    for _ in range(2):  # a second engine reads what the first one found out
+        with_engine(small, blobs, test)
+    assert measured == [("input", "blocks.1"), ("input", "blocks.3"), ("input", "")]
 
 
-def bottleneck(spec, codec="float32"):
+def test_what_is_one_place_at_the_own_size_is_a_map_at_a_larger_one(blobs):
+    deep = small_backbone("deep")
+    own, large = deep.describe(), deep.describe(2 * SMALL)
+    assert (own.cut("last").map_shape, large.cut("last").map_shape) == ((), (8, 2, 2))
+
+    def pictures(size):
+        return sample_images(2, size).numpy()
+
+    async def test(engine):
+        got = await engine.extract(large.space(large.cuts[0]), pictures(2 * SMALL), ("last.map",))
+        assert got.embedding_BD.shape == (2, 32)
+        with torch.inference_mode():
+            expected = deep.stem("last")(sample_images(2, 2 * SMALL)).flatten(1).numpy()
+        np.testing.assert_allclose(got.embedding_BD, expected, rtol=1e-4, atol=1e-6)
+        await refuses(ErrorCode.INVALID_ARGUMENT, "no map")(
+            engine.extract(own.space(own.cuts[0]), pictures(SMALL), ("last.map",))
+        )
+
+    with_engine(deep, blobs, test)
+
+
+def bottleneck_at(spec, name, code_channels=6):
     draw = np.random.default_rng(3)
-    cut = spec.cut(CUT)
-    encoder = ChannelLinear(draw.normal(size=(6, 256)).astype(np.float32) / 16, np.zeros(6, np.float32))
-    decoder = ChannelLinear(draw.normal(size=(256, 6)).astype(np.float32), draw.normal(size=256).astype(np.float32))
-    return Bottleneck(spec.space(cut), cut.feature_shape, 0, encoder, decoder, codec, 0.125)
+    cut = spec.cut(name)
+    channels = cut.feature_shape[cut.channel_axis]
+
+    def layer(outside, inside):
+        weight = draw.normal(size=(outside, inside)) / inside**0.5
+        return ChannelLinear(weight.astype(np.float32), draw.normal(size=outside).astype(np.float32))
+
+    encoder, decoder = layer(code_channels, channels), layer(channels, code_channels)
+    return Bottleneck(spec.space(cut), cut.feature_shape, cut.channel_axis, encoder, decoder, "int8", 0.125)
 
 
-def test_codes_of_a_bottleneck_become_features_again(backbone, blobs, spec, features):
-    made = bottleneck(spec)
+def decoded_by_torch(made, codes):
+    """Decode with a 1x1 convolution, or a linear layer where channels come last."""
+    weight, bias = torch.from_numpy(made.decoder.weight), torch.from_numpy(made.decoder.bias)
+    codes = torch.from_numpy(codes)
+    if made.channel_axis == 0:
+        return torch.nn.functional.conv2d(codes, weight[:, :, None, None], bias).numpy()
+    return torch.nn.functional.linear(codes, weight, bias).numpy()
+
+
+@pytest.mark.parametrize("name", ["patch", "norm", "flatten"])
+def test_codes_of_every_layout_become_features_again(blobs, name):
+    # (C, H, W), (H, W, C), (T, C).
+    small = small_backbone()
+    spec = small.describe()
+    cut, made = spec.cut(name), bottleneck_at(spec, name)
+    with torch.inference_mode():
+        features = small.stem(name)(sample_images(5, SMALL)).contiguous().numpy()
+        codes = made.encoder.apply(features, made.channel_axis)
+        expected = small.trunk(name)(torch.from_numpy(decoded_by_torch(made, codes))).numpy()
+    assert codes.shape[1:] == made.code_shape
+    space = made.code_space(SHA)
+    assert space.fingerprint == bottleneck_fingerprint(cut.fingerprint, SHA)
+
+    async def test(engine):
+        got = await engine.extract(space, codes)
+        np.testing.assert_allclose(got.embedding_BD, expected, rtol=1e-4, atol=1e-5)
+        assert (got.codec_use.codec, got.codec_use.embedding_error) == ("float32", 0.125)
+        half = await engine.extract(space, codes.astype(np.float16))
+        np.testing.assert_allclose(half.embedding_BD, expected, rtol=0.02, atol=0.02)
+        packed = await engine.extract(space, pack(codes, "int8", made.channel_axis))
+        np.testing.assert_allclose(packed.embedding_BD, expected, rtol=0.1, atol=0.1)
+        assert packed.codec_use.codec == "int8"
+
+    with_engine(small, blobs, test, load_bottleneck=lambda _sha256: made)
+    # They share a batch with features that came as they are.
+    alike = [Target(spec, cut, "float32", spec.slices[-1:], one).key for one in (made, None)]
+    assert alike == [(name, SMALL, "")] * 2
+
+
+def test_models_on_codes_keep_to_their_bottleneck_and_codec(backbone, blobs, spec, features):
+    made = bottleneck_at(spec, CUT)
     codes = made.encoder.apply(features, 0)
-    weight = torch.from_numpy(made.decoder.weight)[:, :, None, None]
-    decoded = torch.nn.functional.conv2d(torch.from_numpy(codes), weight, torch.from_numpy(made.decoder.bias)).numpy()
-    np.testing.assert_allclose(made.decoder.apply(codes, 0), decoded, rtol=1e-4, atol=1e-4)
-    cut = spec.cut(CUT)
-    space = FeatureSpace(spec.name, CUT, SIZE, bottleneck_fingerprint(cut.fingerprint, SHA), bottleneck=SHA)
-    model, _ = publish(blobs, spec, HeadConfig(), (POOLED,), space=space, codec="int8")
+    space, exact_space = made.code_space(SHA), spec.space(spec.cut(CUT))
+    model, head = publish(blobs, spec, HeadConfig(), (POOLED,), space=space, codec="int8")
     exact, _ = publish(blobs, spec, HeadConfig(), (POOLED,))
+
+    async def test(engine):
+        packed = pack(codes, "int8", 0)
+        answer = await engine.predict(space, packed, model)
+        embedding = torch.from_numpy((await engine.extract(space, packed, ("pooled",))).embedding_BD)
+        np.testing.assert_allclose(answer.outputs_BK, head.predict(embedding).numpy(), atol=1e-5)
+        use = answer.codec_use
+        assert (use.codec, use.embedding_error, use.trained_codec) == ("int8", 0.125, "int8")
+        await refuses(ErrorCode.INCOMPATIBLE, "'int8'")(engine.predict(space, codes, model))
+        await refuses(ErrorCode.INCOMPATIBLE, "bottleneck")(engine.predict(exact_space, features, model))
+        await refuses(ErrorCode.INCOMPATIBLE, "bottleneck")(engine.predict(space, packed, exact))
+        other = made.code_space("ee" * 32)
+        await refuses(ErrorCode.INCOMPATIBLE, "bottleneck eeee")(engine.predict(other, packed, model))
+
+    with_engine(backbone, blobs, test, load_bottleneck=lambda _sha256: made)
+
+
+def test_other_columns_follow_codes_through_batches(backbone, blobs, spec, features, own):
+    made = bottleneck_at(spec, CUT)
+    codes, space = made.encoder.apply(features, 0), made.code_space(SHA)
+    model, head = publish(blobs, spec, HeadConfig(), (POOLED, OWN), space=space, more=MORE, codec="int8")
+    packed = pack(np.concatenate([codes] * 8), "int8", 0)
+    many = np.concatenate([own * factor for factor in range(8)])
+
+    async def test(engine):
+        answer = await engine.predict(space, packed, model, more_BE=many)
+        embedding = (await engine.extract(space, packed, ("pooled",))).embedding_BD
+        expected = head.predict(torch.from_numpy(np.concatenate([embedding, many], axis=1))).numpy()
+        np.testing.assert_allclose(answer.outputs_BK, expected, atol=1e-5)
+
+    with_engine(backbone, blobs, test, max_rows=1, load_bottleneck=lambda _sha256: made)
+
+
+def test_codes_that_do_not_fit_are_refused(backbone, blobs, spec, features):
+    made = bottleneck_at(spec, CUT)
+    codes, space = made.encoder.apply(features, 0), made.code_space(SHA)
+
+    async def test(engine):
+        await refuses(ErrorCode.SHAPE_MISMATCH, "(6, ")(engine.extract(space, features))
+        await refuses(ErrorCode.SHAPE_MISMATCH, "axis 1")(engine.extract(space, pack(codes, "int8", 1)))
+        await refuses(ErrorCode.NOT_FINITE)(engine.extract(space, codes * np.inf))
+        await refuses(ErrorCode.DTYPE_MISMATCH, "int32")(engine.extract(space, codes.astype(np.int32)))
+        forged = dataclasses.replace(space, fingerprint="00" * 32)
+        await refuses(ErrorCode.INCOMPATIBLE, "000000")(engine.extract(forged, codes))
+        elsewhere = dataclasses.replace(
+            space, cut=TAP, fingerprint=bottleneck_fingerprint(spec.cut(TAP).fingerprint, SHA)
+        )
+        await refuses(ErrorCode.INCOMPATIBLE, "not for cut 'layer4'")(engine.extract(elsewhere, codes))
+
+    with_engine(backbone, blobs, test, load_bottleneck=lambda _sha256: made)
+    wrong = dataclasses.replace(made, feature_shape=(256, 9, 9))
+
+    async def of_another_shape(engine):
+        await refuses(ErrorCode.INCOMPATIBLE, "not for cut 'layer3'")(engine.extract(space, codes))
+
+    with_engine(backbone, blobs, of_another_shape, load_bottleneck=lambda _sha256: wrong)
+
+    async def without(engine):
+        await refuses(ErrorCode.UNSUPPORTED, "no bottlenecks")(engine.extract(space, codes))
+
+    with_engine(backbone, blobs, without)
+
+
+def test_a_bottleneck_is_loaded_once_for_all_and_a_failure_is_not_kept(backbone, blobs, spec, features):
+    made = bottleneck_at(spec, CUT)
+    codes, space = made.encoder.apply(features, 0), made.code_space(SHA)
     loaded = []
 
     def load(sha256):
         loaded.append(sha256)
+        if len(loaded) == 1:
+            raise WireError(ErrorCode.NOT_FOUND, "no such file")
         return made
 
     async def test(engine):
-        got = await engine.extract(space, codes)
-        plain = await engine.extract(spec.space(cut), decoded)
-        np.testing.assert_allclose(got.embedding_BD, plain.embedding_BD, rtol=1e-3, atol=1e-4)
-        assert got.codec_use.embedding_error == 0.125
-        answer = await engine.predict(space, pack(codes, "int8", 0), model)
-        assert (answer.codec_use.codec, answer.codec_use.trained_codec) == ("int8", "int8")
-        assert loaded == [SHA]
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "'int8'")(engine.predict(space, codes, model))
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "bottleneck")(engine.predict(spec.space(cut), features, model))
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "bottleneck")(engine.predict(space, codes, exact))
-        await refuses(engine, ErrorCode.SHAPE_MISMATCH, "(6, ")(engine.extract(space, features))
-        forged = dataclasses.replace(space, fingerprint="00" * 32)
-        await refuses(engine, ErrorCode.INCOMPATIBLE)(engine.extract(forged, codes))
-        elsewhere = FeatureSpace(
-            spec.name,
-            TAP,
-            SIZE,
-            bottleneck_fingerprint(spec.cut(TAP).fingerprint, SHA),
-            bottleneck=SHA,
-        )
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "not for cut 'layer4'")(engine.extract(elsewhere, codes))
+        await refuses(ErrorCode.NOT_FOUND, "no such file")(engine.extract(space, codes))
+        await asyncio.gather(*(engine.extract(space, codes) for _ in range(4)))
+        assert loaded == [SHA, SHA]
 
     with_engine(backbone, blobs, test, load_bottleneck=load)
-
-    async def without(engine):
-        await refuses(engine, ErrorCode.UNSUPPORTED)(engine.extract(space, codes))
-
-    with_engine(backbone, blobs, without)
 
 
 def test_a_stem_of_ones_own_is_taken_at_its_word_and_models_keep_to_it(backbone, blobs, spec, features):
@@ -329,11 +505,11 @@ def test_a_stem_of_ones_own_is_taken_at_its_word_and_models_keep_to_it(backbone,
         got = await engine.extract(space, half)
         assert got.embedding_BD.shape[0] == 7
         assert (await engine.predict(space, half, model)).outputs_BK.shape == (7, 3)
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "'float16'")(engine.predict(space, features, model))
+        await refuses(ErrorCode.INCOMPATIBLE, "'float16'")(engine.predict(space, features, model))
         other = dataclasses.replace(space, fingerprint="bb" * 32)
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "'mine'", "bbbb")(engine.predict(other, half, model))
-        await refuses(engine, ErrorCode.INCOMPATIBLE, "'mine'")(engine.predict(spec.space(spec.cut(CUT)), half, model))
-        await refuses(engine, ErrorCode.SHAPE_MISMATCH)(engine.extract(space, half[:, :5]))
+        await refuses(ErrorCode.INCOMPATIBLE, "'mine'", "bbbb")(engine.predict(other, half, model))
+        await refuses(ErrorCode.INCOMPATIBLE, "'mine'")(engine.predict(spec.space(spec.cut(CUT)), half, model))
+        await refuses(ErrorCode.SHAPE_MISMATCH)(engine.extract(space, half[:, :5]))
 
     with_engine(backbone, blobs, test)
 

@@ -212,11 +212,11 @@ def test_a_prediction_says_what_its_model_was_trained_on(gateway, channel):
 
 
 def test_packed_rows_count_for_the_reply_and_for_memory_with_their_scales(gateway, channel, monkeypatch):
-    from trunkline_worker.serving.servicers import inference
+    from trunkline_worker.serving import replies
 
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     request = extract(pack(features(5), "int8"), EXACT)
-    monkeypatch.setattr(inference, "MAX_PAYLOAD_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(replies, "MAX_PAYLOAD_BYTES", 4 * 3 * 4)
     assert "at most 4 rows" in refused(lambda: stub.Extract(request, metadata=USER)).details()
     monkeypatch.undo()
     scales = len(request.features.affine.scale) + len(request.features.affine.offset)

@@ -30,6 +30,8 @@ from trunkline_wire.v1 import (
     registry_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
+    trunk_pb2,
+    trunk_pb2_grpc,
 )
 
 USER = (("authorization", f"Bearer {fakes.TOKEN}"),)
@@ -92,6 +94,7 @@ def test_every_rpc_of_the_wire_refuses_a_caller_without_a_token(channel):
         "DatasetService": (dataset_pb2_grpc.DatasetServiceStub, dataset_pb2),
         "TrainingService": (training_pb2_grpc.TrainingServiceStub, training_pb2),
         "RegistryService": (registry_pb2_grpc.RegistryServiceStub, registry_pb2),
+        "TrunkService": (trunk_pb2_grpc.TrunkServiceStub, trunk_pb2),
     }
     called = 0
     for name, (make, module) in stubs.items():
@@ -102,7 +105,7 @@ def test_every_rpc_of_the_wire_refuses_a_caller_without_a_token(channel):
             error = refused(lambda stub=stub, method=method, argument=argument: getattr(stub, method.name)(argument))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method.name
             called += 1
-    assert called == 21
+    assert called == 26
 
 
 def test_reflection_needs_a_token_and_then_lists_everything(channel):
@@ -695,9 +698,9 @@ def test_a_full_disk_fails_the_chunk_with_the_reason_and_the_gateway_goes_on(gat
 
 
 def test_an_embedding_that_would_not_fit_a_message_is_refused_before_it_is_computed(gateway, channel, monkeypatch):
-    from trunkline_worker.serving.servicers import inference
+    from trunkline_worker.serving import replies
 
-    monkeypatch.setattr(inference, "MAX_PAYLOAD_BYTES", 100)
+    monkeypatch.setattr(replies, "MAX_PAYLOAD_BYTES", 100)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     assert stub.Extract(extract(images(4)), metadata=USER).embedding.shape[0] == 4  # 4 x 6 x 4 bytes
     error = refused(lambda: stub.Extract(extract(images(5)), metadata=USER))

@@ -1,5 +1,6 @@
 """A job from its lease to the published model, on the real store, without Ray."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,18 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.rows import row_id
-from trunkline_wire.specs import FLOAT32, IMAGES, INT8, SliceSpec, codec_label, local_space
+from trunkline_wire.specs import (
+    FLOAT32,
+    IMAGES,
+    INT8,
+    CodecUse,
+    SliceSpec,
+    bottleneck_fingerprint,
+    codec_label,
+    embedding_fingerprint,
+    feature_fingerprint,
+    local_space,
+)
 from trunkline_worker.engine.api import Extraction
 from trunkline_worker.heads.artefact import head_from_bytes, head_path
 from trunkline_worker.store import chunks
@@ -20,26 +32,46 @@ from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import BackboneChoice, JobSpec, JobState
+from trunkline_worker.store.records import BackboneChoice, JobSpec, JobState, ModelInput
 from trunkline_worker.training.job import JobTools, manifest_path, run_job
 
 NUM_ROWS = 300
 LEASE_S = 3600.0
+BOTTLENECK_ERROR = 0.07
+
+
+def second_spec():
+    """Describe a backbone with other weights than `fake`."""
+    spec = fakes.fake_spec()
+    cuts = (
+        dataclasses.replace(cut, fingerprint=feature_fingerprint("w2", cut.name, spec.preprocessing))
+        for cut in spec.cuts
+    )
+    return dataclasses.replace(
+        spec,
+        name="second",
+        weights_sha256="w2",
+        cuts=tuple(cuts),
+        embedding_fingerprint=embedding_fingerprint("w2", spec.preprocessing),
+    )
 
 
 class FakeTrunk:
-    """A trunk whose embedding is the mean of each channel. Counts what goes through it and what it is asked."""
+    """Trunks whose embedding is the mean of each channel. Counts what goes through them and what they are asked."""
 
     def __init__(self):
         self.rows = 0
+        self.rows_of = collections.Counter()
+        self.slices_of = {}
         self.spec = fakes.fake_spec()
+        self.second = second_spec()
         self.bad_row = None
         self.on_batch = lambda: None
         self.spaces = set()
         self.costs_asked = []
 
     def describe(self, backbone, input_size):
-        return self.spec
+        return self.second if backbone == "second" else self.spec
 
     def cut_cost(self, backbone, cut, input_size):
         self.costs_asked.append((backbone, cut, input_size))
@@ -49,18 +81,28 @@ class FakeTrunk:
         for space, rows in batches:
             self.on_batch()
             self.rows += len(rows)
+            self.rows_of[space.backbone] += len(rows)
+            self.slices_of[space.backbone] = slices
             self.spaces.add(space)
             errors = {}
             if self.bad_row is not None:
                 errors[self.bad_row] = WireError(ErrorCode.CORRUPT_IMAGE, "not a picture")
-            if space.is_input:
+            spec = self.describe(space.backbone, space.input_size)
+            values = unpack(rows) if isinstance(rows, PackedRows) else rows
+            known = [one for one in spec.slices if one.name in spec.cut(space.cut).slices]
+            if slices == ("mid.map",):
+                embedding = values.reshape(len(values), -1).astype(np.float32)
+                known = [SliceSpec("mid.map", 0, embedding.shape[1])]
+            elif space.is_input:
                 embedding = np.zeros((len(rows), 6), np.float32)
                 embedding[:, 3:] = np.stack([np.frombuffer(row, np.uint8)[:3] for row in rows])
             else:
-                values = unpack(rows) if isinstance(rows, PackedRows) else rows
-                embedding = values.mean(axis=(2, 3)).astype(np.float32)
-            slices = [one for one in self.spec.slices if one.name in self.spec.cut(space.cut).slices]
-            yield Extraction(embedding, tuple(slices), errors, codec_use=fakes.fake_use(space, rows))
+                # The single channel of a code stands for all of them.
+                embedding = np.broadcast_to(values.mean(axis=(2, 3)), (len(rows), known[-1].stop - known[0].start))
+            use = fakes.fake_use(space, rows, spec)
+            if space.bottleneck:
+                use = CodecUse(use.codec, BOTTLENECK_ERROR)
+            yield Extraction(np.array(embedding, np.float32), tuple(known), errors, codec_use=use)
 
 
 class Bench:
@@ -405,9 +447,22 @@ class Fused(Bench):
         self.store.rows.add_chunk("default", sha256, space, codec, ids)
         return ids
 
-    def commit(self, name, space, ids, *, more=(), names=("a", "b", "c"), indices=None, targets=None):
-        labels = self.labels if indices is None and targets is None else (indices or ())
+    def commit(self, name, space, ids, *, more=(), names=("a", "b", "c"), targets=None):
+        labels = self.labels if targets is None else ()
         self.store.datasets.commit("default", name, space, ids, names, labels, targets, name, more_inputs=more)
+
+    def train(self, key="job", **spec):
+        """Do a whole job. Returns its record and what it published."""
+        self.submit(key, **spec)
+        job = self.run()
+        assert job.state is JobState.SUCCEEDED, job.error_message
+        model = self.store.models.get("default", job.model)
+        return job, model, head_from_bytes(self.blobs.get_checked(head_path(model.head_sha256), model.head_sha256))
+
+    def embed_messages(self, job):
+        """Return which inputs the events of a job name, in order."""
+        events = self.store.jobs.events("default", job.id)
+        return list(dict.fromkeys(event.message for event in events if event.phase == "embed"))
 
 
 @pytest.fixture
@@ -417,7 +472,7 @@ def fused(tmp_path):
 
 def test_local_features_stand_beside_the_embedding_and_in_the_manifest(fused):
     fused.commit("both", fused.space, fused.feature_ids, more=[(fused.edge, fused.own_ids)])
-    fused.submit(dataset="both", head=HeadConfig("mlp", (16,), fuse="add"), solver="adam", epochs=15)
+    fused.submit(dataset="both", head=HeadConfig("mlp", (16,), fuse="add"), solver="adam", epochs=15, **QUICK)
     job = fused.run()
     assert job.state is JobState.SUCCEEDED, job.error_message
     model = fused.store.models.get("default", "head")
@@ -463,15 +518,217 @@ def test_several_labels_a_row(fused):
 def test_pictures_are_read_by_each_backbone_once(fused):
     rows = [bytes(row) + b"jpeg" for row in (np.eye(3, dtype=np.uint8)[fused.labels] * 200)]
     fused.store_rows("pictures", IMAGES, "images", rows)
-    more = (BackboneChoice("second", 8),)
     for key in ("one", "two"):
-        fused.submit(key, dataset="pictures", more_backbones=more, **QUICK)
-        job = fused.run()
-        assert job.state is JobState.SUCCEEDED, job.error_message
-        # The fake has one network under two names: what the first read serves the second.
-        assert fused.trunk.rows == NUM_ROWS
-    model = fused.store.models.get("default", "head")
-    assert [one.slices for one in model.more_inputs] == [("pooled",)]
+        job, model, head = fused.train(key, dataset="pictures", more_backbones=(BackboneChoice("second", 8),), **QUICK)
+        assert fused.trunk.rows_of == {"fake": NUM_ROWS, "second": NUM_ROWS}
+        assert fused.embed_messages(job) == ["fake", "second"]
+    second = fused.trunk.second
+    assert model.space == fakes.images_space()
+    assert model.more_inputs == (
+        ModelInput(second.space(second.cut("input")), second.embedding_fingerprint, ("pooled",), 3, codec="images"),
+    )
+    assert [one.slices for one in head.inputs] == [("pooled",), ("pooled",)]
+
+
+def test_features_of_each_backbone_go_through_it_once(fused):
+    second = fused.trunk.second
+    space = second.space(second.cut("mid"))
+    ids = fused.store_input(space, "float16", fused.features)
+    fused.commit("all", fused.space, fused.feature_ids, more=[(space, ids), (fused.edge, fused.own_ids)])
+    for key in ("one", "two"):
+        job, model, head = fused.train(key, dataset="all", **QUICK)
+        assert fused.trunk.rows_of == {"fake": NUM_ROWS, "second": NUM_ROWS}
+        assert fused.embed_messages(job) == ["fake", "second", "edge"]
+        assert model.more_inputs == (
+            ModelInput(space, second.embedding_fingerprint, ("pooled",), 3, "float16", fakes.CODEC_ERRORS["float16"]),
+            ModelInput(fused.edge, "", ("edge",), 5, "float32"),
+        )
+    assert [sum(one.widths) for one in head.inputs] == [3, 3, 5]
+    assert len(fused.embedding_keys) == 2
+
+
+def with_map(spec, shape):
+    (first, mid) = spec.cuts
+    return dataclasses.replace(spec, cuts=(first, dataclasses.replace(mid, map_shape=shape)))
+
+
+def test_a_convolutional_head_reads_the_map_at_its_tap(fused):
+    fused.commit("both", fused.space, fused.feature_ids, more=[(fused.edge, fused.own_ids)])
+    fused.trunk.spec = with_map(fused.trunk.spec, (3, 2, 2))
+    asked = {
+        "dataset": "both",
+        "head": HeadConfig("conv", channels=(8,), tap="mid"),
+        "embedding": "slices",
+        "slices": ("mid.map",),
+        "solver": "adam",
+        "epochs": 25,
+        **QUICK,
+    }
+    for key in ("one", "two"):
+        _, model, head = fused.train(key, **asked)
+        assert fused.trunk.rows_of == {"fake": NUM_ROWS}
+    assert fused.trunk.slices_of == {"fake": ("mid.map",)}
+    assert [(one.slices, one.map_shape) for one in head.inputs] == [(("mid.map",), (3, 2, 2)), (("edge",), ())]
+    assert (model.slices, model.head) == (("mid.map",), asked["head"])
+    assert model.metrics["accuracy"] > 0.9
+    # Neither the embedding nor a map of another shape is taken for it.
+    fused.train("pooled", dataset="both", **QUICK)
+    fused.trunk.spec = with_map(fused.trunk.spec, (3, 4, 1))
+    fused.train("other", **asked)
+    assert fused.trunk.rows_of == {"fake": 3 * NUM_ROWS}
+
+
+OWN_STEM = dataclasses.replace(fakes.images_space(cut="mid"), fingerprint="9" * 64, local_model="mine")
+CODES = dataclasses.replace(
+    fakes.images_space(cut="mid"),
+    fingerprint=bottleneck_fingerprint(fakes.fake_spec().cut("mid").fingerprint, "c" * 64),
+    bottleneck="c" * 64,
+)
+
+
+@pytest.mark.parametrize(
+    ("space", "channels", "error"),
+    [(CODES, 1, BOTTLENECK_ERROR), (OWN_STEM, 3, fakes.CODEC_ERRORS["int8"])],
+    ids=["bottleneck", "own stem"],
+)
+def test_what_the_trunk_says_of_rows_of_ones_own_stands(fused, space, channels, error):
+    ids = fused.store_input(space, "int8", pack(fused.features[:, :channels], "int8"))
+    fused.commit("own", space, ids)
+    for key, rows in (("one", NUM_ROWS), ("two", NUM_ROWS + 1)):
+        # Once every embedding is cached, one row goes there to ask.
+        _, model, _ = fused.train(key, dataset="own", **QUICK)
+        assert (model.space, model.codec, model.codec_error) == (space, "int8", error)
+        assert fused.trunk.rows == rows
+    assert fused.trunk.costs_asked == []
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_local_features_in_fewer_bytes_are_unpacked(fused, codec):
+    fused.own[np.arange(NUM_ROWS), fused.labels] += 4
+    space = local_space("own", "cd" * 32)
+    fused.commit("alone", space, fused.store_input(space, codec, pack(fused.own, codec)))
+    _, model, head = fused.train(dataset="alone", backbone="", input_size=0, **QUICK)
+    assert (model.codec, model.codec_error, head.num_features) == (codec, 0.0, 5)
+    assert model.metrics["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda own: np.where(np.arange(NUM_ROWS)[:, None] == 7, np.float32(np.nan), own), "NOT_FINITE"),
+        (lambda own: own[:, :, None], "CORRUPT_DATA"),
+        (lambda own: [b"jpeg"] * NUM_ROWS, "CORRUPT_DATA"),
+    ],
+    ids=["nan", "maps", "images"],
+)
+def test_local_features_that_are_none_fail_the_job(fused, change, code):
+    space = local_space("own", "cd" * 32)
+    fused.commit("own", fused.space, fused.feature_ids, more=[(space, fused.store_input(space, "", change(fused.own)))])
+    fused.submit(dataset="own", **QUICK)
+    job = fused.run()
+    assert (job.state, job.error_code) == (JobState.FAILED, code)
+    assert ("row 7" if code == "NOT_FINITE" else "'own'") in job.error_message
+
+
+def test_a_manifest_says_all_that_a_model_was_made_of(fused):
+    fused.commit("both", fused.space, fused.feature_ids, more=[(fused.edge, fused.own_ids)])
+    job, model, _ = fused.train(dataset="both", **QUICK)
+    manifest = json.loads(fused.blobs.get(manifest_path(job.id, 1)))
+    head = {
+        "kind": "linear",
+        "hidden": [],
+        "activation": "relu",
+        "batch_norm": False,
+        "dropout": 0.0,
+        "channels": [],
+        "tap": "",
+        "fuse": "concat",
+        "fuse_width": 0,
+    }
+    assert manifest == {
+        "format": 2,
+        "model": {
+            "tenant": "default",
+            "name": "head",
+            "version": None,
+            "task": "classification",
+            "class_names": ["a", "b", "c"],
+            "num_outputs": 3,
+            "space": {
+                "backbone": "fake",
+                "cut": "mid",
+                "input_size": 8,
+                "fingerprint": fused.space.fingerprint,
+                "local_model": "",
+                "bottleneck": "",
+            },
+            "embedding_fingerprint": fused.trunk.spec.embedding_fingerprint,
+            "slices": ["pooled"],
+            "metrics": model.metrics,
+            "dataset": "both@1",
+            "dataset_digest": fused.store.datasets.get("default", "both@1").digest,
+            "head_sha256": model.head_sha256,
+            "versions": {"numpy": "x"},
+            "job_id": job.id,
+            "create_time": fused.clock.now(),
+            "codec": "float16",
+            "codec_error": 0.0005,
+            "more_inputs": [
+                {
+                    "space": {
+                        "backbone": "",
+                        "cut": "",
+                        "input_size": 0,
+                        "fingerprint": "ab" * 32,
+                        "local_model": "edge",
+                        "bottleneck": "",
+                    },
+                    "embedding_fingerprint": "",
+                    "slices": ["edge"],
+                    "width": 5,
+                    "codec": "float32",
+                    "codec_error": 0.0,
+                }
+            ],
+            "head": head,
+        },
+        "job": {
+            "model": "head",
+            "dataset": "both@1",
+            "backbone": "fake",
+            "input_size": 8,
+            "embedding": "pooled",
+            "slices": [],
+            "head": head,
+            "solver": "lbfgs",
+            "epochs": 0,
+            "batch_size": 0,
+            "learning_rate": 0.0,
+            "l2": 0.01,
+            "validation_fraction": 0.2,
+            "refit": False,
+            "seed": 0,
+            "loss": "mse",
+            "huber_delta": 1.0,
+            "more_backbones": [],
+        },
+        "backbones": [
+            {
+                "name": "fake",
+                "weights": "none",
+                "weights_sha256": "w",
+                "runtime": "",
+                "preprocessing": {
+                    "input_size": 8,
+                    "crop_fraction": 1.0,
+                    "interpolation": "nearest",
+                    "mean": [0.5] * 3,
+                    "std": [0.5] * 3,
+                },
+            }
+        ],
+        "candidates": [],
+    }
 
 
 def test_local_features_of_two_widths_fail_the_job(fused):

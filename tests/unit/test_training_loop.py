@@ -16,7 +16,6 @@ from trunkline_worker.training.fit import Fit, Rows, fit_head
 from trunkline_worker.training.loop import Labels, Source, TrainingCancelled, TrainingResult, train_head
 from trunkline_worker.training.minibatch import Objective, Schedule, Split, fit_minibatches
 from trunkline_worker.training.progress import Progress
-from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
 
 SLICES = (SliceSpec("a/mean", 0, 4), SliceSpec("a/grid", 4, 20), SliceSpec("pooled", 20, 30))
@@ -197,6 +196,11 @@ def test_cancelling_stops_between_steps_wherever_it_happens() -> None:
         ({"solver": "lbfgs", "head": HeadConfig("mlp", (8,))}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
         ({"solver": "lbfgs", "head": HeadConfig(fuse="add")}, ErrorCode.INVALID_ARGUMENT, "solver 'adam'"),
         ({"solver": "adam", "head": HeadConfig("prototype")}, ErrorCode.INVALID_ARGUMENT, "closed form"),
+        (
+            {"solver": "adam", "head": HeadConfig("mlp", (8,), batch_norm=True), "batch_size": 1},
+            ErrorCode.INVALID_ARGUMENT,
+            "at least 2 rows",
+        ),
         ({"loss": "hinge"}, ErrorCode.INVALID_ARGUMENT, "'hinge'"),
         ({"loss": "huber", "huber_delta": 0.0}, ErrorCode.INVALID_ARGUMENT, "above 0"),
         ({"loss": "huber", "huber_delta": float("nan")}, ErrorCode.INVALID_ARGUMENT, "above 0"),
@@ -421,7 +425,6 @@ def test_thousands_of_classes_with_two_rows_each_stay_bounded() -> None:
     classes = np.repeat(np.arange(num_classes), 3)
     x = draw.normal(size=(len(classes), 30)).astype(np.float32)
     x[:, 4:20] += 3 * draw.normal(size=(num_classes, 16)).astype(np.float32)[classes]
-    spec = check_spec(SPEC)
     seen: list[tuple[int, int]] = []
 
     def watch(x_ND: torch.Tensor, classes_N: torch.Tensor, count: int, *rest: object, **more: object) -> dict:
@@ -432,7 +435,7 @@ def test_thousands_of_classes_with_two_rows_each_stay_bounded() -> None:
         patch.setattr("trunkline_worker.training.choose.cross_validate_l2", watch)
         rows = Rows(torch.from_numpy(x), torch.from_numpy(classes))
         progress = Progress(lambda event: None, lambda: False)
-        assert choose_l2(spec, "classification", rows, classes, [30], 0, progress) == 1.0
+        assert choose_l2(SPEC, "classification", rows, classes, [30], progress) == 1.0
     assert seen == [(512, 256)]
 
 

@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize as scipy_minimise
 from sklearn.linear_model import LogisticRegression, Ridge
 from trunkline_worker.training import softmax
 from trunkline_worker.training.lbfgs import minimise
+from trunkline_worker.training.outputwise import (
+    cross_validate_outputwise,
+    fit_outputwise,
+    huber,
+    log_odds,
+    logistic,
+    medians,
+)
 from trunkline_worker.training.ridge import fit_ridge, left_out_predictions
 
 # N = rows, D = columns, K = classes
@@ -198,3 +207,53 @@ def test_a_centred_kernel_costs_no_digits_in_single_precision() -> None:
     exact = left_out_predictions(kernel, targets, (2e-4,))
     single = left_out_predictions(kernel.float(), targets.float(), (2e-4,))
     torch.testing.assert_close(single.double(), exact, atol=2e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.3, 10.0])
+@pytest.mark.parametrize("shape", [(120, 8), (40, 90)])
+def test_hubers_loss_ends_where_scipy_ends(shape: tuple[int, int], delta: float) -> None:
+    x, _ = problem(*shape, 2)
+    draw = np.random.default_rng(1)
+    targets = (x[:, :2].sum(axis=1) + draw.standard_t(1.5, size=shape[0]))[:, None]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        error = x @ flat[:-1] + flat[-1] - targets[:, 0]
+        clipped = error.clip(-delta, delta)
+        value = (clipped * (error - 0.5 * clipped)).sum() + 0.5 * 2.0 * (flat[:-1] ** 2).sum()
+        return value, np.append(x.T @ clipped + 2.0 * flat[:-1], clipped.sum())
+
+    options = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-15, "gtol": 1e-9}
+    theirs = scipy_minimise(objective, np.zeros(shape[1] + 1), jac=True, method="L-BFGS-B", options=options)
+    truth = torch.from_numpy(targets)
+    ours = fit_outputwise(
+        softmax.prepare(torch.from_numpy(x)), truth, huber(delta), 2.0, medians(truth), on_step=nothing
+    )
+    assert ours.converged
+    got = np.append(ours.weights_DK[:, 0].numpy(), float(ours.bias_K[0]))
+    assert objective(got)[0] == pytest.approx(theirs.fun, rel=1e-5)
+    np.testing.assert_allclose(got, theirs.x, atol=2e-3)
+
+
+def test_cross_validated_losses_of_several_labels_are_those_of_separate_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trunkline_worker.training.outputwise._LOOSE", 1e-10)
+    x, _ = problem(60, 100, 3)
+    truth = (x[:, :3] + np.random.default_rng(1).normal(size=(60, 3)) > 0.5).astype(np.float64)
+    fold = np.arange(60) % 4
+    got = cross_validate_outputwise(
+        torch.from_numpy(x),
+        torch.from_numpy(truth),
+        logistic,
+        log_odds,
+        torch.from_numpy(fold),
+        (300.0, 30.0, 3.0),
+        check=nothing,
+    )
+    assert len(got) >= 2
+    for l2, loss in got.items():
+        total = 0.0
+        for one, label in np.ndindex(4, 3):
+            inside, outside = fold != one, fold == one
+            model = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=10_000).fit(x[inside], truth[inside, label])
+            said = model.predict_log_proba(x[outside])[np.arange(outside.sum()), truth[outside, label].astype(int)]
+            total -= said.sum()
+        assert loss == pytest.approx(total / 180, rel=1e-3)

@@ -1,7 +1,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trunkline_worker.training.split import FOLDS, HOLD_OUT, folds, hold_out, random_stream, subsample
+from trunkline_worker.training.split import FOLDS, HOLD_OUT, folds, hold_out, keep_both, random_stream, subsample
 
 class_counts = st.lists(st.integers(min_value=2, max_value=30), min_size=2, max_size=6)
 
@@ -68,3 +68,21 @@ def test_classes_of_one_row_go_last_where_classes_are_left_out() -> None:
     counts = np.bincount(classes[rows], minlength=46)
     assert (counts[40:] == 3).all()
     assert int((counts[:40] > 0).sum()) == 4
+
+
+@settings(deadline=None)
+@given(st.integers(2, 30), st.integers(1, 6), st.floats(0.05, 0.95), st.floats(0.1, 0.95), st.integers(0, 2**32))
+def test_every_label_is_there_and_not_there_among_the_rows_to_train_on(
+    num_rows: int, num_labels: int, share: float, fraction: float, seed: int
+) -> None:
+    targets = (np.random.default_rng(seed).random((num_rows, num_labels)) < share).astype(np.float32)
+    before, held = hold_out(None, num_rows, fraction, random_stream(seed, HOLD_OUT))
+    training, validation = keep_both(targets, before, held)
+    assert sorted([*training, *validation]) == list(range(num_rows))
+    assert set(before) <= set(training)
+    for column in targets.T:
+        assert set(column[training]) == set(column)
+    # No row is moved for nothing: each was the first with, or without, some label.
+    assert len(training) - len(before) <= 2 * num_labels
+    if all(set(column[before]) == set(column) for column in targets.T):
+        assert np.array_equal(training, before)

@@ -30,12 +30,12 @@ class TrunkBatch:
     """Rows that go through the trunk together.
 
     Attributes:
-        number: Which batch of the step it is, from 0.
+        first_row: Which row of the step its first one is.
         features: (B, ...), float32.
         gradient_BD: Of the loss with respect to the outputs; None for a forward pass.
     """
 
-    number: int
+    first_row: int
     features: npt.NDArray[np.float32]
     gradient_BD: npt.NDArray[np.float32] | None = None
 
@@ -88,7 +88,7 @@ class TrunkCalls:
             entry.timeout_s = deadline.remaining() or 0.0
             return message
 
-        answers: list[TrunkAnswer | None] = [None] * len(batches)
+        answers: dict[int, TrunkAnswer] = {}
         stream = self._caller.stream(
             TrunkServiceStub,
             "StreamTrunk",
@@ -100,9 +100,12 @@ class TrunkCalls:
         )
         for _, batch, answer in stream:
             if isinstance(answer, TrunklineError):
+                if batch.first_row:
+                    counted = f"Its rows are counted from row {batch.first_row} of the step"
+                    answer.hint = f"{answer.hint.rstrip('.')}. {counted}" if answer.hint else counted
                 raise answer
-            answers[batch.number] = _answer(answer)
-        return [one for one in answers if one is not None]
+            answers[batch.first_row] = _answer(answer)
+        return [answers[batch.first_row] for batch in batches]
 
     def put_bottleneck(self, file: bytes, deadline: Deadline) -> str:
         """Put the file of a bottleneck there and return its hex SHA-256. Repeating it changes nothing."""

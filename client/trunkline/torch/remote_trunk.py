@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from trunkline_wire.bottleneck import ChannelLinear
+from trunkline_wire.finite import is_finite
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
 from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace
 
@@ -46,8 +47,8 @@ BATCH_BYTES = 16 * 2**20
 class RemoteTrunk(nn.Module):
     """The part of a backbone behind a cut, run on the cluster, forward and backward.
 
-    It is frozen and in evaluation mode whatever ``train`` and ``eval`` say, and computes in float32. The cluster keeps
-    nothing between passes, so a broken connection or a dead replica costs time and changes no number.
+    It is frozen and in evaluation mode whatever ``train`` and ``eval`` say, and computes in float32. No pass depends on
+    another, so a broken connection or a dead replica costs time and changes no number.
 
     Attributes:
         space: Where features enter.
@@ -70,7 +71,7 @@ class RemoteTrunk(nn.Module):
         max_in_flight: int = 4,
         timeout_s: float | None = None,
     ) -> None:
-        """Ask the cluster what is there; nothing is computed.
+        """Ask the cluster what is there.
 
         Args:
             client: Of the cluster. May be used for other things at the same time.
@@ -101,8 +102,10 @@ class RemoteTrunk(nn.Module):
         self.feature_shape = found.feature_shape
         self.slices = names
         self.decoder = decoder
-        self._remote = _Remote(client, self.space, names, batch_rows, max_in_flight, timeout_s or STEP_TIMEOUT_S)
+        self._remote = _Remote(client, self.space, names, batch_rows, max_in_flight, timeout_s)
         self._channel_axis = found.channel_axis
+        # What a compiler cannot look into: it leaves a gap in its graph.
+        self._run = torch.compiler.disable(_run)
         self.num_outputs = self._width(spec, found)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -122,10 +125,8 @@ class RemoteTrunk(nn.Module):
             ServiceUnavailableError, DeadlineExceededError: The cluster stays away.
         """
         self._check(features)
-        # Under autocast too: what crosses the wire is float32, whatever the layers around compute in.
-        with torch.autocast(features.device.type, enabled=False):
-            weight, bias = (None, None) if self.decoder is None else (self.decoder.weight, self.decoder.bias)
-            outputs: Tensor = _Through.apply(self._remote, features.float(), weight, bias)
+        weight, bias = (None, None) if self.decoder is None else (self.decoder.weight, self.decoder.bias)
+        outputs: Tensor = self._run(self._remote, features, weight, bias)
         return outputs
 
     def extra_repr(self) -> str:
@@ -137,7 +138,7 @@ class RemoteTrunk(nn.Module):
         if self.slices == (LOGITS,):
             # Only the network itself knows how many it has: one row of zeros is asked.
             zeros = np.zeros((1, *cut.feature_shape), np.float32)
-            return len(self._remote.run([TrunkBatch(0, zeros)], None)[0].values[0])
+            return int(self._remote.forward(zeros, None).shape[1])
         widths = {one.name: one.width for one in spec.slices}
         missing = [name for name in self.slices if name not in cut.slices]
         if missing or not self.slices:
@@ -145,6 +146,8 @@ class RemoteTrunk(nn.Module):
                 f"{spec.name} has no output {missing[0] if missing else ''!r} behind {cut.name!r}",
                 hint=f"There are {LOGITS} (alone), {', '.join(cut.slices)}",
             )
+        if len(set(self.slices)) != len(self.slices):
+            raise InvalidArgumentError(f"an output is named twice: {', '.join(self.slices)}")
         return sum(widths[name] for name in self.slices)
 
     def _check(self, features: Tensor) -> None:
@@ -173,14 +176,14 @@ class _Remote:
         outputs: tuple[str, ...],
         batch_rows: int | None,
         max_in_flight: int,
-        timeout_s: float,
+        timeout_s: float | None,
     ) -> None:
         self._client = client
         self._space = space
         self._outputs = outputs
         self._batch_rows = batch_rows
         self._max_in_flight = max_in_flight
-        self._timeout_s = timeout_s
+        self._timeout_s = STEP_TIMEOUT_S if timeout_s is None else timeout_s
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Remote:
         return self
@@ -193,8 +196,8 @@ class _Remote:
 
     def forward(self, features: npt.NDArray[np.float32], decoder: ChannelLinear | None) -> npt.NDArray[np.float32]:
         _check_finite(features, "features")
-        batches = [TrunkBatch(number, features[some]) for number, some in enumerate(self._pieces(features))]
-        return np.concatenate([one.values for one in self.run(batches, decoder)])
+        batches = [TrunkBatch(some.start, features[some]) for some in self._pieces(features)]
+        return np.concatenate([one.values for one in self._run(batches, decoder)])
 
     def backward(
         self,
@@ -203,10 +206,8 @@ class _Remote:
         decoder: ChannelLinear | None,
     ) -> tuple[npt.NDArray[np.float32], ChannelLinear | None]:
         _check_finite(gradient_BD, "gradient")
-        batches = [
-            TrunkBatch(number, features[some], gradient_BD[some]) for number, some in enumerate(self._pieces(features))
-        ]
-        answers = self.run(batches, decoder)
+        batches = [TrunkBatch(some.start, features[some], gradient_BD[some]) for some in self._pieces(features)]
+        answers = self._run(batches, decoder)
         gradient = np.concatenate([one.values for one in answers])
         own = [one.decoder for one in answers if one.decoder is not None]
         if not own:
@@ -215,7 +216,7 @@ class _Remote:
             np.sum([one.weight for one in own], axis=0), np.sum([one.bias for one in own], axis=0)
         )
 
-    def run(self, batches: Sequence[TrunkBatch], decoder: ChannelLinear | None) -> list[TrunkAnswer]:
+    def _run(self, batches: Sequence[TrunkBatch], decoder: ChannelLinear | None) -> list[TrunkAnswer]:
         try:
             return self._client._calls.trunk.run(
                 self._space,
@@ -266,8 +267,23 @@ class _Through(torch.autograd.Function):
         return None, found, torch.from_numpy(own.weight).to(weight), torch.from_numpy(own.bias).to(bias)
 
 
+def _run(remote: _Remote, features: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    # Under autocast too: what crosses the wire is float32, whatever the layers around compute in.
+    with torch.autocast(features.device.type, enabled=False):
+        outputs: Tensor = _Through.apply(remote, features.float(), weight, bias)
+    return outputs
+
+
 def _decoder(weight: Tensor | None, bias: Tensor | None) -> ChannelLinear | None:
-    return None if weight is None or bias is None else ChannelLinear(_numpy(weight), _numpy(bias))
+    if weight is None or bias is None:
+        return None
+    layer = ChannelLinear(_numpy(weight), _numpy(bias))
+    if not (is_finite(layer.weight) and is_finite(layer.bias)):
+        raise NotFiniteError(
+            "the decoder's weight or bias holds NaN or infinity",
+            hint="Go back to a state dict from before, and lower the learning rate or clip",
+        )
+    return layer
 
 
 def _numpy(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -28,9 +28,8 @@ if _version_not_supported:
 class TrunkServiceStub(object):
     """The trunk as a function that can be trained through: features in, outputs out, and the gradient back.
 
-    Nothing is kept between calls. A backward pass carries the features once more, runs the forward pass again and answers
-    with the gradient, so any replica can answer it, and asking twice gives the same answer. The trunk is frozen and in
-    evaluation mode, in float32.
+    No call depends on another: a backward pass carries the features once more, so any replica can answer it, and asking
+    twice gives the same answer. The trunk is frozen and in evaluation mode, in float32.
     """
 
     def __init__(self, channel):
@@ -69,9 +68,8 @@ class TrunkServiceStub(object):
 class TrunkServiceServicer(object):
     """The trunk as a function that can be trained through: features in, outputs out, and the gradient back.
 
-    Nothing is kept between calls. A backward pass carries the features once more, runs the forward pass again and answers
-    with the gradient, so any replica can answer it, and asking twice gives the same answer. The trunk is frozen and in
-    evaluation mode, in float32.
+    No call depends on another: a backward pass carries the features once more, so any replica can answer it, and asking
+    twice gives the same answer. The trunk is frozen and in evaluation mode, in float32.
     """
 
     def Forward(self, request, context):
@@ -145,9 +143,8 @@ def add_TrunkServiceServicer_to_server(servicer, server):
 class TrunkService(object):
     """The trunk as a function that can be trained through: features in, outputs out, and the gradient back.
 
-    Nothing is kept between calls. A backward pass carries the features once more, runs the forward pass again and answers
-    with the gradient, so any replica can answer it, and asking twice gives the same answer. The trunk is frozen and in
-    evaluation mode, in float32.
+    No call depends on another: a backward pass carries the features once more, so any replica can answer it, and asking
+    twice gives the same answer. The trunk is frozen and in evaluation mode, in float32.
     """
 
     @staticmethod

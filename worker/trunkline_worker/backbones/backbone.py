@@ -21,8 +21,8 @@ from trunkline_wire.specs import (
 )
 
 from trunkline_worker.backbones.cuts import part
-from trunkline_worker.backbones.embedding import POOLED, LastPool, MapPool, Select, map_shape, slices_of
-from trunkline_worker.backbones.plan import make_plan
+from trunkline_worker.backbones.embedding import POOLED, LastPool, MapPool, Places, Select, map_shape, slices_of
+from trunkline_worker.backbones.plan import Cut, make_plan
 from trunkline_worker.backbones.samples import BUNDLED, Samples
 from trunkline_worker.backbones.trace import trace
 from trunkline_worker.backbones.values import Value, measure
@@ -138,6 +138,13 @@ class Backbone:
         """Names of the cuts where a stage ends, by depth: the taps."""
         return tuple(tap.name for tap in self._plan.taps)
 
+    @property
+    def num_logits(self) -> int:
+        """How many numbers the network itself returns for a row."""
+        shape = self._plan.values[self._plan.output].shape
+        assert shape is not None
+        return shape[0]
+
     def check_cut(self, name: str) -> None:
         """Check that there is a cut of that name.
 
@@ -168,7 +175,8 @@ class Backbone:
         With the name of a tap, the map there comes out instead: (B, channels * height * width), in that order.
 
         Raises:
-            WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is no map, or is before the cut.
+            WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is a map at no input size, or is before the
+                cut.
         """
         plan = self._plan
         if tap:
@@ -209,37 +217,20 @@ class Backbone:
         first = self._normalise if start.name == INPUT_CUT else None
         return part(self._graph, start.node, end, self._plan.values, first=first, pools=pools).eval()
 
-    def check_tap(self, cut: str, tap: str) -> None:
-        """Check that the map at a tap can be computed from features at a cut.
-
-        Raises:
-            WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is no map, or is before the cut.
-        """
-        if not self._map_shape_at(tap):
-            maps = ", ".join(one for one in self.stage_names if self._map_shape_at(one)) or "none of its stages"
-            raise WireError(
-                ErrorCode.INVALID_ARGUMENT,
-                f"the features of {self.name} at {tap!r} are no map, which convolutions need. Maps: {maps}",
-            )
-        names = self.cut_names
-        if names.index(self._plan.find(tap).name) < names.index(self._plan.find(cut).name):
-            raise WireError(
-                ErrorCode.INVALID_ARGUMENT,
-                f"the tap {tap!r} is before the cut {cut!r}, where the rows enter; name one behind it",
-            )
-
     def _map_part(self, cut: str, tap: str) -> nn.Module:
         """Return what turns features at a cut into the map at a tap, flat."""
-        self.check_tap(cut, tap)
-        end = self._plan.find(tap)
-        shape = self._plan.values[end.node].shape
-        assert shape is not None
-        return self._part(cut, end.node, {end.node: MapPool(shape)})
-
-    def _map_shape_at(self, name: str) -> tuple[int, ...]:
-        cut = self._plan.find(name)
-        shape = self._plan.values[cut.node].shape
-        return () if shape is None or cut.name == INPUT_CUT else map_shape(shape)
+        plan = self._plan
+        start, end = plan.find(cut), plan.find(tap)
+        behind = plan.cuts[plan.cuts.index(start) :]
+        if end not in behind or not _may_be_map(end):
+            why = "lies before it" if end not in behind else "has no places that form a map"
+            maps = ", ".join(one.name for one in behind if one.name in self.stage_names and _may_be_map(one))
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"{self.name} gives no map at {tap!r} from features at cut {cut!r}: {tap!r} {why}. Ends of stages that "
+                f"are maps there: {maps or 'none'}",
+            )
+        return self._part(cut, end.node, {end.node: MapPool(end.shape)})
 
     def preprocessing_at(self, input_size: int = 0) -> Preprocessing:
         """Return the preprocessing at an input size; 0 is the network's own.
@@ -333,6 +324,11 @@ class Backbone:
                 f"{self.name} cannot take pictures of {size} pixels: a layer runs out of pixels or does not divide "
                 f"them. Its own size is {self.preprocessing.input_size}",
             ) from error
+
+
+def _may_be_map(cut: Cut) -> bool:
+    """Whether the features at a cut have places, were it one alone at the network's own input size."""
+    return cut.name != INPUT_CUT and len(cut.shape) in (2, 3) and Places(cut.shape).has_grid
 
 
 def sha256_of(network: nn.Module) -> str:

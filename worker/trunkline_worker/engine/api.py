@@ -27,6 +27,12 @@ from trunkline_worker.store.records import ModelRecord
 Payload = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
 """Features at the cut, (B, ...), or the same in fewer bytes; or encoded images, one per row."""
 
+LOGITS = "logits"
+"""Asks ``forward`` for the network's own outputs in place of slices of the embedding."""
+
+DEFAULT_OUTPUTS = ("pooled",)
+"""What ``forward`` returns if nothing is named."""
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -159,7 +165,7 @@ class Engine(Protocol):
         decoder: ChannelLinear | None = None,
         timeout_s: float | None = None,
     ) -> TrunkGradients:
-        """Run the trunk once more and propagate the gradient of its outputs back. See ``TrunkService``."""
+        """Propagate the gradient of the trunk's outputs back, for the rows given. See ``TrunkService``."""
 
     async def stats(self) -> EngineStats:
         """Return the counters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -220,9 +221,10 @@ def check_local(reference: str, needed: ModelInput, space: FeatureSpace, rows: P
     if len(rows) == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, "a batch of no rows; send at least one")
     name = needed.space.local_model or space.local_model
-    if not isinstance(rows, np.ndarray | PackedRows) or codec_of(rows) == "uint8":
+    if not isinstance(rows, PackedRows) and (not isinstance(rows, np.ndarray) or rows.dtype not in _FEATURE_DTYPES):
         raise WireError(
-            ErrorCode.DTYPE_MISMATCH, f"features of local model {name!r} are floats, (rows, width); got images or uint8"
+            ErrorCode.DTYPE_MISMATCH,
+            f"features of local model {name!r} are float32, float16 or quantised; got {codec_of(rows)}",
         )
     check_own(reference, needed, space, codec_of(rows))
     if len(rows.shape) != 2 or (needed.width and rows.shape[1] != needed.width):
@@ -240,7 +242,7 @@ def check_more(model: ModelRecord, more_BE: npt.NDArray[np.float32] | None, num_
     """Check the columns of the inputs behind a model's first.
 
     Raises:
-        WireError: INVALID_ARGUMENT if they are missing or not asked for; SHAPE_MISMATCH, NOT_FINITE.
+        WireError: INVALID_ARGUMENT if they are missing or not asked for; SHAPE_MISMATCH, DTYPE_MISMATCH, NOT_FINITE.
     """
     width = sum(one.width for one in model.more_inputs)
     if (more_BE is None) != (width == 0):
@@ -258,6 +260,11 @@ def check_more(model: ModelRecord, more_BE: npt.NDArray[np.float32] | None, num_
             ErrorCode.SHAPE_MISMATCH,
             f"the other inputs of model {model.reference} have {width} columns for {num_rows} rows; got "
             f"{_text(more_BE.shape)}",
+        )
+    if more_BE.dtype != np.float32:
+        raise WireError(
+            ErrorCode.DTYPE_MISMATCH,
+            f"the other inputs of model {model.reference} are columns of float32; got {more_BE.dtype}",
         )
     check_finite(more_BE)
 
@@ -291,11 +298,11 @@ def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tup
 
     Raises:
         WireError: NOT_FOUND for an unknown slice, INCOMPATIBLE for one before the cut, INVALID_ARGUMENT for one named
-            twice.
+            twice, for a map together with others, and for one that is none or is before the cut.
     """
     wanted = tuple(names) or cut.slices
     if any(map_tap(name) is not None for name in wanted):
-        return _select_map(wanted, spec)
+        return _select_map(wanted, spec, cut)
     widths = {one.name: one.width for one in spec.slices}
     for name in wanted:
         if name not in widths:
@@ -315,17 +322,23 @@ def select_slices(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tup
     return tuple(slices)
 
 
-def _select_map(names: Sequence[str], spec: BackboneSpec) -> tuple[SliceSpec, ...]:
+def _select_map(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tuple[SliceSpec, ...]:
     if len(names) > 1:
         raise WireError(
             ErrorCode.INVALID_ARGUMENT,
             f"a map is asked for alone, not together with other slices: {', '.join(names)[:200]}",
         )
-    width = spec.slice_width(names[0])
-    if width is None:
-        maps = ", ".join(map_slice(one.name) for one in spec.cuts if one.is_stage and one.map_shape) or "none"
-        raise WireError(ErrorCode.NOT_FOUND, f"{spec.name} has no map {names[0][:80]!r}. Where its stages end: {maps}")
-    return (SliceSpec(names[0], 0, width),)
+    (name,) = names
+    behind = spec.cuts[spec.cuts.index(cut) :]
+    tap = spec.cut(map_tap(name) or "")
+    if tap in behind and tap.map_shape:
+        return (SliceSpec(name, 0, math.prod(tap.map_shape)),)
+    maps = ", ".join(map_slice(one.name) for one in behind if one.is_stage and one.map_shape) or "none"
+    advice = f"Ends of stages that are maps behind cut {cut.name!r}: {maps}"
+    if tap is None:
+        raise WireError(ErrorCode.NOT_FOUND, f"{spec.name} has no map {name[:80]!r}. {advice}")
+    why = "the features there are no map" if tap in behind else f"it is before the cut {cut.name!r}"
+    raise WireError(ErrorCode.INVALID_ARGUMENT, f"{name!r} cannot be read: {why}. {advice}")
 
 
 def _described(space: FeatureSpace) -> str:

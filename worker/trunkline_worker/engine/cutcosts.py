@@ -112,9 +112,20 @@ class CutCosts:
             left_s: Seconds that the caller has left; None for any time.
 
         Raises:
-            TimeoutError: If it has never been measured and is not measured in time.
-            WireError: UNSUPPORTED for a codec that cannot hold the features at this cut.
+            WireError: UNSUPPORTED for a codec that cannot hold the features at this cut; DEADLINE_EXCEEDED if it has
+                never been measured and is not measured in time.
         """
+        try:
+            error = await self._error(key, codec, precision, left_s)
+        except TimeoutError as timeout:
+            raise WireError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"{codec} features at cut {key[0]!r} and {key[1]} px are sent for the first time and what that does "
+                "to the embedding is still being measured; the same call will work in some seconds",
+            ) from timeout
+        return CodecUse(codec_label(codec, precision), error)
+
+    async def _error(self, key: Key, codec: str, precision: str, left_s: float | None) -> float:
         if codec not in _EXACT:
             table = await self._tables.get((*key, precision), left_s)
             error = table.error(codec)
@@ -125,9 +136,8 @@ class CutCosts:
                     f"{codec} cannot hold the features at cut {key[0]!r}: it overflows on sample pictures. Offered "
                     f"there: {offered}",
                 )
-        else:
-            error = await self._int8_errors.get(key, left_s) if precision == INT8 else 0.0
-        return CodecUse(codec_label(codec, precision), error)
+            return error
+        return await self._int8_errors.get(key, left_s) if precision == INT8 else 0.0
 
     def _place(self, key: Key) -> tuple[BackboneSpec, CutSpec]:
         spec = self._backbone.describe(key[1])

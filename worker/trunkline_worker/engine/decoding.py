@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.bottleneck import Bottleneck
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.preprocess import decode_image, preprocess_image
 from trunkline_wire.quantise import PackedRows, unpack
 from trunkline_wire.specs import Preprocessing
+
+from trunkline_worker.engine.api import Payload
 
 _SHORT_BYTES = 2**16
 """Packed rows of fewer bytes are unpacked at once: a thread would take longer to answer."""
@@ -43,6 +46,25 @@ class RowDecoder:
         """Wait for what is running and end the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    async def decode(
+        self, rows: Payload, part: slice, preprocessing: Preprocessing, bottleneck: Bottleneck | None
+    ) -> DecodedRows:
+        """Bring some of the rows of a request to what enters the network.
+
+        Args:
+            rows: All of them, checked.
+            part: Which.
+            preprocessing: Of images.
+            bottleneck: Whose codes the rows are. None: they are no codes.
+        """
+        if isinstance(rows, PackedRows):
+            decoded = await self.packed(rows.take(part))
+        elif isinstance(rows, np.ndarray):
+            decoded = DecodedRows(rows[part], list(range(len(rows[part]))))
+        else:
+            decoded = await self.images(rows[part], preprocessing)
+        return decoded if bottleneck is None else await self._from_codes(decoded, bottleneck)
+
     async def images(self, images: Sequence[bytes], preprocessing: Preprocessing) -> DecodedRows:
         """Decode and preprocess image files, each failing by itself."""
         loop = asyncio.get_running_loop()
@@ -64,6 +86,12 @@ class RowDecoder:
         else:
             features = await asyncio.get_running_loop().run_in_executor(self._pool, unpack, rows)
         return DecodedRows(features, list(range(len(rows))))
+
+    async def _from_codes(self, decoded: DecodedRows, bottleneck: Bottleneck) -> DecodedRows:
+        codes, layer = decoded.rows.astype(np.float32, copy=False), bottleneck.decoder
+        loop = asyncio.get_running_loop()
+        features = await loop.run_in_executor(self._pool, layer.apply, codes, bottleneck.channel_axis)
+        return replace(decoded, rows=features)
 
 
 def _decode_one(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8] | WireError:

@@ -1,6 +1,7 @@
-"""The trunk as a function with a gradient: float32, frozen, nothing kept between calls.
+"""The trunk as a function with a gradient: float32, frozen, and the same answer to the same question.
 
-A backward pass runs the forward pass again, from the features that come with it, so its answer depends on nothing else.
+A backward pass brings its features along and runs the forward pass again, unless that one is still at hand. So its
+answer depends on nothing else.
 """
 
 from __future__ import annotations
@@ -8,55 +9,44 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.finite import check_finite
+from trunkline_wire.finite import check_finite, is_finite, not_finite
 from trunkline_wire.quantise import PackedRows, unpack
 from trunkline_wire.specs import BackboneSpec, CutSpec, FeatureSpace, Timings, map_tap
 
 from trunkline_worker.backbones.backbone import Backbone
-from trunkline_worker.engine.api import Payload, TrunkGradients, TrunkOutputs
+from trunkline_worker.engine.api import DEFAULT_OUTPUTS, LOGITS, Payload, TrunkGradients, TrunkOutputs
 from trunkline_worker.engine.batcher import Batcher, Monotonic
 from trunkline_worker.engine.checks import check_rows, check_space, select_slices
 from trunkline_worker.engine.compute import Work, is_out_of_memory
+from trunkline_worker.engine.graphs import Function, Graphs, Inputs
+from trunkline_worker.engine.shared import Shared
 from trunkline_worker.engine.threads import Threads
 
 # Shape suffix legend: B = rows, D = outputs
 
-LOGITS = "logits"
-"""Asks for the network's own outputs in place of slices of the embedding."""
-
-DEFAULT_OUTPUTS = ("pooled",)
-
 CAPACITY = 16
 """Most parts of the network, by cut and outputs, that are kept. They share the weights: a part is a graph alone."""
 
+_GRAPH_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+"""Most memory for forward passes that wait for their backward pass."""
+
 
 @dataclasses.dataclass(frozen=True)
-class _Function:
-    """What is computed: a part of the network, on features of one shape."""
+class _Target:
+    """Where rows enter, and what is wanted of them."""
 
-    module: nn.Module
     cut: CutSpec
+    outputs: tuple[str, ...]
     width: int
-
-    def run(self, features: Tensor, decoder: Sequence[Tensor]) -> Tensor:
-        """Return the outputs, (B, D)."""
-        if decoder:
-            axis = self.cut.channel_axis + 1
-            features = functional.linear(features.movedim(axis, -1), *decoder).movedim(-1, axis)
-        # A tensor of its own: the network's first layer may work in place.
-        outputs: Tensor = self.module(features.clone(memory_format=torch.contiguous_format))
-        return outputs
 
 
 class Differentiator:
@@ -89,7 +79,8 @@ class Differentiator:
         self._device = device
         self._clock = clock
         self._max_rows = max_rows
-        self._functions: OrderedDict[tuple[str, tuple[str, ...]], _Function] = OrderedDict()
+        self._graphs = Graphs(_GRAPH_BYTES.get(device.type, _GRAPH_BYTES["cpu"]))
+        self._functions: Shared[tuple[str, tuple[str, ...]], Function] = Shared(self._make, capacity=CAPACITY)
 
     async def forward(
         self,
@@ -101,14 +92,18 @@ class Differentiator:
         deadline: float | None,
     ) -> TrunkOutputs:
         """Return the outputs. See ``Engine.forward``."""
-        function = self._function(spec, space, outputs)
-        features = _checked(rows, function.cut, decoder)
+        target = self._target(spec, space, outputs)
+        features = _checked(rows, target.cut, decoder)
+        function = await self._functions.get((target.cut.name, target.outputs))
 
         def run(some: slice) -> npt.NDArray[np.float32]:
-            return self._forward(function, features[some], decoder)
+            inputs = self._inputs(features[some], decoder)
+            return self._guarded(len(inputs[0]), lambda: self._graphs.forward(function, inputs).cpu().numpy())
 
         parts, timings = await self._in_slices(spec, len(features), run, deadline)
-        return TrunkOutputs(np.concatenate(parts), timings)
+        outputs_BD = np.concatenate(parts)
+        _check_no_overflow(outputs_BD, "outputs")
+        return TrunkOutputs(outputs_BD, timings)
 
     async def backward(
         self,
@@ -121,21 +116,26 @@ class Differentiator:
         deadline: float | None,
     ) -> TrunkGradients:
         """Return the gradients. See ``Engine.backward``."""
-        function = self._function(spec, space, outputs)
-        features = _checked(rows, function.cut, decoder)
-        _check_gradient(gradient_BD, len(features), function.width)
+        target = self._target(spec, space, outputs)
+        features = _checked(rows, target.cut, decoder)
+        _check_gradient(gradient_BD, len(features), target.width)
+        function = await self._functions.get((target.cut.name, target.outputs))
 
         def run(some: slice) -> list[npt.NDArray[np.float32]]:
-            return self._backward(function, features[some], gradient_BD[some], decoder)
+            inputs = self._inputs(features[some], decoder)
+            gradient = _tensor(gradient_BD[some], self._device)
+            return self._guarded(len(inputs[0]), lambda: self._gradients(function, inputs, gradient))
 
         parts, timings = await self._in_slices(spec, len(features), run, deadline)
+        gradients = np.concatenate([part[0] for part in parts])
+        _check_no_overflow(gradients, "gradients")
         own = None
         if decoder is not None:
             own = ChannelLinear(np.sum([one[1] for one in parts], axis=0), np.sum([one[2] for one in parts], axis=0))
-        return TrunkGradients(np.concatenate([part[0] for part in parts]), own, timings)
+        return TrunkGradients(gradients, own, timings)
 
-    def _function(self, spec: BackboneSpec, space: FeatureSpace, outputs: Sequence[str]) -> _Function:
-        """Check a space and outputs, and return what is to be computed."""
+    def _target(self, spec: BackboneSpec, space: FeatureSpace, outputs: Sequence[str]) -> _Target:
+        """Check where rows enter, and the names of what is wanted."""
         if space.is_input or space.is_own or not space.backbone:
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
@@ -144,14 +144,25 @@ class Differentiator:
             )
         cut, _ = check_space(space, spec, self._placed.check_cut)
         names = tuple(outputs) or DEFAULT_OUTPUTS
-        key = (cut.name, names)
-        if key not in self._functions:
-            self._functions[key] = self._make(spec, cut, names, self._in_plain_layout())
-            while len(self._functions) > CAPACITY:
-                self._functions.popitem(last=False)
-        self._functions.move_to_end(key)
-        # The part fits every input size; the shape of a row does not.
-        return dataclasses.replace(self._functions[key], cut=cut)
+        if names == (LOGITS,):
+            return _Target(cut, names, self._placed.num_logits)
+        if LOGITS in names or any(map_tap(name) is not None for name in names):
+            raise WireError(
+                ErrorCode.INVALID_ARGUMENT,
+                f"outputs are slices of the embedding, or {LOGITS!r} alone; got {', '.join(names)[:200]}",
+            )
+        return _Target(cut, names, select_slices(names, spec, cut)[-1].stop)
+
+    async def _make(self, key: tuple[str, tuple[str, ...]]) -> Function:
+        return await self._threads.compute(self._build, *key)
+
+    def _build(self, cut: str, outputs: tuple[str, ...]) -> Function:
+        """Build the part behind a cut. It fits every input size."""
+        backbone = self._in_plain_layout()
+        part = backbone.rest(cut) if outputs == (LOGITS,) else backbone.reader(cut, outputs)
+        found = self._placed.describe().cut(cut)
+        assert found is not None
+        return Function(part, found.channel_axis).eval()
 
     def _in_plain_layout(self) -> Backbone:
         """Return the backbone with weights laid out as PyTorch does by default; other weights than those are shared.
@@ -166,21 +177,6 @@ class Differentiator:
             for part in self._plain.modules():
                 part.to(memory_format=torch.contiguous_format)
         return self._plain
-
-    def _make(self, spec: BackboneSpec, cut: CutSpec, names: tuple[str, ...], backbone: Backbone) -> _Function:
-        if names == (LOGITS,):
-            module = backbone.rest(cut.name)
-            with torch.no_grad():
-                zeros = torch.zeros((1, *cut.feature_shape), device=self._device)
-                width = int(module(zeros).shape[1])
-            return _Function(module, cut, width)
-        if LOGITS in names or any(map_tap(name) is not None for name in names):
-            raise WireError(
-                ErrorCode.INVALID_ARGUMENT,
-                f"outputs are slices of the embedding, or {LOGITS!r} alone; got {', '.join(names)[:200]}",
-            )
-        slices = select_slices(names, spec, cut)
-        return _Function(backbone.reader(cut.name, names), cut, slices[-1].stop)
 
     async def _in_slices(
         self, spec: BackboneSpec, num_rows: int, run: Callable[[slice], Any], deadline: float | None
@@ -210,33 +206,32 @@ class Differentiator:
                 "the deadline passed before all rows had their turn; allow more time or send fewer rows at once",
             )
 
-    def _forward(
-        self, function: _Function, features: npt.NDArray[np.float32], decoder: ChannelLinear | None
-    ) -> npt.NDArray[np.float32]:
-        with torch.no_grad():
-            return _guarded(len(features), lambda: self._run(function, features, self._decoder(decoder)).cpu().numpy())
+    def _inputs(self, features: npt.NDArray[np.float32], decoder: ChannelLinear | None) -> Inputs:
+        arrays = [features] if decoder is None else [features, decoder.weight, decoder.bias]
+        return tuple(_tensor(one, self._device).requires_grad_() for one in arrays)
 
-    def _backward(
-        self,
-        function: _Function,
-        features: npt.NDArray[np.float32],
-        gradient_BD: npt.NDArray[np.generic],
-        decoder: ChannelLinear | None,
-    ) -> list[npt.NDArray[np.float32]]:
-        def run() -> list[npt.NDArray[np.float32]]:
-            layer = [one.requires_grad_() for one in self._decoder(decoder)]
-            leaf = _tensor(features, self._device).requires_grad_()
-            outputs_BD = function.run(leaf, layer).float()
-            gradients = torch.autograd.grad(outputs_BD, [leaf, *layer], _tensor(gradient_BD, self._device).float())
-            return [one.cpu().contiguous().numpy() for one in gradients]
+    def _gradients(self, function: Function, inputs: Inputs, gradient_BD: Tensor) -> list[npt.NDArray[np.float32]]:
+        gradients = self._graphs.take(function, inputs).gradients(gradient_BD)
+        return [one.cpu().contiguous().numpy() for one in gradients]
 
-        return _guarded(len(features), run)
-
-    def _run(self, function: _Function, features: npt.NDArray[np.float32], decoder: Sequence[Tensor]) -> Tensor:
-        return function.run(_tensor(features, self._device), decoder).float()
-
-    def _decoder(self, decoder: ChannelLinear | None) -> list[Tensor]:
-        return [] if decoder is None else [_tensor(one, self._device) for one in (decoder.weight, decoder.bias)]
+    def _guarded(self, num_rows: int, run: Callable[[], Any]) -> Any:
+        """Run on the device, without what waits for a backward pass if that is needed for the room."""
+        try:
+            try:
+                return _exactly(run)
+            except (MemoryError, RuntimeError) as error:
+                if not (is_out_of_memory(error) and len(self._graphs)):
+                    raise
+            self._graphs.clear()
+            return _exactly(run)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise WireError(
+                ErrorCode.WORKER_OOM,
+                f"{num_rows} rows with what their gradient needs do not fit this worker's memory; send fewer rows at "
+                "once or use a smaller input size",
+            ) from error
 
 
 def _checked(rows: Payload, cut: CutSpec, decoder: ChannelLinear | None) -> npt.NDArray[np.float32]:
@@ -277,26 +272,25 @@ def _check_gradient(gradient_BD: npt.NDArray[np.generic], num_rows: int, width: 
         )
 
 
+def _check_no_overflow(array: npt.NDArray[np.float32], what: str) -> None:
+    if not is_finite(array):
+        raise not_finite(
+            ~np.isfinite(array),
+            f"{what} beyond what float32 holds",
+            "What was sent for them is far outside of what the network knows",
+        )
+
+
 def _tensor(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Return a tensor of its own on a device: what a message holds cannot be written to."""
-    if not array.flags.writeable or not array.flags.c_contiguous:
-        array = array.copy(order="C")
-    return torch.from_numpy(array).to(device)
+    """Return a copy as float32 on a device: nobody else can write to it."""
+    return torch.tensor(array, dtype=torch.float32, device=device)
 
 
-def _guarded(num_rows: int, run: Callable[[], Any]) -> Any:
+def _exactly(run: Callable[[], Any]) -> Any:
+    """Run so that the numbers are the same every time."""
     exact: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if torch.cuda.is_available():
-        # Not in TF32, which keeps ten bits, and the same numbers every time.
+        # And not in TF32, which keeps ten bits.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    try:
-        with exact:
-            return run()
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise WireError(
-            ErrorCode.WORKER_OOM,
-            f"{num_rows} rows with what their gradient needs do not fit this worker's memory; send fewer rows at once "
-            "or use a smaller input size",
-        ) from error
+    with exact:
+        return run()

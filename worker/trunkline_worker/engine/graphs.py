@@ -18,7 +18,7 @@ MAX_GRAPHS = 16
 """Most passes that are kept."""
 
 Inputs = tuple[Tensor, ...]
-"""What a pass is differentiated by: leaves. Features, (B, ...), then the weight and bias of a decoder, if there is one."""
+"""What a pass is differentiated by: features, (B, ...), then, if there is one, the weight and bias of a decoder."""
 
 
 class Function(nn.Module):
@@ -124,14 +124,15 @@ class Graphs:
 
     def forward(self, function: Function, inputs: Inputs) -> Tensor:
         """Run a function and return its outputs. The pass is kept if there can be room for it."""
-        if function.graph_bytes(inputs) > self._max_bytes:
+        room = self._max_bytes - function.graph_bytes(inputs)
+        if room < 0:
             with torch.no_grad():
                 outputs_BD: Tensor = function(*inputs)
             return outputs_BD
+        while len(self._kept) >= MAX_GRAPHS or sum(one.num_bytes for one in self._kept) > room:
+            del self._kept[0]
         graph = Graph.run(function, inputs)
         self._kept.append(graph)
-        while len(self._kept) > MAX_GRAPHS or sum(one.num_bytes for one in self._kept) > self._max_bytes:
-            del self._kept[0]
         return graph.outputs_BD.detach()
 
     def take(self, function: Function, inputs: Inputs) -> Graph:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from trunkline_wire.bottleneck import Bottleneck, ChannelLinear
+from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.quantise import PackedRows, codec_of, unpack
 from trunkline_wire.specs import (
@@ -18,11 +18,8 @@ from trunkline_wire.specs import (
     BackboneSpec,
     CodecUse,
     CutCost,
-    CutSpec,
     FeatureSpace,
     SliceSpec,
-    Timings,
-    map_tap,
 )
 
 from trunkline_worker.backbones.backbone import Backbone
@@ -35,7 +32,7 @@ from trunkline_worker.engine.api import (
     TrunkGradients,
     TrunkOutputs,
 )
-from trunkline_worker.engine.batcher import Batcher, Hold, Monotonic, Part, PartResult, Rows
+from trunkline_worker.engine.batcher import Batcher, Monotonic, Part, PartResult, Rows
 from trunkline_worker.engine.bottlenecks import Bottlenecks, LoadBottleneck
 from trunkline_worker.engine.checks import (
     check_codec,
@@ -48,65 +45,25 @@ from trunkline_worker.engine.checks import (
     first_input,
     select_slices,
 )
-from trunkline_worker.engine.choice import Prepared, RuntimeChooser, trunk_slices
+from trunkline_worker.engine.choice import RuntimeChooser
 from trunkline_worker.engine.compute import Compute, Work
 from trunkline_worker.engine.cutcosts import CutCosts
-from trunkline_worker.engine.decoding import DecodedRows, RowDecoder
+from trunkline_worker.engine.decoding import RowDecoder
 from trunkline_worker.engine.differentiate import Differentiator
 from trunkline_worker.engine.multihead import Columns, Head, HeadCache, HeadPath, LoadHead
 from trunkline_worker.engine.pipeline import Collected, DecodingPipeline
-from trunkline_worker.engine.runtimes import place
-from trunkline_worker.engine.shared import Shared
+from trunkline_worker.engine.prepared import Runtimes
+from trunkline_worker.engine.runtimes import find_device, place
+from trunkline_worker.engine.targets import LocalKey, Target, TrunkKey
 from trunkline_worker.engine.threads import Threads
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import ModelRecord
 
-# Shape suffix legend: B = rows, D = embedding columns, K = outputs
-
-MAX_RUNTIMES = 16
-"""Most runtimes, one per cut and input size, that are kept in memory."""
+# Shape suffix legend: B = rows, D = embedding columns, E = columns of a model's other inputs
 
 _BATCH_ROWS = {"cpu": 32, "cuda": 256}
 _REFERENCE_SIZE = 224
 _MAX_GROWTH = 4
-
-
-TrunkKey = tuple[str, int, str]
-"""A cut, an input size, and the tap whose map comes out; empty for the embedding. Rows of equal keys share a pass."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """Where the rows of a request enter, and what is wanted behind.
-
-    ``bottleneck`` turns them into the features at the cut first.
-    """
-
-    spec: BackboneSpec
-    cut: CutSpec
-    precision: str
-    slices: tuple[SliceSpec, ...]
-    bottleneck: Bottleneck | None = None
-
-    @property
-    def tap(self) -> str:
-        return map_tap(self.slices[0].name) or ""
-
-    @property
-    def key(self) -> TrunkKey:
-        return self.cut.name, self.spec.preprocessing.input_size, self.tap
-
-    @property
-    def columns(self) -> Columns:
-        return Columns(trunk_slices(self.spec, self.cut.name, self.tap))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    values: npt.NDArray[np.float32]
-    row_errors: dict[int, WireError]
-    timings: Timings
-    codec_use: CodecUse
 
 
 class LocalEngine:
@@ -152,23 +109,24 @@ class LocalEngine:
             from trunkline_worker.heads import artefact
 
             load_head, head_path = load_head or artefact.head_from_bytes, head_path or artefact.head_path
-        self._device = _device(device)
+        self._device = find_device(device)
         self._backbone = backbone
         self._clock = clock
         threads = num_threads or torch.get_num_threads()
         self._max_rows_own = max_rows or _BATCH_ROWS.get(self._device.type, _BATCH_ROWS["cpu"])
         placed = place(backbone, self._device)
-        self._chooser = RuntimeChooser(
+        self._threads = Threads(threads)
+        chooser = RuntimeChooser(
             backbone, placed, blobs, device=self._device, num_threads=threads, clock=clock, use_onnx=use_onnx
         )
-        self._threads = Threads(threads)
+        self._runtimes = Runtimes(chooser, self._threads)
         self._costs = CutCosts(backbone, placed, blobs, self._threads, device=self._device, num_threads=threads)
         self._compute = Compute(clock)
         self._decoder = RowDecoder(threads)
         self._heads = HeadCache(
             blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._threads.short_pool
         )
-        self._bottlenecks = Bottlenecks(load_bottleneck, self._threads.short_pool)
+        self._bottlenecks = Bottlenecks(load_bottleneck, self._threads)
         self._batcher: Batcher[Work] = Batcher(
             self._run_batch, clock=clock, max_rows=self._max_rows, max_queued_rows=max_queued_rows
         )
@@ -178,11 +136,9 @@ class LocalEngine:
             self._batcher,
             device=self._device,
             clock=clock,
-            max_rows=lambda input_size: self._max_rows(("", input_size, "")),
+            max_rows=self._rows_at,
         )
         self._pipeline = DecodingPipeline(self._batcher, clock)
-        # Requests under way hold on to a runtime that is dropped.
-        self._runtimes: Shared[TrunkKey, Prepared] = Shared(self._prepare, capacity=MAX_RUNTIMES)
 
     async def start(self, *, prepare: bool = True) -> None:
         """Begin to answer.
@@ -193,12 +149,13 @@ class LocalEngine:
         """
         self._batcher.start()
         if prepare:
-            await self._prepared((INPUT_CUT, self._backbone.preprocessing.input_size, ""), None)
+            await self._runtimes.get(TrunkKey(INPUT_CUT, self._backbone.preprocessing.input_size))
 
     async def close(self) -> None:
         """Take nothing new, finish what waits, end the threads."""
         await self._batcher.close()
-        self._runtimes.cancel()
+        self._runtimes.close()
+        self._bottlenecks.close()
         self._costs.close()
         await self._threads.close()
         await asyncio.get_running_loop().run_in_executor(None, self._decoder.close)
@@ -208,7 +165,7 @@ class LocalEngine:
         spec = await self._spec(input_size)
         own = self._backbone.preprocessing.input_size
         for size in (spec.preprocessing.input_size, own):
-            prepared = self._runtimes.known((INPUT_CUT, size, ""))
+            prepared = self._runtimes.known(TrunkKey(INPUT_CUT, size))
             if prepared is not None:
                 return dataclasses.replace(
                     spec, runtime=prepared.runtime.name, device=str(self._device), runtime_error=prepared.error
@@ -254,25 +211,24 @@ class LocalEngine:
         start, deadline = self._started(timeout_s)
         check_more(model, more_BE, len(rows))
         if space.is_local or model.space.is_local:
-            outcome = await self._run_head_alone(space, rows, model, more_BE, deadline, start)
-            return Prediction(outcome.values, outcome.row_errors, outcome.timings, outcome.codec_use)
-        target = await self._target(space, space.input_size or model.space.input_size, model.slices)
-        self._check_rows(rows, target, space)
-        needed = first_input(model)
-        check_model(model.reference, needed, target.spec, target.cut)
-        check_own(model.reference, needed, space, codec_of(rows))
-        outcome = await self._process(target, rows, model, more_BE, deadline, start)
-        return Prediction(outcome.values, outcome.row_errors, outcome.timings, outcome.codec_use)
+            collected, use = await self._run_head_alone(space, rows, model, more_BE, deadline)
+        else:
+            target = await self._target(space, rows, space.input_size or model.space.input_size, model.slices)
+            needed = first_input(model)
+            check_model(model.reference, needed, target.spec, target.cut)
+            check_own(model.reference, needed, space, codec_of(rows))
+            collected, use = await self._process(target, rows, model, more_BE, deadline)
+        return Prediction(collected.values, collected.errors, collected.timings(self._since(start)), use)
 
     async def extract(
         self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
     ) -> Extraction:
         """Run the trunk and return slices. See ``Engine``."""
         start, deadline = self._started(timeout_s)
-        target = await self._target(space, space.input_size, slices)
-        self._check_rows(rows, target, space)
-        outcome = await self._process(target, rows, None, None, deadline, start)
-        return Extraction(outcome.values, target.slices, outcome.row_errors, outcome.timings, outcome.codec_use)
+        target = await self._target(space, rows, space.input_size, slices)
+        collected, use = await self._process(target, rows, None, None, deadline)
+        timings = collected.timings(self._since(start))
+        return Extraction(collected.values, target.slices, collected.errors, timings, use)
 
     async def forward(
         self,
@@ -312,8 +268,11 @@ class LocalEngine:
         now = self._clock.monotonic()
         return now, None if timeout_s is None else now + timeout_s
 
-    async def _target(self, space: FeatureSpace, input_size: int, slices: Sequence[str]) -> _Target:
-        """Find where rows enter and what is wanted of them."""
+    def _since(self, start: float) -> float:
+        return self._clock.monotonic() - start
+
+    async def _target(self, space: FeatureSpace, rows: Payload, input_size: int, slices: Sequence[str]) -> Target:
+        """Find where rows enter and what is wanted of them, and check the rows."""
         if space.is_local:
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
@@ -323,17 +282,12 @@ class LocalEngine:
         spec = await self._spec(input_size)
         cut, precision = check_space(space, spec, self._backbone.check_cut)
         wanted = select_slices(slices, spec, cut)
-        tap = map_tap(wanted[0].name)
-        if tap:
-            self._backbone.check_tap(cut.name, tap)
-        bottleneck = await self._bottlenecks.get(space.bottleneck, cut) if space.bottleneck else None
-        return _Target(spec, cut, precision, wanted, bottleneck)
-
-    def _check_rows(self, rows: Payload, target: _Target, space: FeatureSpace) -> None:
-        cut = target.cut
-        if target.bottleneck is not None:
-            cut = dataclasses.replace(cut, feature_shape=target.bottleneck.code_shape)
-        check_rows(rows, cut, is_input=space.is_input)
+        if not space.bottleneck:
+            check_rows(rows, cut, is_input=space.is_input)
+            return Target(spec, cut, precision, wanted)
+        bottleneck = await self._bottlenecks.get(space.bottleneck, cut)
+        check_rows(rows, dataclasses.replace(cut, feature_shape=bottleneck.code_shape), is_input=False)
+        return Target(spec, cut, precision, wanted, bottleneck)
 
     async def _spec(self, input_size: int) -> BackboneSpec:
         known = self._backbone.described(input_size)
@@ -343,36 +297,36 @@ class LocalEngine:
 
     async def _process(
         self,
-        target: _Target,
+        target: Target,
         rows: Payload,
         model: ModelRecord | None,
         more_BE: npt.NDArray[np.float32] | None,
         deadline: float | None,
-        start: float,
-    ) -> _Outcome:
+    ) -> tuple[Collected, CodecUse]:
         """Take checked rows through decoding, the line and a batch."""
-        head = None if model is None else await self._head(model)
+        key, head = target.key, None if model is None else await self._head(model)
         with self._batcher.hold(len(rows)) as hold:
-            self._runtimes.start(target.key)
+            self._runtimes.start(key)
             use = await self._codec_use(target, rows, model, deadline)
-            prepared = await self._prepared(target.key, deadline)
-            names = tuple(one.name for one in target.slices)
-            work = Work(prepared, target.columns, names, *(head or ("", None)))
+            prepared = await self._runtimes.get(key, self._left_s(deadline))
+            work = Work(prepared, target.columns, target.slice_names, *(head or ("", None)))
             if isinstance(rows, np.ndarray) and target.bottleneck is None:
-                collected = await self._run_whole(target.key, Rows(rows, more_BE), work, hold, deadline)
+                result = await self._batcher.submit(key, Rows(rows, more_BE), work, deadline=deadline, hold=hold)
+                collected = Collected.of(result)
             else:
                 collected = await self._pipeline.process(
                     len(rows),
-                    lambda part: self._decoded(rows, part, target),
-                    key=target.key,
+                    lambda part: self._decoder.decode(rows, part, target.spec.preprocessing, target.bottleneck),
+                    key=key,
                     work=work,
                     hold=hold,
                     deadline=deadline,
-                    slice_rows=self._max_rows(target.key),
+                    slice_rows=self._max_rows(key),
                     width=head[1].num_outputs if head else target.slices[-1].stop,
                     more_BE=more_BE,
                 )
-        return self._outcome(collected, use, start)
+        collected.fail_overflown()
+        return collected, use
 
     async def _run_head_alone(
         self,
@@ -381,76 +335,33 @@ class LocalEngine:
         model: ModelRecord,
         more_BE: npt.NDArray[np.float32] | None,
         deadline: float | None,
-        start: float,
-    ) -> _Outcome:
+    ) -> tuple[Collected, CodecUse]:
         """Run a head on local features: there is nothing for the trunk to do."""
         head_key, head = await self._head(model)
-        needed = dataclasses.replace(first_input(model), width=head.num_features - head.more_width)
-        check_local(model.reference, needed, space, rows)
-        use = CodecUse(codec_of(rows), 0.0, model.codec, model.codec_error)
-        columns = Columns([SliceSpec(space.local_model, 0, needed.width)])
+        width = head.num_features - head.more_width
+        check_local(model.reference, dataclasses.replace(first_input(model), width=width), space, rows)
+        columns = Columns([SliceSpec(space.local_model, 0, width)])
         work = Work(None, columns, (space.local_model,), head_key, head)
         features = unpack(rows) if isinstance(rows, PackedRows) else np.asarray(rows)
-        with self._batcher.hold(len(rows)) as hold:
-            key = ("", _REFERENCE_SIZE, space.fingerprint)
-            collected = await self._run_whole(key, Rows(features, more_BE), work, hold, deadline)
-        return self._outcome(collected, use, start)
-
-    async def _run_whole(self, key: TrunkKey, rows: Rows, work: Work, hold: Hold, deadline: float | None) -> Collected:
-        result = await self._batcher.submit(key, rows, work, deadline=deadline, hold=hold)
-        return Collected(result.values, {}, result.queue_s, 0.0, result.trunk_s, result.head_s)
-
-    def _outcome(self, collected: Collected, use: CodecUse, start: float) -> _Outcome:
-        _fail_overflown(collected)
-        return _Outcome(
-            collected.values,
-            collected.errors,
-            Timings(
-                queue_s=collected.queue_s,
-                decode_s=collected.decode_s,
-                trunk_s=collected.trunk_s,
-                head_s=collected.head_s,
-                total_s=self._clock.monotonic() - start,
-            ),
-            use,
-        )
-
-    async def _decoded(self, rows: Payload, part: slice, target: _Target) -> DecodedRows:
-        if isinstance(rows, PackedRows):
-            decoded = await self._decoder.packed(rows.take(part))
-        elif isinstance(rows, np.ndarray):
-            decoded = DecodedRows(rows[part], list(range(len(rows[part]))))
-        else:
-            decoded = await self._decoder.images(rows[part], target.spec.preprocessing)
-        if target.bottleneck is None:
-            return decoded
-        layer, axis = target.bottleneck.decoder, target.bottleneck.channel_axis
-        return dataclasses.replace(decoded, rows=await self._threads.short(layer.apply, decoded.rows, axis))
+        key = LocalKey(space.local_model, width)
+        collected = Collected.of(await self._batcher.submit(key, Rows(features, more_BE), work, deadline=deadline))
+        collected.fail_overflown()
+        return collected, CodecUse(codec_of(rows), 0.0, model.codec, model.codec_error)
 
     async def _codec_use(
-        self, target: _Target, rows: Payload, model: ModelRecord | None, deadline: float | None
+        self, target: Target, rows: Payload, model: ModelRecord | None, deadline: float | None
     ) -> CodecUse:
         """Return how the rows were made and sent, having checked that the model may be used on them."""
         if target.bottleneck is not None:
             use = CodecUse(codec_of(rows), target.bottleneck.embedding_error)
         else:
-            use = await self._measured_use(target, rows, deadline)
+            place = target.key.cut, target.key.input_size
+            use = await self._costs.use(place, codec_of(rows), target.precision, self._left_s(deadline))
         if model is None:
             return use
         use = dataclasses.replace(use, trained_codec=model.codec, trained_error=model.codec_error)
         check_codec(model.reference, use)
         return use
-
-    async def _measured_use(self, target: _Target, rows: Payload, deadline: float | None) -> CodecUse:
-        key = target.key[:2]
-        try:
-            return await self._costs.use(key, codec_of(rows), target.precision, self._left_s(deadline))
-        except TimeoutError as error:
-            raise WireError(
-                ErrorCode.DEADLINE_EXCEEDED,
-                f"{codec_of(rows)} features at cut {key[0]!r} and {key[1]} px are sent for the first time and what "
-                "that does to the embedding is still being measured; the same call will work in some seconds",
-            ) from error
 
     def _left_s(self, deadline: float | None) -> float | None:
         return None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
@@ -465,56 +376,12 @@ class LocalEngine:
         return model.head_sha256, head
 
     def _max_rows(self, key: Hashable) -> int:
+        return self._rows_at(key.input_size) if isinstance(key, TrunkKey) else self._max_rows_own
+
+    def _rows_at(self, input_size: int) -> int:
         """Scale the rows of a batch so that its pixels stay the same, within bounds."""
-        size = key[1]  # type: ignore[index]
-        scaled = int(self._max_rows_own * (_REFERENCE_SIZE / size) ** 2)
+        scaled = int(self._max_rows_own * (_REFERENCE_SIZE / input_size) ** 2)
         return min(max(scaled, 1), _MAX_GROWTH * self._max_rows_own)
 
     async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
         return await self._threads.compute(self._compute.run, parts)
-
-    async def _prepared(self, key: TrunkKey, deadline: float | None) -> Prepared:
-        """Return the runtime of a group, choosing it on first use. Other groups go on meanwhile."""
-        try:
-            return await self._runtimes.get(key, self._left_s(deadline))
-        except TimeoutError as error:
-            raise WireError(
-                ErrorCode.DEADLINE_EXCEEDED,
-                f"cut {key[0]!r} at {key[1]} px is used for the first time and its runtime is still being prepared; "
-                "the same call will work in some seconds",
-            ) from error
-
-    async def _prepare(self, key: TrunkKey) -> Prepared:
-        prepared = await self._threads.export(self._chooser.remembered, *key)
-        if prepared is None:
-            candidates = await self._threads.export(self._chooser.candidates, *key)
-            # Where batches run, so that none runs beside the measurement.
-            prepared = await self._threads.compute(self._chooser.measure, *key[:2], candidates, key[2])
-        return prepared
-
-
-def _fail_overflown(collected: Collected) -> None:
-    """Turn rows whose values are not finite into errors of their own."""
-    finite = np.isfinite(collected.values).all(axis=1)
-    for row in np.flatnonzero(~finite).tolist():
-        if row not in collected.errors:
-            collected.errors[row] = WireError(
-                ErrorCode.NOT_FINITE, "the network overflows on this row: its features are far outside of what it knows"
-            )
-            collected.values[row] = np.nan
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise WireError(
-            ErrorCode.INVALID_ARGUMENT, f"{name[:40]!r} is not a device: auto, cpu, cuda, cuda:1 ..."
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise WireError(
-            ErrorCode.INVALID_ARGUMENT, f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
-    return device

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.errors import WireError
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import Timings
 
 from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic, Rows
 from trunkline_worker.engine.compute import Work
@@ -31,6 +32,11 @@ class Collected:
     trunk_s: float = 0.0
     head_s: float = 0.0
 
+    @classmethod
+    def of(cls, result: BatchResult) -> Collected:
+        """Return what came of a request whose rows needed no decoding."""
+        return cls(result.values, queue_s=result.queue_s, trunk_s=result.trunk_s, head_s=result.head_s)
+
     def add(self, result: BatchResult, rows: Sequence[int]) -> None:
         """Put the result of some rows in its place."""
         self.values[list(rows)] = result.values
@@ -38,6 +44,27 @@ class Collected:
         self.queue_s = max(self.queue_s, result.queue_s)
         self.trunk_s += result.trunk_s
         self.head_s += result.head_s
+
+    def fail_overflown(self) -> None:
+        """Turn rows whose values are not finite into errors of their own."""
+        finite_B = np.isfinite(self.values).all(axis=1)
+        for row in np.flatnonzero(~finite_B).tolist():
+            if row not in self.errors:
+                self.errors[row] = WireError(
+                    ErrorCode.NOT_FINITE,
+                    "the network overflows on this row: its features are far outside of what it knows",
+                )
+                self.values[row] = np.nan
+
+    def timings(self, total_s: float) -> Timings:
+        """Return where the time went."""
+        return Timings(
+            queue_s=self.queue_s,
+            decode_s=self.decode_s,
+            trunk_s=self.trunk_s,
+            head_s=self.head_s,
+            total_s=total_s,
+        )
 
 
 class DecodingPipeline:

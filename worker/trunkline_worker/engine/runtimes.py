@@ -172,6 +172,27 @@ class OnnxRuntime:
         return torch.from_numpy(embedding_BD)
 
 
+def find_device(name: str) -> torch.device:
+    """Return a device by name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        WireError: INVALID_ARGUMENT for one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT, f"{name[:40]!r} is not a device: auto, cpu, cuda, cuda:1 ..."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT, f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware. Elsewhere it is emulated, and slower than float32."""
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":

@@ -36,6 +36,15 @@ class MoreColumns:
     row_errors: Mapping[int, WireError] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """An input as it was sent, and what the model needs in its place."""
+
+    needed: ModelInput
+    space: FeatureSpace
+    rows: Payload
+
+
 async def more_columns(
     model: ModelRecord,
     first: Payload,
@@ -64,12 +73,9 @@ async def more_columns(
     if not inputs and not model.more_inputs:
         return MoreColumns()
     by_source = _by_source(model, inputs)
-    parts = await asyncio.gather(
-        *(
-            _columns(model, needed, by_source[needed.space.source], first, backends, tenant, timeout_s)
-            for needed in model.more_inputs
-        )
-    )
+    # All that can be refused without a backbone is refused before one is asked.
+    sent = [_read(model, needed, by_source[needed.space.source], first) for needed in model.more_inputs]
+    parts = await asyncio.gather(*(_columns(model, one, backends, tenant, timeout_s) for one in sent))
     errors: dict[int, WireError] = {}
     for part in parts:
         errors = {**part.row_errors, **errors}
@@ -95,15 +101,7 @@ def _by_source(model: ModelRecord, inputs: Sequence[inference_pb2.Input]) -> dic
     return found
 
 
-async def _columns(
-    model: ModelRecord,
-    needed: ModelInput,
-    sent: inference_pb2.Input,
-    first: Payload,
-    backends: Backends,
-    tenant: str,
-    timeout_s: float | None,
-) -> MoreColumns:
+def _read(model: ModelRecord, needed: ModelInput, sent: inference_pb2.Input, first: Payload) -> _Sent:
     space = messages.space_from_proto(sent.space)
     rows = codecs.decode(sent.features) if sent.HasField("features") else _same_images(space, first)
     if len(rows) != len(first):
@@ -113,27 +111,23 @@ async def _columns(
         )
     if space.is_local or needed.space.is_local:
         check_local(model.reference, needed, space, rows)
+    else:
+        check_own(model.reference, needed, space, codec_of(rows))
+    return _Sent(needed, space, rows)
+
+
+async def _columns(
+    model: ModelRecord, sent: _Sent, backends: Backends, tenant: str, timeout_s: float | None
+) -> MoreColumns:
+    needed, space, rows = sent.needed, sent.space, sent.rows
+    if space.is_local:
         columns_BW = unpack(rows) if isinstance(rows, PackedRows) else np.asarray(rows)
         return MoreColumns(columns_BW.astype(np.float32, copy=False))
-    return await _embedded(model, needed, space, rows, backends, tenant, timeout_s)
-
-
-async def _embedded(
-    model: ModelRecord,
-    needed: ModelInput,
-    space: FeatureSpace,
-    rows: Payload,
-    backends: Backends,
-    tenant: str,
-    timeout_s: float | None,
-) -> MoreColumns:
-    """Return a backbone's slices."""
     engine = backends.engine(space.backbone)
     spec = await engine.describe(space.input_size)
     cut = spec.cut(space.cut)
     if cut is not None:
         check_model(model.reference, needed, spec, cut)
-    check_own(model.reference, needed, space, codec_of(rows))
     if space.bottleneck:
         await find_bottleneck(backends, tenant, space.bottleneck)
     # Whether there is such a cut, and all that is to be said of the rows, the engine knows.

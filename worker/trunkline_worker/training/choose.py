@@ -8,15 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONV, MLP, PROTOTYPE, HeadConfig
+from trunkline_wire.heads import CONV, MLP, PROTOTYPE
 from trunkline_wire.specs import SliceSpec
 
 from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training import selection
-from trunkline_worker.training.fit import Rows
+from trunkline_worker.training.fit import Rows, target_scale
+from trunkline_worker.training.outputwise import cross_validate_outputwise, huber, log_odds, logistic, medians
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.scoring import Candidate, score_sets
 from trunkline_worker.training.softmax import cross_validate_l2
+from trunkline_worker.training.spec import HUBER
 from trunkline_worker.training.split import FOLDS, SUBSAMPLE, Indices, folds, random_stream, subsample
 from trunkline_worker.training.standardise import standardisation
 
@@ -73,7 +76,7 @@ def choose_slices(
     if task == CLASSIFICATION:
         _, picked_truth = torch.unique(picked_truth, return_inverse=True)
     else:
-        picked_truth = picked_truth[:, :: -(-picked_truth.shape[1] // selection.MAX_TARGETS)]
+        picked_truth = _some(picked_truth, selection.MAX_TARGETS)
     candidates = selection.select_slices(
         x_ND, slices, task, picked_truth, check=lambda done: progress.tell("select", done)
     )
@@ -86,40 +89,48 @@ def choose_slices(
 
 
 def choose_l2(
-    config: HeadConfig,
+    spec: JobSpec,
     task: str,
     training: Rows,
     classes_N: Indices | None,
     widths: Sequence[int],
-    seed: int,
     progress: Progress,
 ) -> float:
     """Choose the L2 strength for a head on the chosen slices. The grid grows with the columns: so does the kernel."""
-    if config.kind in (MLP, CONV):
+    kind = spec.head.kind
+    if kind in (MLP, CONV):
         return MLP_L2
-    if config.kind == PROTOTYPE and task != REGRESSION:
+    if kind == PROTOTYPE and task != REGRESSION:
         return 0.0
     num_rows, num_columns = training.x_ND.shape
-    picked = subsample(classes_N, num_rows, _L2_ROWS, _L2_CLASSES, random_stream(seed, SUBSAMPLE))
+    picked = subsample(classes_N, num_rows, _L2_ROWS, _L2_CLASSES, random_stream(spec.seed, SUBSAMPLE))
     sample = training if len(picked) == num_rows else training.take(torch.from_numpy(picked).to(training.truth.device))
     fitted = standardisation(sample.x_ND, widths)
     x_ND = (sample.x_ND.float() - fitted.mean_D) / fitted.scale_D
-    if config.kind == PROTOTYPE:
+    if kind == PROTOTYPE:
         x_ND = torch.nn.functional.normalize(x_ND, dim=1)
         num_columns = 1  # each row has length 1, as if it had a single column of variance 1
-    if task == CLASSIFICATION:
+    if task != REGRESSION or spec.loss == HUBER:
         sample_classes_N = None if classes_N is None else classes_N[picked]
         num_folds = min(_L2_FOLDS, len(picked))
-        folds_N = folds(sample_classes_N, len(picked), num_folds, random_stream(seed, FOLDS))
-        present, dense_N = torch.unique(sample.truth, return_inverse=True)
-        scores = cross_validate_l2(
-            x_ND,
-            dense_N,
-            len(present),
-            torch.from_numpy(folds_N).to(x_ND.device),
-            [num_columns * one for one in _L2_PER_COLUMN],
-            check=progress.check,
+        folds_N = torch.from_numpy(folds(sample_classes_N, len(picked), num_folds, random_stream(spec.seed, FOLDS))).to(
+            x_ND.device
         )
+        grid = [num_columns * one for one in _L2_PER_COLUMN]
+        check = progress.check
+        if task == CLASSIFICATION:
+            present, dense_N = torch.unique(sample.truth, return_inverse=True)
+            scores = cross_validate_l2(x_ND, dense_N, len(present), folds_N, grid, check=check)
+        elif task == MULTI_LABEL:
+            truth_NM = _some(sample.truth, _L2_CLASSES)
+            scores = cross_validate_outputwise(x_ND, truth_NM, logistic, log_odds, folds_N, grid, check=check)
+        else:
+            # Squared errors would be those of the wild targets, which no strength but an endless one can please.
+            mean_M, scale_M = target_scale(training.truth)
+            targets_NM = _some((sample.truth.double() - mean_M) / scale_M, selection.MAX_TARGETS)
+            grid = [num_columns * len(picked) * one for one in _RIDGE_STRENGTHS]
+            loss = huber(spec.huber_delta)
+            scores = cross_validate_outputwise(x_ND, targets_NM, loss, medians, folds_N, grid, check=check)
         return min(scores, key=lambda one: scores[one])
     name = "all"
     (scored,) = score_sets(
@@ -131,12 +142,12 @@ def choose_l2(
         strengths=_RIDGE_STRENGTHS,
         check=lambda done: progress.check(),
     )
-    l2 = scored.strength * num_columns * num_rows
-    if task == MULTI_LABEL:
-        # Found on squared errors, whose curvature is 1 a row; that of a sigmoid is its variance.
-        share_K = sample.truth.double().mean(dim=0)
-        l2 *= float((share_K * (1 - share_K)).mean())
-    return l2
+    return scored.strength * num_columns * num_rows
+
+
+def _some(truth_NM: Tensor, most: int) -> Tensor:
+    """Return evenly spaced outputs, at most so many."""
+    return truth_NM[:, :: -(-truth_NM.shape[1] // most)]
 
 
 def _enough(classes_N: Indices | None, num_rows: int) -> bool:

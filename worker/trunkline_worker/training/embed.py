@@ -110,7 +110,7 @@ class _Entry:
         """
         exact = self.cut.precision_of(self.space.fingerprint) == FLOAT32 and not self.space.is_own
         origin = self.spec.embedding_fingerprint if exact else self.space.fingerprint
-        columns = json.dumps([self.cut.name, *((one.name, one.width) for one in self.slices)])
+        columns = json.dumps([self.cut.name, *((one.name, *(self.map_shape or (one.width,))) for one in self.slices)])
         return f"{origin}-{hashlib.sha256(columns.encode()).hexdigest()[:32]}"
 
 
@@ -162,8 +162,8 @@ class _Reader:
         trunk = self._tools.trunk
         entry = _entry(trunk.describe(choice.backbone, choice.input_size), space, tap_slice)
         columns_ND, use = self._embedding(entry, row_ids)
-        if entry.space.bottleneck and not use.codec:
-            # Only the trunk has the bottleneck, which knows its error: one row is enough to ask.
+        if entry.space.is_own and not use.codec:
+            # Only the trunk can say what a bottleneck, or a codec behind a stem of one's own, does: one row is enough.
             (use,) = (one.codec_use for one in trunk.extract(iter([(entry.space, self._rows(row_ids[:1]))])))
         source = Source(choice.backbone, columns_ND, entry.slices, entry.map_shape)
         return ReadInput(source, entry.space, codec, _codec_error(codec, entry, use, trunk), entry.spec)

@@ -14,7 +14,7 @@ from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.minibatch import Objective, Split, fit_minibatches, run_head, schedule
-from trunkline_worker.training.outputwise import OutputwiseFit, fit_outputwise, huber, log_odds, logistic
+from trunkline_worker.training.outputwise import OutputwiseFit, fit_outputwise, huber, log_odds, logistic, medians
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.prototype import fit_prototypes
 from trunkline_worker.training.ridge import fit_ridge
@@ -135,10 +135,10 @@ def _fit_to_convergence(
         solved = fit_outputwise(prepare(x_ND), truth, logistic, l2, log_odds(truth), on_step=on_step)
         _set_linear(head, solved.weights_DK, solved.bias_K)
     elif spec.loss == HUBER:
-        mean_M, scale_M = _target_scale(truth)
+        mean_M, scale_M = target_scale(truth)
         targets_NM = (truth.double() - mean_M) / scale_M
-        start_M = targets_NM.median(dim=0).values
-        solved = fit_outputwise(prepare(x_ND), targets_NM, huber(spec.huber_delta), l2, start_M, on_step=on_step)
+        loss = huber(spec.huber_delta)
+        solved = fit_outputwise(prepare(x_ND), targets_NM, loss, l2, medians(targets_NM), on_step=on_step)
         _set_linear(head, solved.weights_DK, solved.bias_K)
         _unstandardise_targets(head, mean_M, scale_M)
     else:
@@ -159,10 +159,10 @@ def _fit_epochs(
     tell: Callable[[float, dict[str, float]], None],
     stop_after: int,
 ) -> int:
-    plan = schedule(spec, len(training), l2)
+    plan = schedule(spec, head, len(training), l2)
     planned = stop_after or plan.epochs
     # Targets are standardised, so that one learning rate fits every unit; the output layer takes it back.
-    scale = _target_scale(training.truth) if task == REGRESSION else None
+    scale = target_scale(training.truth) if task == REGRESSION else None
     seed = int(random_stream(spec.seed, WEIGHTS).integers(2**63))
 
     def split(rows: Rows) -> Split:
@@ -186,7 +186,8 @@ def _fit_epochs(
     return best_epoch
 
 
-def _target_scale(truth_NM: Tensor) -> tuple[Tensor, Tensor]:
+def target_scale(truth_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each target; 1 for one that does not vary."""
     truth_NM = truth_NM.double()
     scale_M = truth_NM.std(dim=0, correction=0)
     return truth_NM.mean(dim=0), torch.where(scale_M > 0, scale_M, torch.ones_like(scale_M))

@@ -111,7 +111,7 @@ def _check_targets(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
         )
     needed = 3 if hold_out else 2
     if num_rows < needed:
-        raise _bad(f"{num_rows} rows; regression needs at least {needed}")
+        raise _bad(f"{num_rows} rows; at least {needed} are needed")
 
 
 def _check_multi(labels: Labels) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,8 @@ class TrainingResult:
             what ``measure`` returns for the task; the same with ``train_`` in front, on the training split; and what
             the solver says of itself. Where the spec asks for a refit on all rows, the scores are those measured before
             it: afterwards no row is left that the head has not seen.
-        candidates: Sets of slices that were tried for the first backbone, best first; empty unless the embedding is
-            ``auto``.
+        candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``. Those of each
+            further backbone follow, their slices named ``BACKBONE:SLICE``.
     """
 
     head: TrainedHead
@@ -75,7 +75,7 @@ def train_head(
         TrainingCancelled: Once ``should_stop`` said so.
     """
     progress = Progress(on_event, should_stop)
-    config = check_spec(spec)
+    check_spec(spec)
     first_ND = sources[0].tensor
     num_rows = int(first_ND.shape[0]) if first_ND.ndim else 0
     check_labels(labels, num_rows, hold_out=spec.validation_fraction > 0)
@@ -103,7 +103,7 @@ def train_head(
     widths = [width for one in inputs for width in one.widths]
     l2 = spec.l2
     if l2 < 0:
-        l2 = choose_l2(config, labels.task, training, training_classes_N, widths, spec.seed, progress)
+        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress)
 
     again = spec.refit and len(validation_index) > 0
     fit = fit_head(
@@ -145,18 +145,21 @@ def _choose(
     spec: JobSpec,
     progress: Progress,
 ) -> tuple[list[list[SliceSpec]], list[Candidate]]:
-    """Return the slices of each source that enter the head, and what was tried for the first that had a choice."""
+    """Return the slices of each source that enter the head, and the sets that were tried."""
     named = slices_by_source(spec.slices, sources) if spec.embedding == "slices" else []
     chosen: list[list[SliceSpec]] = []
     tried: list[Candidate] = []
     for number, source in enumerate(sources):
         if source.is_whole:
+            if named:
+                source.take(named[number])  # all of it enters; a name that it does not have is a mistake all the same
             chosen.append(list(source.slices))
         elif spec.embedding == "auto":
             candidates = choose_slices(
                 source.tensor, source.slices, task, truth, classes_N, training_index, spec.seed, progress
             )
-            tried = tried or candidates
+            prefix = f"{source.name}:" if number else ""
+            tried += [replace(one, slices=tuple(prefix + name for name in one.slices)) for one in candidates]
             chosen.append(source.take(candidates[0].slices))
         else:
             chosen.append(source.take((POOLED,) if spec.embedding == "pooled" else named[number]))

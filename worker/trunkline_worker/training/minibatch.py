@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import LINEAR
+from trunkline_wire.heads import CONV, LINEAR
 
 from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, Head
 from trunkline_worker.store.records import JobSpec
@@ -22,8 +22,10 @@ _DEFAULT_STEPS = 1500
 _MIN_EPOCHS, _MAX_EPOCHS = 20, 200
 _MAX_BATCH = 256
 
+_MIN_BATCH = 16
+
 _PORTION_CELLS = 2**24
-"""Numbers that go through a head at once where nothing is learnt."""
+"""Numbers that go through a head at once; of maps also where it learns, unless the spec says how many rows."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,12 @@ class Schedule:
     l2: float
 
 
-def schedule(spec: JobSpec, num_rows: int, l2: float) -> Schedule:
+def schedule(spec: JobSpec, head: Head, num_rows: int, l2: float) -> Schedule:
     """Fill in what the spec leaves to us (0): some 1500 steps of a sixteenth of the rows, 16 to 256 at a time."""
-    batch_size = spec.batch_size or min(_MAX_BATCH, max(16, 2 ** math.ceil(math.log2(max(1, num_rows / 16)))))
+    most = _MAX_BATCH
+    if spec.head.kind == CONV:
+        most = min(most, max(_MIN_BATCH, _portion(head)))
+    batch_size = spec.batch_size or min(most, max(_MIN_BATCH, 2 ** math.ceil(math.log2(max(1, num_rows / 16)))))
     batch_size = min(batch_size, num_rows)
     steps_per_epoch = math.ceil(num_rows / batch_size)
     epochs = spec.epochs or min(_MAX_EPOCHS, max(_MIN_EPOCHS, _DEFAULT_STEPS // steps_per_epoch))
@@ -110,13 +115,20 @@ def fit_minibatches(
         The epoch, from 1, whose parameters the head holds.
 
     Raises:
-        WireError: INVALID_ARGUMENT if the loss stops being finite.
+        WireError: BAD_LABELS for a single row where batches are normalised; INVALID_ARGUMENT if the loss stops being
+            finite.
     """
+    num_rows = training.x_ND.shape[0]
+    if head.config.batch_norm and num_rows < 2:
+        raise WireError(
+            ErrorCode.BAD_LABELS,
+            "a single row is left to train on, and batch normalisation needs 2; add rows, hold fewer out, or leave "
+            "batch normalisation out",
+        )
     draw = torch.Generator().manual_seed(seed)
     head.reset_parameters(draw)
     head.to(training.x_ND.device)
     optimiser = torch.optim.Adam(head.parameters(), lr=plan.learning_rate)
-    num_rows = training.x_ND.shape[0]
     steps_per_epoch = math.ceil(num_rows / plan.batch_size)
     total_steps = plan.epochs * steps_per_epoch
     # As the solver that runs to convergence counts it, see `softmax`.
@@ -167,8 +179,15 @@ def fit_minibatches(
 def run_head(head: Head, x_ND: Tensor) -> Tensor:
     """Return logits or values of raw rows, a portion at a time, as they will be served."""
     head.eval()
-    portion = max(1, _PORTION_CELLS // x_ND.shape[1])
-    return torch.cat([head(rows.float()) for rows in x_ND.split(portion)])
+    return torch.cat([head(rows.float()) for rows in x_ND.split(_portion(head))])
+
+
+def _portion(head: Head) -> int:
+    """Return how many rows may go through a head at once. What its convolutions put out can be wider than the map."""
+    cells = head.num_features
+    if head.config.kind == CONV:
+        cells = max(cells, max(head.config.channels) * math.prod(head.inputs[0].map_shape[1:]))
+    return max(1, _PORTION_CELLS // cells)
 
 
 def _batches(order_N: Tensor, batch_size: int) -> Sequence[Tensor]:

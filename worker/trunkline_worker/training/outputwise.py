@@ -6,7 +6,7 @@ rows' losses plus ``l2 / 2`` times the squared weights, intercepts free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from trunkline_worker.training.lbfgs import minimise
-from trunkline_worker.training.softmax import Design, curvature_floor
+from trunkline_worker.training.softmax import Design, curvature_floor, prepare, score_strengths
 
 # Shape suffix legend: N = rows, D = columns, R = coordinates, K = outputs, Q = directions of known curvature
 
-_TOLERANCE = 1e-7
-_FLOAT32_TOLERANCE = 1e-5
+_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-4, 1e-7, 1e-5
+"""Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged."""
+
 _MIN_SLOPE = 1e-6
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -58,7 +59,14 @@ class OutputwiseFit:
 
 
 def fit_outputwise(
-    design: Design, truth_NK: Tensor, loss: Loss, l2: float, start_K: Tensor, *, on_step: Callable[[int, float], None]
+    design: Design,
+    truth_NK: Tensor,
+    loss: Loss,
+    l2: float,
+    start_K: Tensor,
+    *,
+    tolerance: float = _TIGHT,
+    on_step: Callable[[int, float], None],
 ) -> OutputwiseFit:
     """Solve for all outputs side by side.
 
@@ -68,6 +76,7 @@ def fit_outputwise(
         loss: Convex in the outputs.
         l2: scikit-learn's 1 / C, or alpha.
         start_K: Intercepts to start from, with weights of 0.
+        tolerance: As for ``minimise``; coarser where the rows are single precision.
         on_step: Called before each step with its number and the mean objective; may raise to stop.
     """
     x_NR = design.x_NR
@@ -103,7 +112,7 @@ def fit_outputwise(
         start_KV,
         precondition=precondition,
         on_step=lambda step, value_K: on_step(step, float(value_K.sum()) / num_rows),
-        tolerance=_TOLERANCE if x_NR.dtype == torch.float64 else _FLOAT32_TOLERANCE,
+        tolerance=tolerance if x_NR.dtype == torch.float64 else max(tolerance, _FLOAT32_TIGHT),
     )
     solution_KV = minimum.x_PV
     return OutputwiseFit(
@@ -111,8 +120,54 @@ def fit_outputwise(
     )
 
 
+def cross_validate_outputwise(
+    x_ND: Tensor,
+    truth_NK: Tensor,
+    loss: Loss,
+    start: Callable[[Tensor], Tensor],
+    folds_N: Tensor,
+    grid: Sequence[float],
+    *,
+    check: Callable[[], None],
+) -> dict[float, float]:
+    """Return the held-out loss, a row and output, of each strength tried. See ``softmax.score_strengths``.
+
+    Args:
+        x_ND: Standardised rows.
+        truth_NK: What the outputs should be.
+        loss: As for ``fit_outputwise``.
+        start: From what the outputs of some rows should be to the intercepts to start from.
+        folds_N: Fold of each row.
+        grid: Strengths to try.
+        check: Called between steps; may raise to stop.
+    """
+    design = prepare(x_ND)
+    truth_NK = truth_NK.to(design.x_NR)
+    outside_PN = [folds_N == fold for fold in range(int(folds_N.max()) + 1)]
+
+    def score(l2: float) -> float:
+        total = 0.0
+        for outside_N in outside_PN:
+            known_NK = truth_NK[~outside_N]
+            # One basis serves all folds: it holds the span of any of the rows.
+            part = Design(design.x_NR[~outside_N], design.directions_RQ, design.curvature_Q, design.rest)
+            fit = fit_outputwise(
+                part, known_NK, loss, l2, start(known_NK), tolerance=_LOOSE, on_step=lambda step, value: check()
+            )
+            outputs_NK = design.x_NR[outside_N] @ fit.weights_DK + fit.bias_K
+            total += float(loss(outputs_NK, truth_NK[outside_N])[0].sum())
+        return total / truth_NK.numel()
+
+    return score_strengths(grid, score)
+
+
 def log_odds(truth_NK: Tensor) -> Tensor:
     """Return the intercepts that fit each label's share without any features."""
     num_rows = truth_NK.shape[0]
     positive_K = truth_NK.double().sum(dim=0).clamp(0.5, num_rows - 0.5)
     return positive_K.log() - (num_rows - positive_K).log()
+
+
+def medians(targets_NK: Tensor) -> Tensor:
+    """Return the intercepts that wild targets hardly move."""
+    return targets_NK.median(dim=0).values

@@ -86,9 +86,10 @@ def _similarities(unit_ND: Tensor, member_NK: Tensor) -> tuple[Tensor, Tensor]:
     total_KD = member_NK.T @ unit_ND
     dot_NK = unit_ND @ total_KD.T
     square_K = total_KD.square().sum(dim=1)
-    # Without itself a member's sum loses a vector of length 1.
+    # Without itself a member's sum loses a vector of length 1. Of an only member nothing is left but rounding.
     left_square_NK = (square_K - 2 * dot_NK + 1).clamp(min=1e-12)
-    return (dot_NK - 1) / left_square_NK.sqrt(), dot_NK / square_K.clamp(min=1e-12).sqrt()
+    left_NK = torch.where(member_NK.sum(dim=0) > 1, (dot_NK - 1) / left_square_NK.sqrt(), 0.0)
+    return left_NK, dot_NK / square_K.clamp(min=1e-12).sqrt()
 
 
 def _intercepts(offsets_NK: Tensor, truth_NK: Tensor) -> Tensor:

@@ -154,6 +154,18 @@ def fit_softmax(
     return SoftmaxFit(design.weights(solution[0, :-1]), solution[0, -1], iterations, converged)
 
 
+def score_strengths(grid: Sequence[float], score: Callable[[float], float]) -> dict[float, float]:
+    """Return the held-out loss of each strength tried: from the strongest on, until two in a row were worse."""
+    scores: dict[float, float] = {}
+    worse = 0
+    for l2 in sorted(grid, reverse=True):
+        scores[l2] = score(l2)
+        worse = worse + 1 if scores[l2] > min(scores.values()) else 0
+        if worse == 2:
+            break
+    return scores
+
+
 def cross_validate_l2(
     x_ND: Tensor,
     classes_N: Tensor,
@@ -165,8 +177,7 @@ def cross_validate_l2(
 ) -> dict[float, float]:
     """Return the held-out cross-entropy, in nats per row, of each strength tried.
 
-    From the strongest on, each started where the last one ended, all folds side by side; stops once two in a row were
-    worse than the best.
+    Each starts where the last one ended, all folds side by side. See ``score_strengths``.
 
     Args:
         x_ND: Standardised rows.
@@ -181,16 +192,14 @@ def cross_validate_l2(
     training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR)
     solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
     solution[:, -1] = _log_shares(classes_N, num_classes).to(solution)
-    scores: dict[float, float] = {}
-    worse = 0
-    for l2 in sorted(grid, reverse=True):
+
+    def score(l2: float) -> float:
+        nonlocal solution
         solution, _, _ = _solve(design, classes_N, training_PN, solution, l2, _LOOSE, lambda step, value_P: check())
         loss_PN, _ = _losses(design.x_NR, classes_N, solution)
-        scores[l2] = float((loss_PN * (1 - training_PN)).sum()) / len(classes_N)
-        worse = worse + 1 if scores[l2] > min(scores.values()) else 0
-        if worse == 2:
-            break
-    return scores
+        return float((loss_PN * (1 - training_PN)).sum()) / len(classes_N)
+
+    return score_strengths(grid, score)
 
 
 def _solve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ class Source:
         """Whether there is nothing to choose: every column enters."""
         return self.is_local or bool(self.map_shape)
 
-    @property
+    @cached_property
     def tensor(self) -> Tensor:
         """The columns as a tensor, where they are."""
         if isinstance(self.columns_ND, Tensor):

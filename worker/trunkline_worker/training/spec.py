@@ -36,6 +36,8 @@ def check_spec(spec: JobSpec) -> HeadConfig:
         )
     if spec.solver == "adam" and spec.head.kind == PROTOTYPE:
         raise invalid("a prototype head is made in closed form; leave the solver to us, or say 'lbfgs'")
+    if spec.head.batch_norm and spec.batch_size == 1:
+        raise invalid("batch normalisation needs batches of at least 2 rows; got a batch size of 1")
     if spec.loss not in LOSSES:
         raise invalid(f"loss {spec.loss[:40]!r} is not known; one of {', '.join(LOSSES)} is needed")
     if not 0.0 < spec.huber_delta < 1e6:

@@ -51,16 +51,15 @@ def keep_both(targets_NK: npt.NDArray[np.floating], training: Indices, validatio
         training: Rows to train on, ascending.
         validation: Rows to measure with, ascending.
     """
-    held = list(validation)
-    kept = list(training)
-    for column in targets_NK.T:
-        for value in (0, 1):
-            if not (column[kept] == value).any():
-                moved = next((row for row in held if column[row] == value), None)
-                if moved is not None:
-                    held.remove(moved)
-                    kept.append(moved)
-    return np.sort(np.array(kept, dtype=np.int64)), np.sort(np.array(held, dtype=np.int64))
+    is_held_N = np.zeros(len(targets_NK), dtype=bool)
+    is_held_N[validation] = True
+    positive_NK = targets_NK > 0
+    # Moving rows only ever adds to the training side, so a label that is fine stays fine.
+    for has in (positive_NK, ~positive_NK):
+        for label in np.flatnonzero(~has[training].any(axis=0)):
+            if not (has[:, label] & ~is_held_N).any():
+                is_held_N[np.flatnonzero(has[:, label])[:1]] = False
+    return np.flatnonzero(~is_held_N).astype(np.int64), np.flatnonzero(is_held_N).astype(np.int64)
 
 
 def folds(classes_N: Indices | None, num_rows: int, num_folds: int, random: np.random.Generator) -> Indices:

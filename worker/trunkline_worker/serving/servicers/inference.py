@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 
 import grpc
 import numpy as np
 from trunkline_wire import codecs, messages
-from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.limits import MAX_PAYLOAD_BYTES
-from trunkline_wire.specs import FeatureSpace
+from trunkline_wire.errors import WireError
 from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
 from trunkline_wire.v1 import inference_pb2 as pb
 
@@ -19,6 +17,7 @@ from trunkline_worker.serving.boundary import current_call, public_error
 from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.fusion import more_columns
 from trunkline_worker.serving.models import ModelLookup
+from trunkline_worker.serving.replies import check_embedding_size
 from trunkline_worker.serving.streams import pipelined
 
 CLASSIFICATION = "classification"
@@ -132,10 +131,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         space = messages.space_from_proto(request.space)
         if space.bottleneck:
             await find_bottleneck(self._backends, call.tenant, space.bottleneck)
-        await self._check_reply_size(space, request.slices, len(rows))
-        extraction = await self._backends.engine(space.backbone).extract(
-            space, rows, tuple(request.slices), timeout_s=remaining
-        )
+        engine = self._backends.engine(space.backbone)
+        await check_embedding_size(engine, space, request.slices, len(rows))
+        extraction = await engine.extract(space, rows, tuple(request.slices), timeout_s=remaining)
         return pb.ExtractResponse(
             embedding=codecs.encode_array(extraction.embedding_BD),
             slices=messages.slices_to_proto(extraction.slices),
@@ -143,19 +141,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             timings=messages.timings_to_proto(extraction.timings),
             codec_use=messages.codec_use_to_proto(extraction.codec_use),
         )
-
-    async def _check_reply_size(self, space: FeatureSpace, slices: Sequence[str], num_rows: int) -> None:
-        """Refuse, before anything is computed, an embedding that would not fit a message."""
-        spec = await self._backends.engine(space.backbone).describe(space.input_size)
-        cut = spec.cut(space.cut)
-        wanted = set(slices) or set(cut.slices if cut else ())
-        row_bytes = 4 * sum(spec.slice_width(name) or 0 for name in wanted)
-        if num_rows * row_bytes > MAX_PAYLOAD_BYTES:
-            raise WireError(
-                ErrorCode.PAYLOAD_TOO_LARGE,
-                f"the embedding of {num_rows} rows has {num_rows * row_bytes} bytes; at most "
-                f"{MAX_PAYLOAD_BYTES // row_bytes} rows of these slices fit one reply",
-            )
 
 
 def _row_errors(errors: Mapping[int, WireError]) -> list[error_pb2.RowError]:

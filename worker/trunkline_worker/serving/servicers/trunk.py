@@ -11,15 +11,16 @@ from trunkline_wire import codecs, messages
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.bottleneck_file import linear_from_proto, linear_to_proto
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.limits import MAX_PAYLOAD_BYTES
 from trunkline_wire.specs import FeatureSpace
 from trunkline_wire.v1 import error_pb2, trunk_pb2_grpc
 from trunkline_wire.v1 import trunk_pb2 as pb
 
+from trunkline_worker.engine.api import DEFAULT_OUTPUTS, LOGITS
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.bottlenecks import get_bottleneck, put_bottleneck
 from trunkline_worker.serving.boundary import current_call, public_error
 from trunkline_worker.serving.budget import ByteBudget
+from trunkline_worker.serving.replies import check_embedding_size, check_reply_size
 from trunkline_worker.serving.streams import pipelined
 
 STREAM_WINDOW = 4
@@ -82,10 +83,11 @@ class TrunkServicer(trunk_pb2_grpc.TrunkServiceServicer):
         with self._budget.hold(request.ByteSize()):
             remaining = current_call().remaining_s(request.timeout_s)
             space, features, decoder = _entry(request)
-            answer = await self._backends.engine(space.backbone).forward(
-                space, features, tuple(request.outputs), decoder=decoder, timeout_s=remaining
-            )
-            _check_reply(answer.outputs_BD.nbytes, len(features))
+            engine = self._backends.engine(space.backbone)
+            outputs = tuple(request.outputs) or DEFAULT_OUTPUTS
+            if outputs != (LOGITS,):
+                await check_embedding_size(engine, space, outputs, len(features))
+            answer = await engine.forward(space, features, outputs, decoder=decoder, timeout_s=remaining)
             return pb.ForwardResponse(
                 outputs=codecs.encode_array(answer.outputs_BD), timings=messages.timings_to_proto(answer.timings)
             )
@@ -97,7 +99,7 @@ class TrunkServicer(trunk_pb2_grpc.TrunkServiceServicer):
             gradient = codecs.decode(request.gradient)
             if not isinstance(gradient, np.ndarray):
                 raise WireError(ErrorCode.DTYPE_MISMATCH, "a gradient is a plain tensor of floats")
-            _check_reply(4 * features.size, len(features))
+            check_reply_size(len(features), 4 * features[0].size, "the gradient")
             answer = await self._backends.engine(space.backbone).backward(
                 space, features, gradient, tuple(request.outputs), decoder=decoder, timeout_s=remaining
             )
@@ -118,12 +120,3 @@ def _entry(
         )
     decoder = linear_from_proto(request.decoder) if request.HasField("decoder") else None
     return messages.space_from_proto(request.space), features, decoder
-
-
-def _check_reply(num_bytes: int, num_rows: int) -> None:
-    if num_bytes > MAX_PAYLOAD_BYTES:
-        most = max(1, num_rows * MAX_PAYLOAD_BYTES // num_bytes)
-        raise WireError(
-            ErrorCode.PAYLOAD_TOO_LARGE,
-            f"the answer to {num_rows} rows has {num_bytes} bytes; at most {most} rows of these fit one reply",
-        )
