@@ -518,8 +518,8 @@ def method_lines(draws: int, epochs: int) -> list[str]:
         f"{epochs} epochs of `fit_bottleneck`, learning rate {LEARNING_RATE}.",
         "",
         f"- **Bytes** of features and codes are those of a row before zstd, {SCALE_BYTES} of them a channel for "
-        "scale and offset. Bytes of JPEG are the mean of files with Huffman tables of their own, which are smaller than "
-        "Pillow's default.",
+        "scale and offset. Bytes of JPEG are the mean of files with Huffman tables of their own, which are smaller "
+        "than Pillow's default.",
         "- **Without tables** is an abbreviated JPEG stream with the standard tables: what is left if both sides agree "
         "on the tables beforehand. Tables are some 570 bytes of a colour file as Pillow writes it by default.",
         "- **JPEG** holds just the pixels that the network reads, so no byte goes into a margin that is cropped; heads "
