@@ -86,7 +86,7 @@ def fit_bottleneck(
     input_size: int | None = None,
     epochs: int = 5,
     batch_rows: int = 32,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 2e-2,
     validation: float = 0.2,
     seed: int = 0,
     timeout_s: float | None = None,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.quantise import PackedRows, codec_of, unpack
+from trunkline_wire.quantise import PackedRows, codec_of
 from trunkline_wire.specs import (
     FLOAT32,
     INPUT_CUT,
@@ -342,9 +342,11 @@ class LocalEngine:
         check_local(model.reference, dataclasses.replace(first_input(model), width=width), space, rows)
         columns = Columns([SliceSpec(space.local_model, 0, width)])
         work = Work(None, columns, (space.local_model,), head_key, head)
-        features = unpack(rows) if isinstance(rows, PackedRows) else np.asarray(rows)
         key = LocalKey(space.local_model, width)
-        collected = Collected.of(await self._batcher.submit(key, Rows(features, more_BE), work, deadline=deadline))
+        with self._batcher.hold(len(rows)) as hold:
+            features = (await self._decoder.packed(rows)).rows if isinstance(rows, PackedRows) else np.asarray(rows)
+            result = await self._batcher.submit(key, Rows(features, more_BE), work, deadline=deadline, hold=hold)
+        collected = Collected.of(result)
         collected.fail_overflown()
         return collected, CodecUse(codec_of(rows), 0.0, model.codec, model.codec_error)
 
@@ -355,8 +357,8 @@ class LocalEngine:
         if target.bottleneck is not None:
             use = CodecUse(codec_of(rows), target.bottleneck.embedding_error)
         else:
-            place = target.key.cut, target.key.input_size
-            use = await self._costs.use(place, codec_of(rows), target.precision, self._left_s(deadline))
+            where = target.key.cut, target.key.input_size
+            use = await self._costs.use(where, codec_of(rows), target.precision, self._left_s(deadline))
         if model is None:
             return use
         use = dataclasses.replace(use, trained_codec=model.codec, trained_error=model.codec_error)
