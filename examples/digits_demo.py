@@ -145,7 +145,7 @@ def _raw_pixels(
     return predicted
 
 
-def _accuracy(labels: Sequence[str | None], truth_N: npt.NDArray[np.int64]) -> float:
+def _accuracy(labels: Sequence[object], truth_N: npt.NDArray[np.int64]) -> float:
     return float(np.mean([label == str(one) for label, one in zip(labels, truth_N, strict=True)]))
 
 

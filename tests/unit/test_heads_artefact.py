@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import safetensors.torch
@@ -37,6 +38,15 @@ def rewritten(**changes: object) -> bytes:
     metadata["config"].update(changes.pop("config", {}))  # type: ignore[call-overload]
     metadata.update(changes)
     return safetensors.torch.save(safetensors.torch.load(data), metadata={"trunkline_head": json.dumps(metadata)})
+
+
+def assert_loads_or_raises_a_typed_error(data: bytes) -> None:
+    try:
+        head = head_from_bytes(data)
+    except WireError as error:
+        assert error.code in (ErrorCode.CORRUPT_DATA, ErrorCode.UNSUPPORTED)
+    else:
+        assert head.num_features == 5
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -82,6 +92,7 @@ def test_a_newer_format_is_unsupported_not_corrupt() -> None:
         {"config": {"hidden": "4"}},
         {"config": {"dropout": "0"}},
         {"config": {"dropout": True}},
+        {"config": {"dropout": 10**400}},
         {"config": {"batch_norm": 1}},
         {"config": {"activation": None}},
         {"config": {"fuse": "add", "fuse_width": 1.5}},
@@ -102,6 +113,10 @@ def test_a_newer_format_is_unsupported_not_corrupt() -> None:
         {"inputs": [{"slices": ["a", "b"], "widths": [2**39, 1], "map_shape": []}]},
         {"inputs": [{"slices": ["a"], "widths": [5], "map_shape": [5, 1, 1]}]},
         {"inputs": [{"slices": ["a"], "widths": [5], "map_shape": [5, -1, -1]}]},
+        {"inputs": [{"slices": ["a"], "widths": [2**39], "map_shape": []}], "num_outputs": 2**39},
+        {"format": 2.0},
+        {"format": True},
+        {"drop": "format"},
         {"num_outputs": 3},
         {"num_outputs": 0},
         {"drop": "task"},
@@ -112,6 +127,26 @@ def test_a_description_that_does_not_fit_is_corrupt(changes: dict) -> None:
     with pytest.raises(WireError) as caught:
         head_from_bytes(rewritten(**changes))
     assert caught.value.code is ErrorCode.CORRUPT_DATA
+    assert caught.value.message.count("this head is damaged") == 1
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["format", "inputs", "task", "class_names", "num_outputs"]), ANY_JSON)
+def test_any_value_in_the_description_loads_or_raises_a_typed_error(name: str, value: object) -> None:
+    assert_loads_or_raises_a_typed_error(rewritten(**{name: value}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([one.name for one in fields(HeadConfig)]), ANY_JSON)
+def test_any_value_in_the_config_loads_or_raises_a_typed_error(name: str, value: object) -> None:
+    assert_loads_or_raises_a_typed_error(rewritten(config={name: value}))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +234,7 @@ def test_no_truncation_gets_through() -> None:
 def test_a_flipped_byte_raises_a_typed_error_or_changes_numbers_only(position: int, flip: int) -> None:
     data = bytearray(head_to_bytes(make_head("mlp")))
     data[position % len(data)] ^= flip
-    try:
-        head = head_from_bytes(bytes(data))
-    except WireError as error:
-        assert error.code in (ErrorCode.CORRUPT_DATA, ErrorCode.UNSUPPORTED)
-    else:
-        assert head.num_features == 5
+    assert_loads_or_raises_a_typed_error(bytes(data))
 
 
 def test_paths_are_made_of_hashes_only() -> None:

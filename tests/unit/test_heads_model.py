@@ -111,6 +111,54 @@ def test_drawing_parameters_does_not_touch_the_global_generator() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_weights_are_drawn_within_their_bounds_and_outputs_start_at_zero() -> None:
+    config = HeadConfig("conv", (300,), batch_norm=True, channels=(40,), fuse="gate", fuse_width=200)
+    head = drawn(config, (MAP, LOCAL))
+    head.reset_parameters(torch.Generator().manual_seed(0))
+    assert head.convolutions is not None
+    assert head.fusion is not None
+    bounds = {  # sqrt(6 / fan in) before an activation, sqrt(3 / fan in) in a projection
+        head.convolutions.convs[0]: (6 / 18) ** 0.5,
+        head.fusion.projections[0]: (3 / 40) ** 0.5,
+        head.fusion.projections[1]: (3 / 4) ** 0.5,
+        head.linears[0]: (6 / 200) ** 0.5,
+    }
+    for layer, bound in bounds.items():
+        assert 0.97 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert not layer.bias.any()
+    for layer in (head.output, head.fusion.gate):
+        assert not layer.weight.any()
+        assert not layer.bias.any()
+    for norm in (head.convolutions.norms[0], head.norms[0]):
+        assert (norm.weight == 1).all()
+        assert (norm.running_var == 1).all()
+        assert not norm.bias.any()
+        assert not norm.running_mean.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "width"),
+    [
+        (HeadConfig(fuse="add"), (*INPUTS, LOCAL), 5),
+        (HeadConfig(fuse="add", fuse_width=9), (*INPUTS, LOCAL), 9),
+        (HeadConfig(fuse="gate"), (HeadInput(("wide",), (1000,)), LOCAL), 256),
+        (HeadConfig("conv", channels=(3,), fuse="gate"), (MAP, LOCAL), 4),
+    ],
+)
+def test_inputs_are_fused_at_the_largest_width_up_to_a_limit(config: HeadConfig, inputs: tuple, width: int) -> None:
+    assert Head(config, inputs, 2).output.in_features == width
+
+
+def test_training_mode_matters_to_batch_normalisation_alone() -> None:
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    plain = drawn(HeadConfig("mlp", (6,), dropout=0.5), INPUTS)
+    torch.testing.assert_close(plain.eval()(x), plain.train()(x), rtol=0, atol=0)
+    normed = drawn(HeadConfig("mlp", (6,), batch_norm=True), INPUTS)
+    before = normed.norms[0].running_mean.clone()
+    assert not torch.allclose(normed.eval()(x), normed.train()(x))
+    assert not torch.equal(normed.norms[0].running_mean, before)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import HeadConfig
+from trunkline_wire.heads import HeadConfig, invalid
 
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
@@ -66,13 +66,15 @@ def head_from_bytes(data: bytes) -> TrainedHead:
         WireError: UNSUPPORTED for another format version, CORRUPT_DATA for anything else that is wrong.
     """
     metadata = _read_metadata(data)
-    if metadata.get("format") == 1:
+    version = metadata.get("format")
+    if type(version) is not int:
+        raise _corrupt("its format is not a whole number")
+    if version == 1:
         metadata = _from_1(metadata)
-    if metadata.get("format") != FORMAT_VERSION:
-        version = str(metadata.get("format"))[:20]
+    elif version != FORMAT_VERSION:
         raise WireError(
             ErrorCode.UNSUPPORTED,
-            f"head of format {version}; this worker reads up to {FORMAT_VERSION}. Upgrade the worker",
+            f"head of format {str(version)[:20]}; this worker reads up to {FORMAT_VERSION}. Upgrade the worker",
         )
     try:
         shell = _shell(metadata)
@@ -121,27 +123,31 @@ def _shell(metadata: dict[str, Any]) -> TrainedHead:
     _check_fields(metadata, _FIELDS)
     (num_outputs,) = _integers([metadata["num_outputs"]])
     if num_outputs < 1 or not isinstance(metadata["inputs"], list):
-        raise _corrupt("it has no outputs or no inputs")
+        raise invalid("it has no outputs or no inputs")
     if not isinstance(metadata["task"], str):
-        raise _corrupt("its task is not a text")
+        raise invalid("its task is not a text")
     inputs = [_input(one) for one in metadata["inputs"]]
-    head = Head(_config(metadata["config"]), inputs, num_outputs, device="meta")
+    config = _config(metadata["config"])
+    try:
+        head = Head(config, inputs, num_outputs, device="meta")
+    except RuntimeError as error:  # torch, on a tensor whose bytes it cannot count
+        raise invalid("it claims sizes that no tensor has") from error
     return TrainedHead(head, metadata["task"], _texts(metadata["class_names"]))
 
 
 def _config(values: Any) -> HeadConfig:
     _check_fields(values, {one.name for one in fields(HeadConfig)})
     if type(values["dropout"]) not in (int, float) or type(values["batch_norm"]) is not bool:
-        raise _corrupt("its dropout or batch normalisation is of a wrong type")
+        raise invalid("its dropout or batch normalisation is of a wrong type")
     if not all(isinstance(values[name], str) for name in ("kind", "activation", "tap", "fuse")):
-        raise _corrupt("a text was expected")
+        raise invalid("a text was expected")
     (fuse_width,) = _integers([values["fuse_width"]])
     return HeadConfig(
         kind=values["kind"],
         hidden=_integers(values["hidden"]),
         activation=values["activation"],
         batch_norm=values["batch_norm"],
-        dropout=float(values["dropout"]),
+        dropout=values["dropout"],
         channels=_integers(values["channels"]),
         tap=values["tap"],
         fuse=values["fuse"],
@@ -153,13 +159,13 @@ def _input(values: Any) -> HeadInput:
     _check_fields(values, {one.name for one in fields(HeadInput)})
     shape = _integers(values["map_shape"])
     if shape and min(shape) < 1:
-        raise _corrupt("a map without places")
+        raise invalid("a map without places")
     return HeadInput(_texts(values["slices"]), _integers(values["widths"]), shape)
 
 
 def _check_fields(values: Any, expected: set[str]) -> None:
     if not isinstance(values, dict) or set(values) != expected:
-        raise _corrupt("its description lacks fields or has unknown ones")
+        raise invalid("its description lacks fields or has unknown ones")
 
 
 def _check_tensors(head: Head, tensors: dict[str, torch.Tensor]) -> None:
@@ -180,13 +186,13 @@ def _check_tensors(head: Head, tensors: dict[str, torch.Tensor]) -> None:
 
 def _integers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(one) is int and abs(one) < 2**40 for one in values):
-        raise _corrupt("a list of whole numbers was expected")
+        raise invalid("a list of whole numbers was expected")
     return tuple(values)
 
 
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-        raise _corrupt("a list of texts was expected")
+        raise invalid("a list of texts was expected")
     return tuple(values)
 
 
