@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline import _html
@@ -90,15 +91,15 @@ class Dataset:
     def task(self) -> str:
         """What its labels are for: ``classification``, ``multi_label`` or ``regression``."""
         if not self.record.class_names:
-            return "regression"
-        return "multi_label" if self.record.num_targets else "classification"
+            return REGRESSION
+        return MULTI_LABEL if self.record.num_targets else CLASSIFICATION
 
     @property
     def labels_summary(self) -> str:
         """Its labels in a few words: ``10 classes``."""
-        if self.task == "regression":
+        if self.task == REGRESSION:
             return f"{self.record.num_targets} numbers"
-        return f"{len(self.class_names)} classes" + (", any number a row" if self.task == "multi_label" else "")
+        return f"{len(self.class_names)} classes" + (", any number a row" if self.task == MULTI_LABEL else "")
 
     @property
     def codec(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from trunkline_wire.heads import HeadConfig
+from trunkline_wire.heads import MULTI_LABEL, REGRESSION, HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline import _html
@@ -316,9 +316,9 @@ class Model:
         prediction = self._predict_given(given, found, stem, batch_size, DEFAULT_IN_FLIGHT, timeout_s, progress)
         good = np.array([row not in prediction.errors for row in range(len(prediction))])
         outputs, failed = prediction.outputs_NK[good], int((~good).sum())
-        if self.task == "regression":
+        if self.task == REGRESSION:
             report: Report = regression_report(self.reference, truth[good], outputs, num_failed=failed)
-        elif self.task == "multi_label":
+        elif self.task == MULTI_LABEL:
             report = multi_label_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
         else:
             report = classification_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
@@ -445,7 +445,7 @@ class Model:
             model=found.model,
             class_names=self.class_names,
             outputs_NK=found.matrix_NX,
-            labels=found.labels if self.task != "multi_label" else label_sets(found.matrix_NX, self.class_names),
+            labels=found.labels if self.task != MULTI_LABEL else label_sets(found.matrix_NX, self.class_names),
             errors=found.errors,
             timings=found.timings,
             wall_s=time.monotonic() - started,
@@ -455,7 +455,7 @@ class Model:
 
     def _truth(self, labels: Any, num_rows: int) -> Any:
         """Return class indices or targets of known labels."""
-        if self.task == "regression":
+        if self.task == REGRESSION:
             targets = encode_labels(np.asarray(labels, dtype=np.float32), num_rows)
             assert isinstance(targets, Targets)
             if targets.values_NM.shape[1] != self.record.num_outputs:
@@ -464,7 +464,7 @@ class Model:
                     hint="Give as many as it was trained on",
                 )
             return targets.values_NM
-        if self.task == "multi_label":
+        if self.task == MULTI_LABEL:
             return encode_memberships(labels, num_rows, self.class_names)
         names = label_names(labels)
         if len(names) != num_rows:

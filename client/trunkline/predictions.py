@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 from trunkline_wire.specs import CodecUse, Timings
 
 from trunkline import _html
@@ -68,7 +69,7 @@ class Prediction:
     timings: Timings
     wall_s: float
     codec_use: CodecUse = field(default_factory=CodecUse)
-    task: str = "classification"
+    task: str = CLASSIFICATION
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
@@ -99,7 +100,7 @@ class Prediction:
         Raises:
             UnsupportedError: A row may be of several classes.
         """
-        if self.task == "multi_label":
+        if self.task == MULTI_LABEL:
             raise UnsupportedError(f"{self.model} may find several classes in a row", hint="Use .label_sets()")
         known = {name: index for index, name in enumerate(self.class_names)}
         return np.array([known.get(str(one), -1) for one in self.labels], dtype=np.int64)
@@ -110,7 +111,7 @@ class Prediction:
         Raises:
             UnsupportedError: A row is of one class, or numbers are predicted.
         """
-        if self.task != "multi_label":
+        if self.task != MULTI_LABEL:
             raise UnsupportedError(f"{self.model} finds one class in a row, or numbers", hint="Use .labels or .values")
         return label_sets(self.outputs_NK, self.class_names, threshold)
 
@@ -140,7 +141,7 @@ class Prediction:
             if one.error is not None:
                 row["error"] = {"code": one.error.code.name if one.error.code else "", "message": one.error.message}
             elif self.class_names:
-                row["labels" if self.task == "multi_label" else "label"] = one.label
+                row["labels" if self.task == MULTI_LABEL else "label"] = one.label
                 row["probabilities"] = dict(zip(self.class_names, one.outputs_K.tolist(), strict=True))
             else:
                 row["values"] = one.outputs_K.tolist()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_wire.specs import CodecUse
 
 from trunkline import _html
@@ -64,7 +65,7 @@ class ClassificationReport:
     @property
     def task(self) -> str:
         """``classification``."""
-        return "classification"
+        return CLASSIFICATION
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
@@ -84,8 +85,7 @@ class ClassificationReport:
     def summary(self) -> str:
         """Return it as text."""
         lines = [
-            f"{self.model}: accuracy {self.accuracy:.4f} on {self.num_rows} rows"
-            + (f" ({self.num_failed} could not be predicted)" if self.num_failed else ""),
+            f"{self.model}: accuracy {self.accuracy:.4f} on {_rows(self)}",
             f"macro F1 {self.macro_f1:.4f}, calibration error {self.calibration_error:.4f}",
             *([f"rows sent as {_sent(self.codec_use)}"] if self.codec_use.codec else []),
             "",
@@ -104,9 +104,7 @@ class ClassificationReport:
                 ("accuracy", f"{self.accuracy:.4f}"),
                 ("macro F1", f"{self.macro_f1:.4f}"),
                 ("calibration error", f"{self.calibration_error:.4f}"),
-                ("rows", self.num_rows),
-                ("could not be predicted", self.num_failed or None),
-                ("sent as", _sent(self.codec_use)),
+                *_row_facts(self),
             ],
         )
         confusion = self._confusion_html() if len(self.classes) <= _MAX_TEXT_CLASSES else ""
@@ -153,7 +151,7 @@ class RegressionReport:
     @property
     def task(self) -> str:
         """``regression``."""
-        return "regression"
+        return REGRESSION
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
@@ -172,8 +170,7 @@ class RegressionReport:
         """Return it as text."""
         return (
             f"{self.model}: R2 {self.r2:.4f}, mean absolute error {self.mae:.4g}, "
-            f"root mean squared error {self.rmse:.4g} on {self.num_rows} rows"
-            + (f" ({self.num_failed} could not be predicted)" if self.num_failed else "")
+            f"root mean squared error {self.rmse:.4g} on {_rows(self)}"
             + (f"\nrows sent as {_sent(self.codec_use)}" if self.codec_use.codec else "")
         )
 
@@ -184,9 +181,7 @@ class RegressionReport:
                 ("R2", f"{self.r2:.4f}"),
                 ("mean absolute error", f"{self.mae:.4g}"),
                 ("root mean squared error", f"{self.rmse:.4g}"),
-                ("rows", self.num_rows),
-                ("could not be predicted", self.num_failed or None),
-                ("sent as", _sent(self.codec_use)),
+                *_row_facts(self),
             ],
         ) + _html.candidates(self.candidates)
 
@@ -220,7 +215,7 @@ class MultiLabelReport:
     @property
     def task(self) -> str:
         """``multi_label``."""
-        return "multi_label"
+        return MULTI_LABEL
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
@@ -240,8 +235,7 @@ class MultiLabelReport:
         """Return it as text."""
         return "\n".join(
             [
-                f"{self.model}: micro F1 {self.micro_f1:.4f} on {self.num_rows} rows"
-                + (f" ({self.num_failed} could not be predicted)" if self.num_failed else ""),
+                f"{self.model}: micro F1 {self.micro_f1:.4f} on {_rows(self)}",
                 f"macro F1 {self.macro_f1:.4f}, all classes right in {self.subset_accuracy:.4f} of the rows",
                 *([f"rows sent as {_sent(self.codec_use)}"] if self.codec_use.codec else []),
                 "",
@@ -260,9 +254,7 @@ class MultiLabelReport:
                 ("micro F1", f"{self.micro_f1:.4f}"),
                 ("macro F1", f"{self.macro_f1:.4f}"),
                 ("subset accuracy", f"{self.subset_accuracy:.4f}"),
-                ("rows", self.num_rows),
-                ("could not be predicted", self.num_failed or None),
-                ("sent as", _sent(self.codec_use)),
+                *_row_facts(self),
             ],
         )
         return head + _class_table(self.classes) + _html.candidates(self.candidates)
@@ -403,6 +395,21 @@ def _class_table(classes: Sequence[ClassScore]) -> str:
         ("class", "precision", "recall", "F1", "support"),
         [(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support) for c in classes],
     )
+
+
+def _rows(report: Report) -> str:
+    """Return how many rows were measured, and how many not."""
+    failed = f" ({report.num_failed} could not be predicted)" if report.num_failed else ""
+    return f"{report.num_rows} rows{failed}"
+
+
+def _row_facts(report: Report) -> list[tuple[str, object]]:
+    """Return the same for a page, and how the rows were sent."""
+    return [
+        ("rows", report.num_rows),
+        ("could not be predicted", report.num_failed or None),
+        ("sent as", _sent(report.codec_use)),
+    ]
 
 
 def _sent(use: CodecUse) -> str:

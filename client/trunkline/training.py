@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from trunkline_wire.heads import CONCAT, CONV, LINEAR, PROTOTYPE, HeadConfig
+from trunkline_wire.heads import CONCAT, CONV, HUBER, LINEAR, LOSSES, PROTOTYPE, REGRESSION, HeadConfig
 
 from trunkline import _html
 from trunkline._deadline import Deadline
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 SOLVERS = ("auto", "lbfgs", "adam")
 """How weights are found. ``auto``: ``lbfgs`` where that finds the one solution there is, else ``adam``."""
 
-LOSSES = ("mse", "huber")
 """What is minimised where numbers are predicted."""
 
 
@@ -284,7 +283,7 @@ def check_spec_of(spec: JobSpec, data: Dataset) -> None:
             f"{data.reference} holds local features alone, which no backbone reads",
             hint="Leave backbone= and input_size= out",
         )
-    if spec.fit.loss == "huber" and data.task != "regression":
+    if spec.fit.loss == HUBER and data.task != REGRESSION:
         raise InvalidArgumentError(
             f"the labels of {data.reference} are classes; loss 'huber' is for numbers", hint="Leave loss= out"
         )

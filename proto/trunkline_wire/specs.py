@@ -14,6 +14,9 @@ MAP_KIND = "map"
 """Slices of this kind, ``TAP.map``, are the features at a tap themselves, unpooled. No embedding holds them: they are
 asked for alone, for any cut that is a map and is not before the one where rows enter."""
 
+POOLED = "pooled"
+"""The slice of the last layer: what enters the network's own classifier."""
+
 FLOAT32 = "float32"
 INT8 = "int8"
 PRECISIONS = (FLOAT32, INT8)

@@ -1,8 +1,5 @@
 """Which bottlenecks a tenant has put into the store."""
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
@@ -13,19 +10,7 @@ from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
 
-POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
 SHA256, OTHER = "ab12" * 16, "cd34" * 16
-
-
-@pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    database = Database("sqlite://" if request.param == "sqlite" else POSTGRES)
-    if request.param == "postgres":
-        with database.write() as connection:
-            schema.metadata.drop_all(connection)
-            schema.create(connection)
-    yield database
-    database.close()
 
 
 def refused(store: MetadataStore, tenant: str, sha256: str) -> WireError:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from trunkline_wire.rows import dataset_digest
 from trunkline_wire.specs import IMAGES, FeatureSpace, local_space
 from trunkline_worker.store import inputs as inputs_module
 from trunkline_worker.store import labels as labels_module
-from trunkline_worker.store import schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
@@ -23,20 +21,8 @@ from trunkline_worker.store.records import DatasetRecord, DatasetSource
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 OTHER_SPACE = FeatureSpace("net", "blocks.3", 96, "e" * 64)
-POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
 ROWS = [hashlib.sha256(bytes([number])).digest() for number in range(6)]
 NEW_ROW = hashlib.sha256(b"new").digest()
-
-
-@pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    database = Database("sqlite://" if request.param == "sqlite" else POSTGRES)
-    if request.param == "postgres":
-        with database.write() as connection:
-            schema.metadata.drop_all(connection)
-            schema.create(connection)
-    yield database
-    database.close()
 
 
 @pytest.fixture

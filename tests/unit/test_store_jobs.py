@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import pickle  # noqa: TID251 - whether a StaleLeaseError stays one on the way back from an actor
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace, local_space
-from trunkline_worker.store import schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
@@ -33,7 +31,6 @@ from trunkline_worker.store.records import (
 )
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
-POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
 ROWS = [hashlib.sha256(bytes([number])).digest() for number in range(4)]
 HEAD = HeadConfig(
     "conv", (8, 4), "gelu", batch_norm=True, dropout=0.25, channels=(16, 8), tap="blocks.2", fuse="gate", fuse_width=32
@@ -80,17 +77,6 @@ MODEL = ModelRecord(
     ),
     head=HEAD,
 )
-
-
-@pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    database = Database("sqlite://" if request.param == "sqlite" else POSTGRES)
-    if request.param == "postgres":
-        with database.write() as connection:
-            schema.metadata.drop_all(connection)
-            schema.create(connection)
-    yield database
-    database.close()
 
 
 @pytest.fixture

@@ -1,32 +1,17 @@
 """Rows and cached embeddings by id: in bulk, idempotent, per tenant."""
 
 import hashlib
-import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import FeatureSpace
-from trunkline_worker.store import schema
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.metadata import MetadataStore
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
-POSTGRES = os.environ.get("TRUNKLINE_TEST_POSTGRES", "")
-
-
-@pytest.fixture(params=["sqlite", *(["postgres"] if POSTGRES else [])])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    database = Database("sqlite://" if request.param == "sqlite" else POSTGRES)
-    if request.param == "postgres":
-        with database.write() as connection:
-            schema.metadata.drop_all(connection)
-            schema.create(connection)
-    yield database
-    database.close()
 
 
 @pytest.fixture

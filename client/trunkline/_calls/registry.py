@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_wire.messages import space_from_proto
 from trunkline_wire.v1 import registry_pb2 as pb
 from trunkline_wire.v1.registry_pb2_grpc import RegistryServiceStub
@@ -12,7 +13,7 @@ from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
 from trunkline.records import Candidate, ModelInput, ModelRecord
 
-_TASKS = {pb.TASK_REGRESSION: "regression", pb.TASK_MULTI_LABEL: "multi_label"}
+_TASKS = {pb.TASK_REGRESSION: REGRESSION, pb.TASK_MULTI_LABEL: MULTI_LABEL}
 
 
 class RegistryCalls:
@@ -41,7 +42,7 @@ def _model(message: pb.Model) -> ModelRecord:
     return ModelRecord(
         name=message.name,
         version=message.version,
-        task=_TASKS.get(message.task, "classification"),
+        task=_TASKS.get(message.task, CLASSIFICATION),
         class_names=tuple(message.class_names),
         num_outputs=message.num_outputs,
         space=space_from_proto(message.space),

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 
 import grpc
+from trunkline_wire.heads import HUBER, MSE
 from trunkline_wire.v1 import training_pb2 as pb
 from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
 
@@ -25,8 +26,8 @@ _EMBEDDINGS = {
 _EMBEDDING_NAMES = {value: name for name, value in _EMBEDDINGS.items()}
 _SOLVERS = {"lbfgs": pb.SOLVER_LBFGS, "adam": pb.SOLVER_ADAM}
 _SOLVER_NAMES = {value: name for name, value in _SOLVERS.items()}
-_LOSSES = {"mse": pb.LOSS_MSE, "huber": pb.LOSS_HUBER}
-_LOSS_NAMES = {pb.LOSS_UNSPECIFIED: "mse", **{value: name for name, value in _LOSSES.items()}}
+_LOSSES = {MSE: pb.LOSS_MSE, HUBER: pb.LOSS_HUBER}
+_LOSS_NAMES = {pb.LOSS_UNSPECIFIED: MSE, **{value: name for name, value in _LOSSES.items()}}
 
 
 class TrainingCalls:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from trunkline_wire.heads import CLASSIFICATION, REGRESSION
 
 from trunkline.cli.data import Images
 from trunkline.cli.options import (
@@ -132,11 +133,11 @@ def evaluate(
     local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
-        if min_accuracy is not None and chosen.task != "classification":
+        if min_accuracy is not None and chosen.task != CLASSIFICATION:
             raise InvalidArgumentError(
                 f"--min-accuracy fits models that find one class in a row; {chosen.reference} is of task {chosen.task}"
             )
-        if min_r2 is not None and chosen.task != "regression":
+        if min_r2 is not None and chosen.task != REGRESSION:
             raise InvalidArgumentError(
                 f"--min-r2 fits models that predict numbers; {chosen.reference} is of task {chosen.task}"
             )

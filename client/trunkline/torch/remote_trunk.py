@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.finite import is_finite
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_PAYLOAD_BYTES
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace
+from trunkline_wire.specs import INPUT_CUT, POOLED, BackboneSpec, CutSpec, FeatureSpace
 
 from trunkline._calls.trunk import TrunkAnswer, TrunkBatch
 from trunkline._deadline import Deadline
@@ -65,7 +65,7 @@ class RemoteTrunk(nn.Module):
         *,
         cut: str,
         input_size: int | None = None,
-        outputs: str | Sequence[str] = "pooled",
+        outputs: str | Sequence[str] = POOLED,
         decoder: nn.Module | None = None,
         batch_rows: int | None = None,
         max_in_flight: int = 4,
@@ -292,10 +292,10 @@ def _numpy(tensor: Tensor) -> npt.NDArray[np.float32]:
 
 
 def _check_finite(rows: npt.NDArray[np.float32], what: str) -> None:
-    finite_B = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
-    if not finite_B.all():
+    if not is_finite(rows):
+        row = int(np.isfinite(rows.reshape(len(rows), -1)).all(axis=1).argmin())
         raise NotFiniteError(
-            f"the {what} of row {int(finite_B.argmin())} hold{'s' if what == 'gradient' else ''} NaN or infinity",
+            f"the {what} of row {row} hold{'s' if what == 'gradient' else ''} NaN or infinity",
             hint="Skip this batch, lower the learning rate, or clip; no weight has changed in this step",
         )
 

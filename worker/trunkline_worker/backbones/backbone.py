@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import (
     INPUT_CUT,
+    POOLED,
     BackboneSpec,
     CutSpec,
     Preprocessing,
@@ -21,7 +22,7 @@ from trunkline_wire.specs import (
 )
 
 from trunkline_worker.backbones.cuts import part
-from trunkline_worker.backbones.embedding import POOLED, LastPool, MapPool, Places, Select, map_shape, slices_of
+from trunkline_worker.backbones.embedding import LastPool, MapPool, Places, Select, map_shape, slices_of
 from trunkline_worker.backbones.plan import Cut, make_plan
 from trunkline_worker.backbones.samples import BUNDLED, Samples
 from trunkline_worker.backbones.trace import trace

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from trunkline_wire.specs import SliceSpec
+from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.backbones.layout import channel_axis, is_picture, num_extra_tokens
 
 # Shape suffix legend: B = rows, C = channels, H = height, W = width, T = tokens, P = places, D = embedding columns
-
-POOLED = "pooled"
-"""The slice of the last layer: what enters the network's own classifier."""
 
 GRID = 2
 """Cells along one side of the grid."""

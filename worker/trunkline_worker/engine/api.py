@@ -13,6 +13,7 @@ from trunkline_wire.errors import WireError
 from trunkline_wire.quantise import PackedRows
 from trunkline_wire.specs import (
     FLOAT32,
+    POOLED,
     BackboneSpec,
     CodecUse,
     CutCost,
@@ -30,7 +31,7 @@ Payload = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
 LOGITS = "logits"
 """Asks ``forward`` for the network's own outputs in place of slices of the embedding."""
 
-DEFAULT_OUTPUTS = ("pooled",)
+DEFAULT_OUTPUTS = (POOLED,)
 """What ``forward`` returns if nothing is named."""
 
 

@@ -263,12 +263,11 @@ def _check_gradient(gradient_BD: npt.NDArray[np.generic], num_rows: int, width: 
         )
     if gradient_BD.dtype.kind != "f":
         raise WireError(ErrorCode.DTYPE_MISMATCH, f"a gradient is of floats; got {gradient_BD.dtype}")
-    finite_B = np.isfinite(gradient_BD).all(axis=1)
-    if not finite_B.all():
+    if not is_finite(gradient_BD):
+        row = int(np.isfinite(gradient_BD).all(axis=1).argmin())
         raise WireError(
             ErrorCode.NOT_FINITE,
-            f"the gradient of row {int(finite_B.argmin())} holds NaN or infinity; lower the learning rate, clip, or "
-            "leave this batch out",
+            f"the gradient of row {row} holds NaN or infinity; lower the learning rate, clip, or leave this batch out",
         )
 
 

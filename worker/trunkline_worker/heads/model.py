@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONCAT, CONV, DEFAULT_FUSE_WIDTH, PROTOTYPE, HeadConfig, invalid
+from trunkline_wire.heads import (
+    CLASSIFICATION,
+    CONCAT,
+    CONV,
+    DEFAULT_FUSE_WIDTH,
+    MULTI_LABEL,
+    PROTOTYPE,
+    REGRESSION,
+    TASKS,
+    HeadConfig,
+    invalid,
+)
 
 from trunkline_worker.heads.inputs import HeadInput, check_names
 from trunkline_worker.heads.layers import (
@@ -27,11 +38,6 @@ from trunkline_worker.heads.layers import (
 
 # Shape suffix legend: B = rows, D = columns of all inputs side by side, S = statistics, H = one layer's width,
 # K = outputs
-
-CLASSIFICATION = "classification"
-REGRESSION = "regression"
-MULTI_LABEL = "multi_label"
-TASKS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 
 class Head(nn.Module):

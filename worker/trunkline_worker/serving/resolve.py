@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONV, invalid
+from trunkline_wire.heads import CONV, HUBER, invalid
 from trunkline_wire.limits import MAX_INPUTS
-from trunkline_wire.specs import INPUT_CUT, BackboneSpec, CutSpec, FeatureSpace, map_slice
+from trunkline_wire.specs import INPUT_CUT, POOLED, BackboneSpec, CutSpec, FeatureSpace, map_slice
 
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.store.records import BackboneChoice, DatasetRecord, JobSpec
-
-_POOLED = "pooled"
-"""The slice of a backbone's last layer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ async def resolve(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> 
     """
     if not dataset.class_names and not dataset.num_targets:
         raise WireError(ErrorCode.BAD_LABELS, f"dataset {dataset.reference} has no labels to train on")
-    if dataset.class_names and spec.loss == "huber":
+    if dataset.class_names and spec.loss == HUBER:
         raise invalid(f"the labels of {dataset.reference} are classes; loss 'huber' is for labels that are numbers")
     if dataset.space.is_local:
         _check_local_job(spec, dataset)
@@ -151,7 +148,7 @@ def _with_map(spec: JobSpec, readers: Sequence[_Reader]) -> JobSpec:
             raise invalid(
                 f"no stage of {first.name} behind the cut {first.cut.name!r} is a map; {_stages(maps, first)}"
             )
-    slices = (map_slice(tap.name), *(f"{one.name}:{_POOLED}" for one in others))
+    slices = (map_slice(tap.name), *(f"{one.name}:{POOLED}" for one in others))
     return replace(spec, head=replace(spec.head, tap=tap.name), embedding="slices", slices=slices)
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONV, MLP, PROTOTYPE
+from trunkline_wire.heads import CLASSIFICATION, CONV, HUBER, MLP, MULTI_LABEL, PROTOTYPE, REGRESSION
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training import selection
 from trunkline_worker.training.fit import Rows, target_scale
@@ -19,7 +18,6 @@ from trunkline_worker.training.outputwise import cross_validate_outputwise, hube
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.scoring import Candidate, score_sets
 from trunkline_worker.training.softmax import cross_validate_l2
-from trunkline_worker.training.spec import HUBER
 from trunkline_worker.training.split import FOLDS, SUBSAMPLE, Indices, folds, random_stream, subsample
 from trunkline_worker.training.standardise import standardisation
 

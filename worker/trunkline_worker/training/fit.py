@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from trunkline_wire.heads import PROTOTYPE
+from trunkline_wire.heads import CLASSIFICATION, HUBER, MULTI_LABEL, PROTOTYPE, REGRESSION
 
 from trunkline_worker.heads.inputs import HeadInput
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION, Head
+from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.minibatch import Objective, Split, fit_minibatches, run_head, schedule
@@ -19,7 +19,6 @@ from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.prototype import fit_prototypes
 from trunkline_worker.training.ridge import fit_ridge
 from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare
-from trunkline_worker.training.spec import HUBER
 from trunkline_worker.training.split import WEIGHTS, random_stream
 from trunkline_worker.training.standardise import input_statistics
 

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 # Shape suffix legend: N = rows, D = columns of the embedding, M = regression targets
 

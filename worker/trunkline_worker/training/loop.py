@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from trunkline_wire.specs import SliceSpec
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
+from trunkline_wire.specs import POOLED, SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, TrainedHead
+from trunkline_worker.heads.model import TrainedHead
 from trunkline_worker.store.records import Event, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, measure_head
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.progress import Progress, TrainingCancelled
 from trunkline_worker.training.scoring import Candidate
-from trunkline_worker.training.sources import POOLED, Source, slices_by_source
+from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
 
@@ -162,7 +163,7 @@ def _choose(
             tried += [replace(one, slices=tuple(prefix + name for name in one.slices)) for one in candidates]
             chosen.append(source.take(candidates[0].slices))
         else:
-            chosen.append(source.take((POOLED,) if spec.embedding == "pooled" else named[number]))
+            chosen.append(source.take((POOLED,) if spec.embedding == POOLED else named[number]))
     return chosen, tried
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 
 # Shape suffix legend: B = rows, K = outputs
 

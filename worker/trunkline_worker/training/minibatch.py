@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONV, LINEAR
+from trunkline_wire.heads import CLASSIFICATION, CONV, LINEAR, MULTI_LABEL
 
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL, Head
+from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
 
 # Shape suffix legend: N = rows, D = columns, M = outputs

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 
-from trunkline_worker.heads.model import CLASSIFICATION, MULTI_LABEL
 from trunkline_worker.training.ridge import fit_ridge
 
 # Shape suffix legend: N = rows, D = columns, K = outputs, T = temperatures

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from trunkline_wire.heads import CLASSIFICATION
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.heads.model import CLASSIFICATION
 from trunkline_worker.training.ridge import left_out_predictions
 from trunkline_worker.training.standardise import standardisation
 

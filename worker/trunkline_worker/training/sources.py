@@ -18,8 +18,6 @@ from trunkline_worker.heads.inputs import HeadInput
 
 # Shape suffix legend: N = rows, D = columns
 
-POOLED = "pooled"
-
 
 @dataclass(frozen=True)
 class Source:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from trunkline_wire.heads import CONCAT, LINEAR, PROTOTYPE, HeadConfig, invalid
+from trunkline_wire.heads import CONCAT, HUBER, LINEAR, LOSSES, PROTOTYPE, HeadConfig, invalid
 
 from trunkline_worker.store.records import JobSpec
 
 EMBEDDINGS = ("pooled", "auto", "slices")
 SOLVERS = ("lbfgs", "adam")
-MSE, HUBER = LOSSES = ("mse", "huber")
 MAX_EPOCHS = 100_000
 MAX_BATCH_SIZE = 2**20
 

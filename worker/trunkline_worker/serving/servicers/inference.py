@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 from trunkline_wire import codecs, messages
 from trunkline_wire.errors import WireError
+from trunkline_wire.heads import CLASSIFICATION
 from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
 from trunkline_wire.v1 import inference_pb2 as pb
 
@@ -19,9 +20,6 @@ from trunkline_worker.serving.fusion import more_columns
 from trunkline_worker.serving.models import ModelLookup
 from trunkline_worker.serving.replies import check_embedding_size
 from trunkline_worker.serving.streams import pipelined
-
-CLASSIFICATION = "classification"
-"""The task whose answers are labels."""
 
 STREAM_WINDOW = 8
 """Batches of one stream that are worked on at a time."""

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 from trunkline_wire import messages
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, HeadConfig
+from trunkline_wire.heads import CONCAT, HUBER, LINEAR, MLP, MSE, PROTOTYPE, HeadConfig
 from trunkline_wire.v1 import dataset_pb2, registry_pb2, training_pb2
 
 from trunkline_worker.store.records import (
@@ -35,7 +35,7 @@ _FUSIONS = {
     training_pb2.FUSION_ADD: "add",
     training_pb2.FUSION_GATE: "gate",
 }
-_LOSSES = {training_pb2.LOSS_MSE: "mse", training_pb2.LOSS_HUBER: "huber"}
+_LOSSES = {training_pb2.LOSS_MSE: MSE, training_pb2.LOSS_HUBER: HUBER}
 _SOLVERS = {training_pb2.SOLVER_LBFGS: "lbfgs", training_pb2.SOLVER_ADAM: "adam"}
 _EMBEDDINGS = {
     training_pb2.EMBEDDING_MODE_POOLED: "pooled",
