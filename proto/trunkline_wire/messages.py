@@ -9,11 +9,16 @@ from trunkline_wire.specs import (
     CodecUse,
     CutCost,
     CutSpec,
+    Endpoint,
+    Endpoints,
     FeatureSpace,
     Preprocessing,
+    RuntimeResult,
+    RuntimeSpeed,
     SliceSpec,
     StemCost,
     Timings,
+    Tuning,
 )
 from trunkline_wire.v1 import catalog_pb2, error_pb2, inference_pb2, tensor_pb2
 
@@ -121,6 +126,8 @@ def backbone_to_proto(spec: BackboneSpec) -> catalog_pb2.Backbone:
         runtime_error=spec.runtime_error,
         macs=spec.macs,
         class_names=spec.class_names,
+        rows_per_s=spec.rows_per_s,
+        batch_rows=spec.batch_rows,
     )
 
 
@@ -142,6 +149,8 @@ def backbone_from_proto(message: catalog_pb2.Backbone) -> BackboneSpec:
         runtime_error=message.runtime_error,
         macs=message.macs,
         class_names=tuple(message.class_names),
+        rows_per_s=message.rows_per_s,
+        batch_rows=message.batch_rows,
     )
 
 
@@ -175,6 +184,83 @@ def cut_cost_from_proto(message: catalog_pb2.CutCost) -> CutCost:
         stems=tuple(StemCost(one.precision, one.size_bytes, one.embedding_error, one.refused) for one in message.stems),
         jpeg_bytes_per_row=message.jpeg_bytes_per_row,
         sample=message.sample,
+    )
+
+
+def tuning_to_proto(tuning: Tuning) -> catalog_pb2.TuneBackboneResponse:
+    """Return the message of a tuning."""
+    return catalog_pb2.TuneBackboneResponse(
+        backbone=tuning.backbone,
+        cut=tuning.cut,
+        input_size=tuning.input_size,
+        device=tuning.device,
+        num_threads=tuning.num_threads,
+        runtimes=[
+            catalog_pb2.RuntimeResult(
+                runtime=one.runtime,
+                error=one.error,
+                speeds=[
+                    catalog_pb2.RuntimeSpeed(batch_rows=speed.batch_rows, rows_per_s=speed.rows_per_s)
+                    for speed in one.speeds
+                ],
+                load_s=one.load_s,
+                refused=one.refused,
+            )
+            for one in tuning.runtimes
+        ],
+        chosen=tuning.chosen,
+        batch_rows=tuning.batch_rows,
+        fixed=tuning.fixed,
+        libraries=dict(tuning.libraries),
+    )
+
+
+def tuning_from_proto(message: catalog_pb2.TuneBackboneResponse) -> Tuning:
+    """Return the tuning of a message."""
+    return Tuning(
+        backbone=message.backbone,
+        cut=message.cut,
+        input_size=message.input_size,
+        device=message.device,
+        num_threads=message.num_threads,
+        runtimes=tuple(
+            RuntimeResult(
+                one.runtime,
+                one.error,
+                tuple(RuntimeSpeed(speed.batch_rows, speed.rows_per_s) for speed in one.speeds),
+                one.load_s,
+                one.refused,
+            )
+            for one in message.runtimes
+        ),
+        chosen=message.chosen,
+        batch_rows=message.batch_rows,
+        fixed=message.fixed,
+        libraries=tuple(sorted(message.libraries.items())),
+    )
+
+
+def endpoints_to_proto(endpoints: Endpoints) -> catalog_pb2.GetEndpointsResponse:
+    """Return the message of a backbone's endpoints."""
+    return catalog_pb2.GetEndpointsResponse(
+        endpoints=[catalog_pb2.Endpoint(address=one.address, replica=one.replica) for one in endpoints.endpoints],
+        ticket=endpoints.ticket,
+        key=endpoints.key,
+        valid_s=endpoints.valid_s,
+        tls=endpoints.tls,
+        tls_name=endpoints.tls_name,
+    )
+
+
+def endpoints_from_proto(message: catalog_pb2.GetEndpointsResponse) -> Endpoints:
+    """Return the endpoints of a message."""
+    return Endpoints(
+        endpoints=tuple(Endpoint(one.address, one.replica) for one in message.endpoints),
+        ticket=message.ticket,
+        key=message.key,
+        valid_s=message.valid_s,
+        tls=message.tls,
+        tls_name=message.tls_name,
     )
 
 

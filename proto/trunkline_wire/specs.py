@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 INPUT_CUT = "input"
 """The cut before the whole network: the rows are images."""
@@ -169,6 +169,8 @@ class BackboneSpec:
     runtime_error: float = 0.0
     macs: int = 0
     class_names: tuple[str, ...] = ()
+    rows_per_s: float = 0.0
+    batch_rows: int = 0
 
     def cut(self, name: str) -> CutSpec | None:
         """Return the cut of that name, or None."""
@@ -186,6 +188,70 @@ class BackboneSpec:
         """Return the feature space at a cut, of features that the stem of that precision makes."""
         fingerprint = cut.fingerprint if precision == FLOAT32 else cut.int8_fingerprint
         return FeatureSpace(self.name, cut.name, self.preprocessing.input_size, fingerprint)
+
+
+@dataclass(frozen=True)
+class RuntimeSpeed:
+    """How fast a runtime is with batches of some rows."""
+
+    batch_rows: int
+    rows_per_s: float
+
+
+@dataclass(frozen=True)
+class RuntimeResult:
+    """What was measured of one runtime. See ``RuntimeResult`` in catalog.proto."""
+
+    runtime: str
+    error: float = 0.0
+    speeds: tuple[RuntimeSpeed, ...] = ()
+    load_s: float = 0.0
+    refused: str = ""
+
+    @property
+    def best(self) -> RuntimeSpeed:
+        """The batch size at which it is fastest; zeros where nothing was measured."""
+        return max(self.speeds, key=lambda one: one.rows_per_s, default=RuntimeSpeed(0, 0.0))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the runtime behind a cut was chosen. See ``TuneBackboneResponse`` in catalog.proto."""
+
+    backbone: str
+    cut: str
+    input_size: int
+    device: str
+    num_threads: int
+    runtimes: tuple[RuntimeResult, ...]
+    chosen: str
+    batch_rows: int
+    fixed: bool = False
+    libraries: tuple[tuple[str, str], ...] = ()
+
+    def runtime(self, name: str) -> RuntimeResult | None:
+        """Return the runtime of that name, or None."""
+        return next((one for one in self.runtimes if one.runtime == name), None)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A replica that listens itself. See ``Endpoint`` in catalog.proto."""
+
+    address: str
+    replica: str
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """The replicas of a backbone and how to get in. See ``GetEndpointsResponse`` in catalog.proto."""
+
+    endpoints: tuple[Endpoint, ...] = ()
+    ticket: bytes = b""
+    key: bytes = field(default=b"", repr=False)
+    valid_s: float = 0.0
+    tls: bool = False
+    tls_name: str = ""
 
 
 @dataclass(frozen=True)

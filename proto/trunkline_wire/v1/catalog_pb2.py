@@ -26,7 +26,7 @@ from trunkline_wire.v1 import error_pb2 as trunkline__wire_dot_v1_dot_error__pb2
 from trunkline_wire.v1 import tensor_pb2 as trunkline__wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrunkline_wire/v1/catalog.proto\x12\x11trunkline_wire.v1\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\"\x16\n\x14GetServerInfoRequest\"\xca\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12H\n\x08versions\x18\x03 \x03(\x0b\x32\x36.trunkline_wire.v1.GetServerInfoResponse.VersionsEntry\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x16\n\x0emax_batch_rows\x18\x05 \x01(\r\x12\x0e\n\x06time_s\x18\x06 \x01(\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x16\n\x0estorage_shared\x18\x08 \x01(\x08\x12\x14\n\x0cstorage_note\x18\t \x01(\t\x12\x0e\n\x06\x63odecs\x18\n \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\rPreprocessing\x12\x12\n\ninput_size\x18\x01 \x01(\r\x12\x15\n\rcrop_fraction\x18\x02 \x01(\x01\x12\x15\n\rinterpolation\x18\x03 \x01(\t\x12\x0c\n\x04mean\x18\x04 \x03(\x01\x12\x0b\n\x03std\x18\x05 \x03(\x01\"\xd0\x01\n\x03\x43ut\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfeature_shape\x18\x02 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06slices\x18\x04 \x03(\t\x12\x14\n\x0c\x63hannel_axis\x18\x05 \x01(\r\x12\x10\n\x08is_stage\x18\x06 \x01(\x08\x12\x11\n\tstem_macs\x18\x07 \x01(\x04\x12\x17\n\x0fstem_parameters\x18\x08 \x01(\x04\x12\x18\n\x10int8_fingerprint\x18\t \x01(\t\x12\x11\n\tmap_shape\x18\n \x03(\r\"2\n\x05Slice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x01(\r\"\x83\x03\n\x08\x42\x61\x63kbone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npretrained\x18\x02 \x01(\x08\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\x37\n\rpreprocessing\x18\x06 \x01(\x0b\x32 .trunkline_wire.v1.Preprocessing\x12\x11\n\tresizable\x18\x07 \x01(\x08\x12$\n\x04\x63uts\x18\x08 \x03(\x0b\x32\x16.trunkline_wire.v1.Cut\x12(\n\x06slices\x18\t \x03(\x0b\x32\x18.trunkline_wire.v1.Slice\x12\x1d\n\x15\x65mbedding_fingerprint\x18\n \x01(\t\x12\x0f\n\x07runtime\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\rruntime_error\x18\r \x01(\x01\x12\x0c\n\x04macs\x18\x0e \x01(\x04\x12\x13\n\x0b\x63lass_names\x18\x0f \x03(\t\"\x16\n\x14ListBackbonesRequest\"G\n\x15ListBackbonesResponse\x12.\n\tbackbones\x18\x01 \x03(\x0b\x32\x1b.trunkline_wire.v1.Backbone\"?\n\x17\x44\x65scribeBackboneRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x12\n\ninput_size\x18\x02 \x01(\r\"I\n\x18\x44\x65scribeBackboneResponse\x12-\n\x08\x62\x61\x63kbone\x18\x01 \x01(\x0b\x32\x1b.trunkline_wire.v1.Backbone\"G\n\x12\x44\x65scribeCutRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\"J\n\tCodecCost\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x15\n\rbytes_per_row\x18\x02 \x01(\x01\x12\x17\n\x0f\x65mbedding_error\x18\x03 \x01(\x01\"[\n\x08StemCost\x12\x11\n\tprecision\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x65mbedding_error\x18\x03 \x01(\x01\x12\x0f\n\x07refused\x18\x04 \x01(\t\"\xb4\x01\n\x07\x43utCost\x12#\n\x03\x63ut\x18\x01 \x01(\x0b\x32\x16.trunkline_wire.v1.Cut\x12,\n\x06\x63odecs\x18\x02 \x03(\x0b\x32\x1c.trunkline_wire.v1.CodecCost\x12*\n\x05stems\x18\x03 \x03(\x0b\x32\x1b.trunkline_wire.v1.StemCost\x12\x1a\n\x12jpeg_bytes_per_row\x18\x04 \x01(\x01\x12\x0e\n\x06sample\x18\x05 \x01(\t\"?\n\x13\x44\x65scribeCutResponse\x12(\n\x04\x63ost\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.CutCost\"X\n\x10\x46\x65tchStemRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\"\x99\x01\n\x11\x46\x65tchStemResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.trunkline_wire.v1.StemHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xdc\x01\n\nStemHeader\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x37\n\rpreprocessing\x18\x02 \x01(\x0b\x32 .trunkline_wire.v1.Preprocessing\x12\x15\n\rfeature_shape\x18\x03 \x03(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x17\n\x0f\x65mbedding_error\x18\x07 \x01(\x01\x32\xfd\x03\n\x0e\x43\x61talogService\x12\x62\n\rGetServerInfo\x12\'.trunkline_wire.v1.GetServerInfoRequest\x1a(.trunkline_wire.v1.GetServerInfoResponse\x12\x62\n\rListBackbones\x12\'.trunkline_wire.v1.ListBackbonesRequest\x1a(.trunkline_wire.v1.ListBackbonesResponse\x12k\n\x10\x44\x65scribeBackbone\x12*.trunkline_wire.v1.DescribeBackboneRequest\x1a+.trunkline_wire.v1.DescribeBackboneResponse\x12\\\n\x0b\x44\x65scribeCut\x12%.trunkline_wire.v1.DescribeCutRequest\x1a&.trunkline_wire.v1.DescribeCutResponse\x12X\n\tFetchStem\x12#.trunkline_wire.v1.FetchStemRequest\x1a$.trunkline_wire.v1.FetchStemResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrunkline_wire/v1/catalog.proto\x12\x11trunkline_wire.v1\x1a\x1dtrunkline_wire/v1/error.proto\x1a\x1etrunkline_wire/v1/tensor.proto\"\x16\n\x14GetServerInfoRequest\"\xca\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cwire_version\x18\x02 \x01(\r\x12H\n\x08versions\x18\x03 \x03(\x0b\x32\x36.trunkline_wire.v1.GetServerInfoResponse.VersionsEntry\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x16\n\x0emax_batch_rows\x18\x05 \x01(\r\x12\x0e\n\x06time_s\x18\x06 \x01(\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x16\n\x0estorage_shared\x18\x08 \x01(\x08\x12\x14\n\x0cstorage_note\x18\t \x01(\t\x12\x0e\n\x06\x63odecs\x18\n \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"l\n\rPreprocessing\x12\x12\n\ninput_size\x18\x01 \x01(\r\x12\x15\n\rcrop_fraction\x18\x02 \x01(\x01\x12\x15\n\rinterpolation\x18\x03 \x01(\t\x12\x0c\n\x04mean\x18\x04 \x03(\x01\x12\x0b\n\x03std\x18\x05 \x03(\x01\"\xd0\x01\n\x03\x43ut\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfeature_shape\x18\x02 \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06slices\x18\x04 \x03(\t\x12\x14\n\x0c\x63hannel_axis\x18\x05 \x01(\r\x12\x10\n\x08is_stage\x18\x06 \x01(\x08\x12\x11\n\tstem_macs\x18\x07 \x01(\x04\x12\x17\n\x0fstem_parameters\x18\x08 \x01(\x04\x12\x18\n\x10int8_fingerprint\x18\t \x01(\t\x12\x11\n\tmap_shape\x18\n \x03(\r\"2\n\x05Slice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x01(\r\"\xab\x03\n\x08\x42\x61\x63kbone\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npretrained\x18\x02 \x01(\x08\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x04\x12\x37\n\rpreprocessing\x18\x06 \x01(\x0b\x32 .trunkline_wire.v1.Preprocessing\x12\x11\n\tresizable\x18\x07 \x01(\x08\x12$\n\x04\x63uts\x18\x08 \x03(\x0b\x32\x16.trunkline_wire.v1.Cut\x12(\n\x06slices\x18\t \x03(\x0b\x32\x18.trunkline_wire.v1.Slice\x12\x1d\n\x15\x65mbedding_fingerprint\x18\n \x01(\t\x12\x0f\n\x07runtime\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x15\n\rruntime_error\x18\r \x01(\x01\x12\x0c\n\x04macs\x18\x0e \x01(\x04\x12\x13\n\x0b\x63lass_names\x18\x0f \x03(\t\x12\x12\n\nrows_per_s\x18\x10 \x01(\x01\x12\x12\n\nbatch_rows\x18\x11 \x01(\r\"\x16\n\x14ListBackbonesRequest\"G\n\x15ListBackbonesResponse\x12.\n\tbackbones\x18\x01 \x03(\x0b\x32\x1b.trunkline_wire.v1.Backbone\"?\n\x17\x44\x65scribeBackboneRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x12\n\ninput_size\x18\x02 \x01(\r\"I\n\x18\x44\x65scribeBackboneResponse\x12-\n\x08\x62\x61\x63kbone\x18\x01 \x01(\x0b\x32\x1b.trunkline_wire.v1.Backbone\"G\n\x12\x44\x65scribeCutRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\"J\n\tCodecCost\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x15\n\rbytes_per_row\x18\x02 \x01(\x01\x12\x17\n\x0f\x65mbedding_error\x18\x03 \x01(\x01\"[\n\x08StemCost\x12\x11\n\tprecision\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x65mbedding_error\x18\x03 \x01(\x01\x12\x0f\n\x07refused\x18\x04 \x01(\t\"\xb4\x01\n\x07\x43utCost\x12#\n\x03\x63ut\x18\x01 \x01(\x0b\x32\x16.trunkline_wire.v1.Cut\x12,\n\x06\x63odecs\x18\x02 \x03(\x0b\x32\x1c.trunkline_wire.v1.CodecCost\x12*\n\x05stems\x18\x03 \x03(\x0b\x32\x1b.trunkline_wire.v1.StemCost\x12\x1a\n\x12jpeg_bytes_per_row\x18\x04 \x01(\x01\x12\x0e\n\x06sample\x18\x05 \x01(\t\"?\n\x13\x44\x65scribeCutResponse\x12(\n\x04\x63ost\x18\x01 \x01(\x0b\x32\x1a.trunkline_wire.v1.CutCost\"X\n\x10\x46\x65tchStemRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\"\x99\x01\n\x11\x46\x65tchStemResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.trunkline_wire.v1.StemHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12-\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1e.trunkline_wire.v1.EndOfStreamH\x00\x42\x06\n\x04kind\"\xdc\x01\n\nStemHeader\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x37\n\rpreprocessing\x18\x02 \x01(\x0b\x32 .trunkline_wire.v1.Preprocessing\x12\x15\n\rfeature_shape\x18\x03 \x03(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x17\n\x0f\x65mbedding_error\x18\x07 \x01(\x01\"W\n\x13TuneBackboneRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\r\n\x05\x61gain\x18\x04 \x01(\x08\"6\n\x0cRuntimeSpeed\x12\x12\n\nbatch_rows\x18\x01 \x01(\r\x12\x12\n\nrows_per_s\x18\x02 \x01(\x01\"\x81\x01\n\rRuntimeResult\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\x01\x12/\n\x06speeds\x18\x03 \x03(\x0b\x32\x1f.trunkline_wire.v1.RuntimeSpeed\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\x12\x0f\n\x07refused\x18\x05 \x01(\t\"\xd2\x02\n\x14TuneBackboneResponse\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\x12\x0b\n\x03\x63ut\x18\x02 \x01(\t\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0bnum_threads\x18\x05 \x01(\r\x12\x32\n\x08runtimes\x18\x06 \x03(\x0b\x32 .trunkline_wire.v1.RuntimeResult\x12\x0e\n\x06\x63hosen\x18\x07 \x01(\t\x12\x12\n\nbatch_rows\x18\x08 \x01(\r\x12\r\n\x05\x66ixed\x18\t \x01(\x08\x12I\n\tlibraries\x18\n \x03(\x0b\x32\x36.trunkline_wire.v1.TuneBackboneResponse.LibrariesEntry\x1a\x30\n\x0eLibrariesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\'\n\x13GetEndpointsRequest\x12\x10\n\x08\x62\x61\x63kbone\x18\x01 \x01(\t\",\n\x08\x45ndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\"\x93\x01\n\x14GetEndpointsResponse\x12.\n\tendpoints\x18\x01 \x03(\x0b\x32\x1b.trunkline_wire.v1.Endpoint\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x0f\n\x07valid_s\x18\x04 \x01(\x01\x12\x0b\n\x03tls\x18\x05 \x01(\x08\x12\x10\n\x08tls_name\x18\x06 \x01(\t2\xbf\x05\n\x0e\x43\x61talogService\x12\x62\n\rGetServerInfo\x12\'.trunkline_wire.v1.GetServerInfoRequest\x1a(.trunkline_wire.v1.GetServerInfoResponse\x12\x62\n\rListBackbones\x12\'.trunkline_wire.v1.ListBackbonesRequest\x1a(.trunkline_wire.v1.ListBackbonesResponse\x12k\n\x10\x44\x65scribeBackbone\x12*.trunkline_wire.v1.DescribeBackboneRequest\x1a+.trunkline_wire.v1.DescribeBackboneResponse\x12\\\n\x0b\x44\x65scribeCut\x12%.trunkline_wire.v1.DescribeCutRequest\x1a&.trunkline_wire.v1.DescribeCutResponse\x12X\n\tFetchStem\x12#.trunkline_wire.v1.FetchStemRequest\x1a$.trunkline_wire.v1.FetchStemResponse0\x01\x12_\n\x0cTuneBackbone\x12&.trunkline_wire.v1.TuneBackboneRequest\x1a\'.trunkline_wire.v1.TuneBackboneResponse\x12_\n\x0cGetEndpoints\x12&.trunkline_wire.v1.GetEndpointsRequest\x1a\'.trunkline_wire.v1.GetEndpointsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_TUNEBACKBONERESPONSE_LIBRARIESENTRY']._loaded_options = None
+  _globals['_TUNEBACKBONERESPONSE_LIBRARIESENTRY']._serialized_options = b'8\001'
   _globals['_GETSERVERINFOREQUEST']._serialized_start=117
   _globals['_GETSERVERINFOREQUEST']._serialized_end=139
   _globals['_GETSERVERINFORESPONSE']._serialized_start=142
@@ -48,31 +50,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLICE']._serialized_start=795
   _globals['_SLICE']._serialized_end=845
   _globals['_BACKBONE']._serialized_start=848
-  _globals['_BACKBONE']._serialized_end=1235
-  _globals['_LISTBACKBONESREQUEST']._serialized_start=1237
-  _globals['_LISTBACKBONESREQUEST']._serialized_end=1259
-  _globals['_LISTBACKBONESRESPONSE']._serialized_start=1261
-  _globals['_LISTBACKBONESRESPONSE']._serialized_end=1332
-  _globals['_DESCRIBEBACKBONEREQUEST']._serialized_start=1334
-  _globals['_DESCRIBEBACKBONEREQUEST']._serialized_end=1397
-  _globals['_DESCRIBEBACKBONERESPONSE']._serialized_start=1399
-  _globals['_DESCRIBEBACKBONERESPONSE']._serialized_end=1472
-  _globals['_DESCRIBECUTREQUEST']._serialized_start=1474
-  _globals['_DESCRIBECUTREQUEST']._serialized_end=1545
-  _globals['_CODECCOST']._serialized_start=1547
-  _globals['_CODECCOST']._serialized_end=1621
-  _globals['_STEMCOST']._serialized_start=1623
-  _globals['_STEMCOST']._serialized_end=1714
-  _globals['_CUTCOST']._serialized_start=1717
-  _globals['_CUTCOST']._serialized_end=1897
-  _globals['_DESCRIBECUTRESPONSE']._serialized_start=1899
-  _globals['_DESCRIBECUTRESPONSE']._serialized_end=1962
-  _globals['_FETCHSTEMREQUEST']._serialized_start=1964
-  _globals['_FETCHSTEMREQUEST']._serialized_end=2052
-  _globals['_FETCHSTEMRESPONSE']._serialized_start=2055
-  _globals['_FETCHSTEMRESPONSE']._serialized_end=2208
-  _globals['_STEMHEADER']._serialized_start=2211
-  _globals['_STEMHEADER']._serialized_end=2431
-  _globals['_CATALOGSERVICE']._serialized_start=2434
-  _globals['_CATALOGSERVICE']._serialized_end=2943
+  _globals['_BACKBONE']._serialized_end=1275
+  _globals['_LISTBACKBONESREQUEST']._serialized_start=1277
+  _globals['_LISTBACKBONESREQUEST']._serialized_end=1299
+  _globals['_LISTBACKBONESRESPONSE']._serialized_start=1301
+  _globals['_LISTBACKBONESRESPONSE']._serialized_end=1372
+  _globals['_DESCRIBEBACKBONEREQUEST']._serialized_start=1374
+  _globals['_DESCRIBEBACKBONEREQUEST']._serialized_end=1437
+  _globals['_DESCRIBEBACKBONERESPONSE']._serialized_start=1439
+  _globals['_DESCRIBEBACKBONERESPONSE']._serialized_end=1512
+  _globals['_DESCRIBECUTREQUEST']._serialized_start=1514
+  _globals['_DESCRIBECUTREQUEST']._serialized_end=1585
+  _globals['_CODECCOST']._serialized_start=1587
+  _globals['_CODECCOST']._serialized_end=1661
+  _globals['_STEMCOST']._serialized_start=1663
+  _globals['_STEMCOST']._serialized_end=1754
+  _globals['_CUTCOST']._serialized_start=1757
+  _globals['_CUTCOST']._serialized_end=1937
+  _globals['_DESCRIBECUTRESPONSE']._serialized_start=1939
+  _globals['_DESCRIBECUTRESPONSE']._serialized_end=2002
+  _globals['_FETCHSTEMREQUEST']._serialized_start=2004
+  _globals['_FETCHSTEMREQUEST']._serialized_end=2092
+  _globals['_FETCHSTEMRESPONSE']._serialized_start=2095
+  _globals['_FETCHSTEMRESPONSE']._serialized_end=2248
+  _globals['_STEMHEADER']._serialized_start=2251
+  _globals['_STEMHEADER']._serialized_end=2471
+  _globals['_TUNEBACKBONEREQUEST']._serialized_start=2473
+  _globals['_TUNEBACKBONEREQUEST']._serialized_end=2560
+  _globals['_RUNTIMESPEED']._serialized_start=2562
+  _globals['_RUNTIMESPEED']._serialized_end=2616
+  _globals['_RUNTIMERESULT']._serialized_start=2619
+  _globals['_RUNTIMERESULT']._serialized_end=2748
+  _globals['_TUNEBACKBONERESPONSE']._serialized_start=2751
+  _globals['_TUNEBACKBONERESPONSE']._serialized_end=3089
+  _globals['_TUNEBACKBONERESPONSE_LIBRARIESENTRY']._serialized_start=3041
+  _globals['_TUNEBACKBONERESPONSE_LIBRARIESENTRY']._serialized_end=3089
+  _globals['_GETENDPOINTSREQUEST']._serialized_start=3091
+  _globals['_GETENDPOINTSREQUEST']._serialized_end=3130
+  _globals['_ENDPOINT']._serialized_start=3132
+  _globals['_ENDPOINT']._serialized_end=3176
+  _globals['_GETENDPOINTSRESPONSE']._serialized_start=3179
+  _globals['_GETENDPOINTSRESPONSE']._serialized_end=3326
+  _globals['_CATALOGSERVICE']._serialized_start=3329
+  _globals['_CATALOGSERVICE']._serialized_end=4032
 # @@protoc_insertion_point(module_scope)

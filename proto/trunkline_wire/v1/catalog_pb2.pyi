@@ -91,7 +91,7 @@ class Slice(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class Backbone(_message.Message):
-    __slots__ = ("name", "pretrained", "weights", "weights_sha256", "num_parameters", "preprocessing", "resizable", "cuts", "slices", "embedding_fingerprint", "runtime", "device", "runtime_error", "macs", "class_names")
+    __slots__ = ("name", "pretrained", "weights", "weights_sha256", "num_parameters", "preprocessing", "resizable", "cuts", "slices", "embedding_fingerprint", "runtime", "device", "runtime_error", "macs", "class_names", "rows_per_s", "batch_rows")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PRETRAINED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,8 @@ class Backbone(_message.Message):
     RUNTIME_ERROR_FIELD_NUMBER: _ClassVar[int]
     MACS_FIELD_NUMBER: _ClassVar[int]
     CLASS_NAMES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     pretrained: bool
     weights: str
@@ -122,7 +124,9 @@ class Backbone(_message.Message):
     runtime_error: float
     macs: int
     class_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., pretrained: bool = ..., weights: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., num_parameters: _Optional[int] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., resizable: bool = ..., cuts: _Optional[_Iterable[_Union[Cut, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., embedding_fingerprint: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., runtime_error: _Optional[float] = ..., macs: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    rows_per_s: float
+    batch_rows: int
+    def __init__(self, name: _Optional[str] = ..., pretrained: bool = ..., weights: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., num_parameters: _Optional[int] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., resizable: bool = ..., cuts: _Optional[_Iterable[_Union[Cut, _Mapping]]] = ..., slices: _Optional[_Iterable[_Union[Slice, _Mapping]]] = ..., embedding_fingerprint: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., runtime_error: _Optional[float] = ..., macs: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., rows_per_s: _Optional[float] = ..., batch_rows: _Optional[int] = ...) -> None: ...
 
 class ListBackbonesRequest(_message.Message):
     __slots__ = ()
@@ -241,3 +245,98 @@ class StemHeader(_message.Message):
     precision: str
     embedding_error: float
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., feature_shape: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., precision: _Optional[str] = ..., embedding_error: _Optional[float] = ...) -> None: ...
+
+class TuneBackboneRequest(_message.Message):
+    __slots__ = ("backbone", "cut", "input_size", "again")
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    cut: str
+    input_size: int
+    again: bool
+    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ..., again: bool = ...) -> None: ...
+
+class RuntimeSpeed(_message.Message):
+    __slots__ = ("batch_rows", "rows_per_s")
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    batch_rows: int
+    rows_per_s: float
+    def __init__(self, batch_rows: _Optional[int] = ..., rows_per_s: _Optional[float] = ...) -> None: ...
+
+class RuntimeResult(_message.Message):
+    __slots__ = ("runtime", "error", "speeds", "load_s", "refused")
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SPEEDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    runtime: str
+    error: float
+    speeds: _containers.RepeatedCompositeFieldContainer[RuntimeSpeed]
+    load_s: float
+    refused: str
+    def __init__(self, runtime: _Optional[str] = ..., error: _Optional[float] = ..., speeds: _Optional[_Iterable[_Union[RuntimeSpeed, _Mapping]]] = ..., load_s: _Optional[float] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class TuneBackboneResponse(_message.Message):
+    __slots__ = ("backbone", "cut", "input_size", "device", "num_threads", "runtimes", "chosen", "batch_rows", "fixed", "libraries")
+    class LibrariesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    RUNTIMES_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIXED_FIELD_NUMBER: _ClassVar[int]
+    LIBRARIES_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    cut: str
+    input_size: int
+    device: str
+    num_threads: int
+    runtimes: _containers.RepeatedCompositeFieldContainer[RuntimeResult]
+    chosen: str
+    batch_rows: int
+    fixed: bool
+    libraries: _containers.ScalarMap[str, str]
+    def __init__(self, backbone: _Optional[str] = ..., cut: _Optional[str] = ..., input_size: _Optional[int] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., runtimes: _Optional[_Iterable[_Union[RuntimeResult, _Mapping]]] = ..., chosen: _Optional[str] = ..., batch_rows: _Optional[int] = ..., fixed: bool = ..., libraries: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetEndpointsRequest(_message.Message):
+    __slots__ = ("backbone",)
+    BACKBONE_FIELD_NUMBER: _ClassVar[int]
+    backbone: str
+    def __init__(self, backbone: _Optional[str] = ...) -> None: ...
+
+class Endpoint(_message.Message):
+    __slots__ = ("address", "replica")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    replica: str
+    def __init__(self, address: _Optional[str] = ..., replica: _Optional[str] = ...) -> None: ...
+
+class GetEndpointsResponse(_message.Message):
+    __slots__ = ("endpoints", "ticket", "key", "valid_s", "tls", "tls_name")
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALID_S_FIELD_NUMBER: _ClassVar[int]
+    TLS_FIELD_NUMBER: _ClassVar[int]
+    TLS_NAME_FIELD_NUMBER: _ClassVar[int]
+    endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
+    ticket: bytes
+    key: bytes
+    valid_s: float
+    tls: bool
+    tls_name: str
+    def __init__(self, endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., ticket: _Optional[bytes] = ..., key: _Optional[bytes] = ..., valid_s: _Optional[float] = ..., tls: bool = ..., tls_name: _Optional[str] = ...) -> None: ...

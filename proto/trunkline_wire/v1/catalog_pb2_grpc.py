@@ -60,6 +60,16 @@ class CatalogServiceStub(object):
                 request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemRequest.SerializeToString,
                 response_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemResponse.FromString,
                 _registered_method=True)
+        self.TuneBackbone = channel.unary_unary(
+                '/trunkline_wire.v1.CatalogService/TuneBackbone',
+                request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneRequest.SerializeToString,
+                response_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneResponse.FromString,
+                _registered_method=True)
+        self.GetEndpoints = channel.unary_unary(
+                '/trunkline_wire.v1.CatalogService/GetEndpoints',
+                request_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsRequest.SerializeToString,
+                response_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServiceServicer(object):
@@ -99,6 +109,21 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TuneBackbone(self, request, context):
+        """What was measured of every runtime that the replica has, and which one it uses. Measured the first time a cut is
+        used, or anew if asked for: that takes up to minutes, and other rows wait meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEndpoints(self, request, context):
+        """Where the replicas of a backbone listen themselves, and a ticket that lets the caller in there for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +151,16 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.FetchStem,
                     request_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemRequest.FromString,
                     response_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemResponse.SerializeToString,
+            ),
+            'TuneBackbone': grpc.unary_unary_rpc_method_handler(
+                    servicer.TuneBackbone,
+                    request_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneRequest.FromString,
+                    response_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneResponse.SerializeToString,
+            ),
+            'GetEndpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEndpoints,
+                    request_deserializer=trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsRequest.FromString,
+                    response_serializer=trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +299,60 @@ class CatalogService(object):
             '/trunkline_wire.v1.CatalogService/FetchStem',
             trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemRequest.SerializeToString,
             trunkline__wire_dot_v1_dot_catalog__pb2.FetchStemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TuneBackbone(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline_wire.v1.CatalogService/TuneBackbone',
+            trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneRequest.SerializeToString,
+            trunkline__wire_dot_v1_dot_catalog__pb2.TuneBackboneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEndpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline_wire.v1.CatalogService/GetEndpoints',
+            trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsRequest.SerializeToString,
+            trunkline__wire_dot_v1_dot_catalog__pb2.GetEndpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,8 @@ ACCESS: dict[str, Role] = {
     f"{_WIRE}CatalogService/DescribeBackbone": Role.READER,
     f"{_WIRE}CatalogService/DescribeCut": Role.READER,
     f"{_WIRE}CatalogService/FetchStem": Role.READER,
+    f"{_WIRE}CatalogService/TuneBackbone": Role.USER,
+    f"{_WIRE}CatalogService/GetEndpoints": Role.READER,
     f"{_WIRE}InferenceService/Predict": Role.READER,
     f"{_WIRE}InferenceService/StreamPredict": Role.READER,
     f"{_WIRE}InferenceService/Extract": Role.READER,
