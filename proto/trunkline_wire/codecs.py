@@ -54,11 +54,16 @@ def encode_rows(rows: Array | PackedRows, *, compress: bool = False) -> pb.Tenso
     Raises:
         WireError: As ``encode_array``; and as ``quantise.check_packed``.
     """
+    return _whole(*encode_rows_apart(rows, compress=compress))
+
+
+def encode_rows_apart(rows: Array | PackedRows, *, compress: bool = False) -> tuple[pb.Tensor, memoryview]:
+    """Return a message without its data, and the data: for ``bulk.Apart``. See ``encode_rows``."""
     if not isinstance(rows, PackedRows):
-        return encode_array(rows, compress=compress)
+        return encode_array_apart(rows, compress=compress)
     _check_bytes(rows.nbytes)
     check_packed(rows)
-    data, compression = _compressed(rows.data_BZ.tobytes(), compress)
+    data, compression = _compressed(_bytes_of(rows.data_BZ), compress)
     affine = None
     if rows.codec != BFLOAT16:
         affine = pb.Affine(
@@ -66,14 +71,14 @@ def encode_rows(rows: Array | PackedRows, *, compress: bool = False) -> pb.Tenso
             scale=rows.scale_BC.astype(_SCALE, copy=False).tobytes(),
             offset=rows.offset_BC.astype(_SCALE, copy=False).tobytes(),
         )
-    return pb.Tensor(
+    tensor = pb.Tensor(
         data_type=_CODE_BY_CODEC[rows.codec],
         codec=pb.CODEC_RAW if affine is None else pb.CODEC_AFFINE,
         compression=compression,
         shape=rows.shape,
-        data=data,
         affine=affine,
     )
+    return tensor, data
 
 
 def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
@@ -86,6 +91,11 @@ def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
     Raises:
         WireError: DTYPE_MISMATCH, SHAPE_MISMATCH or PAYLOAD_TOO_LARGE.
     """
+    return _whole(*encode_array_apart(array, compress=compress))
+
+
+def encode_array_apart(array: Array, *, compress: bool = False) -> tuple[pb.Tensor, memoryview]:
+    """Return a message without its data, and the data: for ``bulk.Apart``. See ``encode_array``."""
     little_endian = array.dtype.newbyteorder("<") if array.dtype.byteorder not in "|=<" else array.dtype
     code = _CODE_BY_DTYPE.get(np.dtype(little_endian))
     if code is None:
@@ -94,14 +104,24 @@ def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
     if not 1 <= array.ndim <= MAX_RANK:
         raise WireError(ErrorCode.SHAPE_MISMATCH, f"a tensor has 1 to {MAX_RANK} dimensions; got shape {array.shape}")
     _check_bytes(array.nbytes)
-    data, compression = _compressed(np.ascontiguousarray(array, dtype=little_endian).tobytes(), compress)
-    return pb.Tensor(
+    data, compression = _compressed(_bytes_of(np.ascontiguousarray(array, dtype=little_endian)), compress)
+    tensor = pb.Tensor(
         data_type=code,  # type: ignore[arg-type]
         codec=pb.CODEC_RAW,
         compression=compression,
         shape=array.shape,
-        data=data,
     )
+    return tensor, data
+
+
+def _whole(tensor: pb.Tensor, data: memoryview) -> pb.Tensor:
+    tensor.data = data.tobytes()
+    return tensor
+
+
+def _bytes_of(array: Array) -> memoryview:
+    """Return the memory of a contiguous array as bytes."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def encode_images(images: Sequence[bytes]) -> pb.Tensor:
@@ -131,11 +151,18 @@ def encoded_size(tensor: pb.Tensor) -> int:
     return len(tensor.data) + affine + sum(len(image) for image in tensor.encoded)
 
 
-def decode(tensor: pb.Tensor, *, max_rows: int = MAX_BATCH_ROWS) -> Array | PackedRows | list[bytes]:
+def decode(
+    tensor: pb.Tensor, data: memoryview | None = None, *, max_rows: int = MAX_BATCH_ROWS
+) -> Array | PackedRows | list[bytes]:
     """Take a message apart: an array, packed rows, or a list of encoded images.
 
     What was not compressed shares the message's memory and cannot be written to. Floating-point values are checked for
     NaN and infinity, and packed rows as ``quantise.check_packed`` says; they stay packed.
+
+    Args:
+        tensor: The message.
+        data: What belongs into its ``data``, where ``bulk.reader`` left it outside.
+        max_rows: Most rows.
 
     Raises:
         WireError: EMPTY_BATCH, SHAPE_MISMATCH, DTYPE_MISMATCH, PAYLOAD_TOO_LARGE, NOT_FINITE, CORRUPT_DATA,
@@ -152,23 +179,25 @@ def decode(tensor: pb.Tensor, *, max_rows: int = MAX_BATCH_ROWS) -> Array | Pack
         raise WireError(ErrorCode.PAYLOAD_TOO_LARGE, f"{shape[0]} rows in one message; at most {max_rows}")
     if tensor.HasField("affine") != (tensor.codec == pb.CODEC_AFFINE):
         raise WireError(ErrorCode.INVALID_ARGUMENT, "`affine` goes with CODEC_AFFINE, and with no other codec")
+    if data is None:
+        data = memoryview(tensor.data)
     if tensor.codec == pb.CODEC_ENCODED_IMAGES:
-        return _decode_images(tensor, shape)
+        return _decode_images(tensor, data, shape)
     if tensor.codec not in (pb.CODEC_RAW, pb.CODEC_AFFINE):
         raise WireError(ErrorCode.UNSUPPORTED, f"codec {tensor.codec} is not known here")
     if tensor.encoded:
         raise WireError(ErrorCode.INVALID_ARGUMENT, "only CODEC_ENCODED_IMAGES carries `encoded`")
     if tensor.codec == pb.CODEC_AFFINE:
-        return _decode_affine(tensor, shape)
+        return _decode_affine(tensor, data, shape)
     if tensor.data_type == pb.DATA_TYPE_BFLOAT16:
-        return _decode_bfloat16(tensor, shape)
-    return _decode_raw(tensor, shape)
+        return _decode_bfloat16(tensor, data, shape)
+    return _decode_raw(tensor, data, shape)
 
 
-def _decode_images(tensor: pb.Tensor, shape: tuple[int, ...]) -> list[bytes]:
+def _decode_images(tensor: pb.Tensor, data: memoryview, shape: tuple[int, ...]) -> list[bytes]:
     if len(shape) != 1 or shape[0] != len(tensor.encoded):
         raise WireError(ErrorCode.SHAPE_MISMATCH, f"{len(tensor.encoded)} encoded images do not fit shape {shape}")
-    if tensor.data or tensor.compression not in (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_NONE):
+    if data.nbytes or tensor.compression not in (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_NONE):
         raise WireError(ErrorCode.INVALID_ARGUMENT, "encoded images carry no `data` and no compression")
     if tensor.data_type != pb.DATA_TYPE_UINT8:
         raise WireError(ErrorCode.DTYPE_MISMATCH, "encoded images are of data type UINT8")
@@ -178,27 +207,28 @@ def _decode_images(tensor: pb.Tensor, shape: tuple[int, ...]) -> list[bytes]:
     return list(tensor.encoded)
 
 
-def _decode_raw(tensor: pb.Tensor, shape: tuple[int, ...]) -> Array:
+def _decode_raw(tensor: pb.Tensor, data: memoryview, shape: tuple[int, ...]) -> Array:
     dtype = DTYPES.get(tensor.data_type)
     if dtype is None:
         raise WireError(ErrorCode.DTYPE_MISMATCH, f"data type {tensor.data_type} is not known here under CODEC_RAW")
-    data = _data(tensor, math.prod(shape) * dtype.itemsize)
-    array: Array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    content = _content(tensor, data, math.prod(shape) * dtype.itemsize)
+    array: Array = np.frombuffer(content, dtype=dtype).reshape(shape)
     if dtype.kind == "f":
         check_finite(array)
     return array
 
 
-def _decode_bfloat16(tensor: pb.Tensor, shape: tuple[int, ...]) -> PackedRows:
+def _decode_bfloat16(tensor: pb.Tensor, data: memoryview, shape: tuple[int, ...]) -> PackedRows:
     num_rows, *row_shape = _packed_shape(shape)
-    data_BZ = np.frombuffer(_data(tensor, num_rows * row_bytes(row_shape, BFLOAT16)), np.uint8).reshape(num_rows, -1)
+    content = _content(tensor, data, num_rows * row_bytes(row_shape, BFLOAT16))
+    data_BZ = np.frombuffer(content, np.uint8).reshape(num_rows, -1)
     none_BC = np.empty((num_rows, 0), np.float32)
     rows = PackedRows(BFLOAT16, tuple(row_shape), 0, data_BZ, none_BC, none_BC)
     check_packed(rows)
     return rows
 
 
-def _decode_affine(tensor: pb.Tensor, shape: tuple[int, ...]) -> PackedRows:
+def _decode_affine(tensor: pb.Tensor, data: memoryview, shape: tuple[int, ...]) -> PackedRows:
     codec = _AFFINE_CODECS.get(tensor.data_type)
     if codec is None:
         raise WireError(
@@ -213,19 +243,19 @@ def _decode_affine(tensor: pb.Tensor, shape: tuple[int, ...]) -> PackedRows:
         )
     channels = num_channels(row_shape, axis)
     _check_bytes(num_rows * row_bytes(row_shape, codec, axis))
-    for name, content in (("scale", tensor.affine.scale), ("offset", tensor.affine.offset)):
+    for name, given in (("scale", tensor.affine.scale), ("offset", tensor.affine.offset)):
         expected = num_rows * channels * _SCALE.itemsize
-        if len(content) != expected:
+        if len(given) != expected:
             raise WireError(
                 ErrorCode.SHAPE_MISMATCH,
-                f"{len(content)} bytes of {name}; {num_rows} rows of {channels} channels need {expected}",
+                f"{len(given)} bytes of {name}; {num_rows} rows of {channels} channels need {expected}",
             )
-    data = _data(tensor, num_rows * (row_bytes(row_shape, codec, axis) - 2 * _SCALE.itemsize * channels))
+    content = _content(tensor, data, num_rows * (row_bytes(row_shape, codec, axis) - 2 * _SCALE.itemsize * channels))
     rows = PackedRows(
         codec,
         tuple(row_shape),
         axis,
-        np.frombuffer(data, np.uint8).reshape(num_rows, -1),
+        np.frombuffer(content, np.uint8).reshape(num_rows, -1),
         np.frombuffer(tensor.affine.scale, _SCALE).reshape(num_rows, channels),
         np.frombuffer(tensor.affine.offset, _SCALE).reshape(num_rows, channels),
     )
@@ -239,32 +269,31 @@ def _packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _data(tensor: pb.Tensor, expected: int) -> bytes:
+def _content(tensor: pb.Tensor, data: memoryview, expected: int) -> memoryview:
     """Return the data as it was before compression: ``expected`` bytes, or an error."""
     _check_bytes(expected)
-    data = tensor.data
     if tensor.compression == pb.COMPRESSION_ZSTD:
-        data = _decompress(data, expected)
+        data = memoryview(_decompress(data, expected))
     elif tensor.compression not in (pb.COMPRESSION_UNSPECIFIED, pb.COMPRESSION_NONE):
         raise WireError(ErrorCode.UNSUPPORTED, f"compression {tensor.compression} is not known here")
-    if len(data) != expected:
+    if data.nbytes != expected:
         raise WireError(
             ErrorCode.SHAPE_MISMATCH,
-            f"{len(data)} bytes of data; shape {tuple(tensor.shape)} of {pb.DataType.Name(tensor.data_type)} needs "
+            f"{data.nbytes} bytes of data; shape {tuple(tensor.shape)} of {pb.DataType.Name(tensor.data_type)} needs "
             f"{expected}",
         )
     return data
 
 
-def _compressed(data: bytes, compress: bool) -> tuple[bytes, pb.Compression]:
+def _compressed(data: memoryview, compress: bool) -> tuple[memoryview, pb.Compression]:
     if compress:
         frame = zstd_frame(data)
-        if len(frame) < len(data):
-            return frame, pb.COMPRESSION_ZSTD
+        if len(frame) < data.nbytes:
+            return memoryview(frame), pb.COMPRESSION_ZSTD
     return data, pb.COMPRESSION_NONE
 
 
-def _decompress(data: bytes, expected: int) -> bytes:
+def _decompress(data: memoryview, expected: int) -> bytes:
     # Never past the size that the shape allows, whatever the frame's header claims; and with a window no larger than
     # the data can need, since the window is allocated before the first byte comes out.
     window_log = max(_MIN_WINDOW_LOG, expected.bit_length())

@@ -12,6 +12,6 @@ else:
 _LEVEL = 3
 
 
-def compress(data: bytes) -> bytes:
+def compress(data: bytes | memoryview) -> bytes:
     """Return the data as one zstd frame, which may be larger than what went in."""
     return zstd.compress(data, _LEVEL)
