@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 190, 34, 52
-_COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fb0", "#b08a2e", "#5b6770")
+_COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fb0", "#b08a2e", "#5b6770", "#2f9aa0", "#b8507f", "#7c8f2e")
 _SHAPES = ("circle", "square", "diamond")
 
 
@@ -22,6 +22,33 @@ class Series:
     points: Sequence[tuple[float, float, str]]
     line: bool = True
     named: bool = True
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar; a marked one stands out."""
+
+    name: str
+    value: float
+    marked: bool = False
+
+
+def bars(path: Path, title: str, entries: Sequence[Bar]) -> None:
+    """Draw bars that lie, each with its name before it and its value behind it."""
+    left, step, thick = 270, 24, 15
+    height = _TOP + step * len(entries) + 14
+    scale = (_WIDTH - left - 70) / (max(one.value for one in entries) or 1.0)
+    parts = [f'<text x="16" y="20" class="title">{escape(title)}</text>']
+    for index, one in enumerate(entries):
+        y, length = _TOP + step * index, max(1.0, one.value * scale)
+        colour = _COLOURS[1] if one.marked else _COLOURS[0]
+        middle = y + thick - 3
+        parts += [
+            f'<text x="{left - 8}" y="{middle}" text-anchor="end">{escape(one.name)}</text>',
+            f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thick}" fill="{colour}"/>',
+            f'<text x="{left + length + 6:.1f}" y="{middle}">{one.value:.0f}</text>',
+        ]
+    _write(path, parts, height)
 
 
 def scatter(path: Path, title: str, x_label: str, y_label: str, series: Sequence[Series]) -> None:
@@ -99,14 +126,14 @@ def _short(value: float) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
 
 
-def _write(path: Path, parts: Sequence[str]) -> None:
+def _write(path: Path, parts: Sequence[str], height: int = _HEIGHT) -> None:
     style = (
         "text{font:12px system-ui,sans-serif;fill:#333}.small{font-size:10px}.title{font-size:14px;font-weight:600}"
         ".axis{stroke:#888}.grid{stroke:#888;stroke-opacity:.18}"
     )
     body = "\n".join(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'
+    size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     ground = '<rect width="100%" height="100%" fill="#fff"/>'
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{style}</style>\n{ground}\n{body}\n</svg>\n',

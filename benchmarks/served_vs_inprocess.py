@@ -8,10 +8,13 @@ trunk's runtime on batches of the same rows, nothing else.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +23,28 @@ import trunkline
 from common import embedded_cluster, report, summary
 from trunkline_wire.specs import FeatureSpace
 from trunkline_worker.backbones.catalogue import DEFAULT_BACKBONE, load_backbone
-from trunkline_worker.engine.choice import RuntimeChooser
-from trunkline_worker.engine.runtimes import Runtime
+from trunkline_worker.engine.prepared import Runtimes
+from trunkline_worker.engine.runtimes import Runtime, max_rows_of
+from trunkline_worker.engine.targets import TrunkKey
+from trunkline_worker.engine.tuning import RuntimeChooser
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 
-BATCH_ROWS = 32
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+
+class Here:
+    """Runs everything on this thread, on which the runtime is called afterwards."""
+
+    async def compute(self, call: Callable[..., T], *args: Any) -> T:
+        """See ``Places``."""
+        return call(*args)
+
+    async def export(self, call: Callable[..., T], *args: Any) -> T:
+        """See ``Places``."""
+        return call(*args)
 
 
 def in_process(runtime: Runtime, rows: npt.NDArray[np.generic], batch_rows: int) -> float:
@@ -63,8 +82,9 @@ def main() -> None:
             backbone,
             backbone,
             blobs,
-            device=torch.device("cpu"),
+            device=CPU,
             num_threads=os.cpu_count() or 1,
+            most_rows=max_rows_of(CPU),
             clock=SystemClock(),
         )
         for cut, size in (("input", 224), ("blocks.2", 224), ("blocks.2", 96)):
@@ -81,11 +101,12 @@ def main() -> None:
             model = client.train(data, name=f"bench-{cut}-{size}", embedding="pooled").result(progress=False)
             ratios, ours, theirs = [], [], []
             served(model, space, rows[:64])  # both sides warm; the cluster has chosen its runtime by now
-            chosen = chooser.remembered(cut, size)
-            assert chosen is not None and chosen.runtime.name == client.describe(DEFAULT_BACKBONE).runtime
-            in_process(chosen.runtime, rows[:64], BATCH_ROWS)
+            key = TrunkKey(cut, size)
+            assert chooser.noted(key) == client.tune(DEFAULT_BACKBONE, cut=cut, input_size=size)
+            chosen = asyncio.run(Runtimes(chooser, Here()).get(key))
+            in_process(chosen.runtime, rows[:64], chosen.batch_rows)
             for _ in range(arguments.rounds):
-                theirs.append(in_process(chosen.runtime, rows, BATCH_ROWS))
+                theirs.append(in_process(chosen.runtime, rows, chosen.batch_rows))
                 ours.append(served(model, space, rows))
                 ratios.append(ours[-1] / theirs[-1])
             table.append(
