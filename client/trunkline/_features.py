@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 FEATURE_DTYPES = ("float16", "float32")
 """Types of features at hand that are taken as they are."""
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: np.dtype[np.generic]) -> str:
+    return dtype.name  # numpy makes the text anew each time, which takes as long as checking a small row
 
 
 class Features:
@@ -64,13 +70,13 @@ class Features:
             self.codec = features.codec
         else:
             self._rows = check_features(features, cut.feature_shape, space)
-            self.codec = choice.codec if choice else self._rows.dtype.name
+            self.codec = choice.codec if choice else _name(self._rows.dtype)
             if choice and space.is_input:
                 raise InvalidArgumentError(f"pictures travel as uint8; codec is {choice}", hint="Leave codec= out")
         self.compress = choice is not None and choice.zstd
         self.row_bytes = (
             self._rows[0].nbytes
-            if isinstance(self._rows, np.ndarray) and self.codec == self._rows.dtype.name
+            if isinstance(self._rows, np.ndarray) and self.codec == _name(self._rows.dtype)
             else quantise.row_bytes(cut.feature_shape, self.codec, self._axis)
         )
         rows_per_chunk(self.row_bytes)
@@ -92,7 +98,7 @@ class Features:
         if isinstance(self._rows, PackedRows):
             return self._rows.take(numbers)
         some = self._rows[numbers if isinstance(numbers, slice) else list(numbers)]
-        return some if self.codec == some.dtype.name else packed(some, self.codec, self._axis)
+        return some if self.codec == _name(some.dtype) else packed(some, self.codec, self._axis)
 
     def _digests(self) -> list[bytes]:
         rows = self._rows
@@ -173,7 +179,7 @@ def check_features(features: Any, feature_shape: tuple[int, ...], space: Feature
             f"a row of features must be {feature_shape}; got {array.shape[1:]}",
             hint="Use the stem of that cut and input size",
         )
-    if array.dtype.kind == "f" and array.dtype.name not in FEATURE_DTYPES:
+    if array.dtype.kind == "f" and _name(array.dtype) not in FEATURE_DTYPES:
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
     if space.is_input:

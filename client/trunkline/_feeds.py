@@ -40,6 +40,11 @@ class Feed(ABC):
         self.errors: dict[int, TrunklineError] = {}
         self.row_bytes = num_bytes
 
+    @property
+    def backbone(self) -> str:
+        """The backbone that reads all that a row needs one for; empty if there are several, or none."""
+        return "" if self.space.is_local else self.space.backbone
+
     def batch_rows(self, wanted: int | None) -> int:
         """Return how many rows travel together.
 
@@ -60,12 +65,8 @@ class Feed(ABC):
         return wanted
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the rows in batches, those left out that fail here."""
-        for start in range(0, self.num_rows, size):
-            numbers = range(start, min(start + size, self.num_rows))
-            batch = self.batch(numbers)
-            if batch is not None:
-                yield batch
+        """Return the rows in batches, those left out that fail here, as they are asked for."""
+        return _Batches(self, size)
 
     @abstractmethod
     def batch(self, numbers: Sequence[int]) -> Batch | None:
@@ -82,6 +83,26 @@ class Feed(ABC):
             except TrunklineError as error:
                 self.errors[number] = error
         return good, made
+
+
+class _Batches(Iterator[Batch]):
+    """The batches of a feed. ``operator.length_hint`` says how many there are at most."""
+
+    def __init__(self, feed: Feed, size: int) -> None:
+        self._feed = feed
+        self._size = size
+        self._start = 0
+
+    def __next__(self) -> Batch:
+        while self._start < self._feed.num_rows:
+            start, self._start = self._start, self._start + self._size
+            batch = self._feed.batch(range(start, min(self._start, self._feed.num_rows)))
+            if batch is not None:
+                return batch
+        raise StopIteration
+
+    def __length_hint__(self) -> int:
+        return -(-max(0, self._feed.num_rows - self._start) // self._size)
 
 
 class FeatureFeed(Feed):
@@ -154,6 +175,11 @@ class ImageFeed(Feed):
         more = tuple(MoreRows(space, one) for space, one in zip(self._others, others, strict=True))
         return Batch(first, tuple(good), more=more)
 
+    @property
+    def backbone(self) -> str:
+        """The one backbone that reads the pictures; empty if there are several."""
+        return "" if self._others else self.space.backbone
+
     def _pixels(self, number: int) -> list[Any]:
         return [self._rows[number].preprocessed(one) for one in self._forms]
 
@@ -200,6 +226,12 @@ class JoinedFeed(Feed):
                 )
         super().__init__(first.space, first.num_rows, first.row_bytes + sum(one.row_bytes for one in others))
         self._feeds = [first, *others]
+
+    @property
+    def backbone(self) -> str:
+        """The one backbone of all the inputs; empty if there are several, or none."""
+        needed = [one for one in self._feeds if not one.space.is_local]
+        return needed[0].backbone if len(needed) == 1 else ""
 
     def batch(self, numbers: Sequence[int]) -> Batch | None:
         """Return a batch of these rows, those left out that fail in one of the inputs."""

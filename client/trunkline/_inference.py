@@ -71,6 +71,8 @@ class Collector(Generic[Answer]):
         errors = {**self._feed.errors, **self._errors}
         if len(errors) >= num_rows or not self._answers:
             raise errors[min(errors)] if errors else InternalError("the cluster answered nothing")
+        if len(self._answers) == 1 and not errors:
+            return self._whole(self._answers[0][1])
         width = _matrix(self._answers[0][1]).shape[1]
         result = Collected(np.full((num_rows, width), np.nan, dtype=np.float32), errors, labels=[None] * num_rows)
         for batch, answer in self._answers:
@@ -93,6 +95,17 @@ class Collector(Generic[Answer]):
             result.labels[number] = None
         return result
 
+    def _whole(self, answer: Answer) -> Collected:
+        """Return the only answer, whose rows are all there are, in their order. Nothing is copied."""
+        found = Collected(_matrix(answer), {}, timings=answer.timings, codec_use=answer.codec_use)
+        if isinstance(answer, RawPrediction):
+            found.model = answer.model
+            found.labels = [one or None for one in answer.labels] or [None] * self._feed.num_rows
+        else:
+            found.labels = [None] * self._feed.num_rows
+            found.slices = answer.slices
+        return found
+
 
 def _matrix(answer: RawPrediction | RawEmbedding) -> npt.NDArray[np.float32]:
     return answer.outputs_BK if isinstance(answer, RawPrediction) else answer.embedding_BD
@@ -106,6 +119,11 @@ def _sum(one: Timings, other: Timings) -> Timings:
         one.head_s + other.head_s,
         one.total_s + other.total_s,
     )
+
+
+def several(feed: Feed, batch_size: int | None, progress: bool | None) -> bool | None:
+    """Return whether to show progress: as wanted for several batches, never for a single one, which has none."""
+    return progress if feed.num_rows > feed.batch_rows(batch_size) else False
 
 
 def run(

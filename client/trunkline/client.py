@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.quantise import FLOAT16
-from trunkline_wire.specs import FLOAT32, INPUT_CUT, BackboneSpec, CutCost, FeatureSpace
+from trunkline_wire.specs import FLOAT32, INPUT_CUT, BackboneSpec, CutCost, FeatureSpace, Tuning
 
 from trunkline import _html
 from trunkline._backbones import Backbones
@@ -18,7 +18,7 @@ from trunkline._codecs import check_codec, check_offered
 from trunkline._deadline import Deadline, rows_deadline
 from trunkline._features import paired
 from trunkline._feeds import FeatureFeed, Feed, StemFeed
-from trunkline._inference import DEFAULT_IN_FLIGHT, run
+from trunkline._inference import DEFAULT_IN_FLIGHT, run, several
 from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
 from trunkline._row_sources import FeatureRows, ImageRows, RowSource, StemRows
 from trunkline._stem_shelf import StemShelf
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 # Shape suffix legend: N = rows, D = embedding width
 
 STEM_TIMEOUT_S = 600.0
-"""Deadline for what concerns a stem, where none is stated: the cluster may have to export or measure it first."""
+"""Deadline for what concerns a stem, a cut or runtimes, where none is stated: the cluster may have to export or
+measure first."""
 
 
 class Client:
@@ -112,6 +113,35 @@ class Client:
         """
         deadline = Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s)
         return self._backbones.cost(name, cut, input_size or 0, deadline, again=True)
+
+    def tune(
+        self,
+        name: str | None = None,
+        *,
+        cut: str = INPUT_CUT,
+        input_size: int | None = None,
+        again: bool = False,
+        timeout_s: float | None = None,
+    ) -> Tuning:
+        """Return what the cluster measured of the runtimes that can run a backbone behind a cut, and which it uses.
+
+        Measured the first time that anybody uses the cut, which takes seconds.
+
+        Args:
+            name: Name of the backbone. Default: the cluster's first.
+            cut: Name of the cut.
+            input_size: Side of the square that pictures are brought to, in pixels. Default: the backbone's own.
+            again: Measure anew, those runtimes too that take long to compile, and use the best from then on. Takes
+                minutes, in which everybody's rows wait longer.
+            timeout_s: Deadline. Default: 600 s.
+
+        Raises:
+            NotFoundError: There is no such backbone or cut.
+            UnsupportedError: The cluster is too old to know.
+            PermissionDeniedError: The token is a reader's.
+        """
+        deadline = Deadline(STEM_TIMEOUT_S if timeout_s is None else timeout_s)
+        return self._calls.catalog.tune(name or "", cut, input_size or 0, again, deadline)
 
     def stem(
         self,
@@ -554,7 +584,7 @@ class Client:
         progress: bool | None,
     ) -> npt.NDArray[np.float32]:
         calls, wanted = self._calls.inference, tuple(slices or ())
-        with show_progress("Extracting", feed.num_rows, progress) as bar:
+        with show_progress("Extracting", feed.num_rows, several(feed, batch_size, progress)) as bar:
             found = run(
                 feed,
                 batch_size=batch_size,

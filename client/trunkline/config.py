@@ -28,7 +28,8 @@ DEFAULT_PORT = 50051
 DEFAULT_TIMEOUT_S = 60.0
 """Deadline of one call that states none."""
 
-_PROFILE_KEYS = {"address", "token", "token_file", "ca_file", "insecure", "timeout_s"}
+_PROFILE_KEYS = {"address", "token", "token_file", "ca_file", "insecure", "timeout_s", "direct"}
+_BOOL_KEYS = {"insecure", "direct"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -43,6 +44,7 @@ class Settings:
         ca_file: PEM file with the certificate to trust, empty for the system's.
         tls: Whether the connection is encrypted.
         timeout_s: Deadline of one call that states none.
+        direct: Whether to talk to replicas themselves where they can be reached, past the gateway.
         cache_dir: Where stems are kept.
         sources: For every setting, where it came from.
     """
@@ -52,6 +54,7 @@ class Settings:
     ca_file: str
     tls: bool
     timeout_s: float
+    direct: bool
     cache_dir: Path
     sources: Mapping[str, str]
 
@@ -95,6 +98,7 @@ def resolve(
     insecure: bool | None = None,
     profile: str | None = None,
     timeout_s: float | None = None,
+    direct: bool | None = None,
 ) -> Settings:
     """Find every setting. Arguments are those of ``trunkline.connect``.
 
@@ -108,6 +112,7 @@ def resolve(
     trusted, ca_source = found.ca_file(ca_file, cluster_address)
     allowed, insecure_source = found.insecure(insecure, cluster_address)
     timeout, timeout_source = found.timeout_s(timeout_s)
+    go_direct, direct_source = found.direct(direct)
     directory, cache_source = cache_dir()
     loopback = is_loopback(cluster_address)
     # Without TLS only on this machine or where the user said so: a token never crosses a network in the clear.
@@ -124,6 +129,7 @@ def resolve(
         ca_file=trusted,
         tls=tls,
         timeout_s=timeout,
+        direct=go_direct,
         cache_dir=directory,
         sources={
             "address": address_source,
@@ -131,6 +137,7 @@ def resolve(
             "ca_file": ca_source,
             "tls": tls_source,
             "timeout_s": timeout_source,
+            "direct": direct_source,
             "cache_dir": cache_source,
         },
     )
@@ -212,6 +219,16 @@ class _Sources:
             return _check_timeout(self._profile["timeout_s"], self._profile_source), self._profile_source
         return DEFAULT_TIMEOUT_S, "default"
 
+    def direct(self, argument: bool | None) -> tuple[bool, str]:
+        if argument is not None:
+            return argument, "argument"
+        variable = os.environ.get("TRUNKLINE_DIRECT")
+        if variable:
+            return _read_bool(variable, "TRUNKLINE_DIRECT"), "TRUNKLINE_DIRECT"
+        if "direct" in self._profile:
+            return self._profile["direct"], self._profile_source
+        return True, "default"
+
     @property
     def _profile_source(self) -> str:
         return f"profile {self._profile_name!r} in {config_file()}"
@@ -289,7 +306,7 @@ def _check_profile(profile: dict[str, Any], name: str, path: Path) -> dict[str, 
             hint=f"Known are {', '.join(sorted(_PROFILE_KEYS))}",
         )
     for key, value in profile.items():
-        wanted: tuple[type, ...] = (bool,) if key == "insecure" else (int, float) if key == "timeout_s" else (str,)
+        wanted: tuple[type, ...] = (bool,) if key in _BOOL_KEYS else (int, float) if key == "timeout_s" else (str,)
         if not isinstance(value, wanted) or (key == "timeout_s" and isinstance(value, bool)):
             raise ConfigError(
                 f"{key} of profile {name!r} in {path} must be a {wanted[-1].__name__}; got {value!r}",

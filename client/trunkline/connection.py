@@ -26,6 +26,7 @@ def connect(
     insecure: bool | None = None,
     profile: str | None = None,
     timeout_s: float | None = None,
+    direct: bool | None = None,
 ) -> Client:
     """Connect to a cluster and check that it is there.
 
@@ -40,6 +41,8 @@ def connect(
         insecure: Send token and data to another machine unencrypted. On this machine that is the default.
         profile: Name of a profile in ``config.toml``.
         timeout_s: Deadline of one call that states none. Default: 60.
+        direct: Whether rows go to the replicas of a backbone themselves where these listen and can be reached, past the
+            gateway. Default: yes.
 
     Raises:
         ServiceUnavailableError: There is no cluster. Found out within a few seconds.
@@ -55,6 +58,7 @@ def connect(
         insecure=insecure,
         profile=profile,
         timeout_s=timeout_s,
+        direct=direct,
     )
     calls = Calls(settings)
     try:

@@ -22,6 +22,8 @@ from trunkline.config import Settings, cache_dir, redact, split_address
 from trunkline.errors import AuthenticationError, IncompatibleModelError, TrunklineError
 
 if TYPE_CHECKING:
+    from trunkline._calls import Calls
+    from trunkline._direct import Reach
     from trunkline.records import ServerInfo
 
 Status = Literal["ok", "warn", "fail"]
@@ -31,6 +33,9 @@ TCP_TIMEOUT_S = 1.0
 
 CALL_TIMEOUT_S = 1.2
 """Longest time for the calls after it, which run side by side."""
+
+DIRECT_TIMEOUT_S = 1.6
+"""Longest time for asking where replicas listen and connecting to them, beside those calls."""
 
 CLOCK_WARN_S = 5.0
 """Difference between the clocks that is worth a word."""
@@ -148,6 +153,7 @@ def _cluster(settings: Settings) -> Iterator[Check]:
 
     calls = Calls(settings)
     try:
+        direct = _Within(lambda: _reaches(calls))
         health = _Within(lambda: calls.catalog.is_serving(Deadline(CALL_TIMEOUT_S)))
         info = _Within(lambda: calls.catalog.server_info(Deadline(CALL_TIMEOUT_S), wait_for_ready=False, retry=False))
         if settings.tls:
@@ -156,8 +162,48 @@ def _cluster(settings: Settings) -> Iterator[Check]:
             yield Check("tls", "ok", f"not used ({settings.sources['tls']})")
         yield _health(health)
         yield from _server(settings, info)
+        yield from _direct(settings, direct)
     finally:
         calls.close()
+
+
+def _reaches(calls: Calls) -> dict[str, Reach]:
+    """Connect to the replicas of every backbone."""
+    from trunkline._deadline import Deadline
+
+    deadline = Deadline(DIRECT_TIMEOUT_S)
+    if not calls.connection.settings.direct:
+        return {}
+    names = [one.name for one in calls.catalog.backbones(deadline)]
+    for name in names:
+        calls.direct.pool(name)
+    return {name: calls.direct.reach(name, deadline.remaining() or 0.0) for name in names}
+
+
+def _direct(settings: Settings, check: _Within[dict[str, Reach]]) -> Iterator[Check]:
+    if not settings.direct:
+        yield Check("direct", "ok", f"switched off (from {settings.sources['direct']})")
+        return
+    if check.outcome(DIRECT_TIMEOUT_S + 0.2) is not None:
+        return  # whatever is the matter with the gateway has been said
+    reaches = check.value()
+    listening = {name: one for name, one in reaches.items() if one.num_listed}
+    if not listening:
+        why = next((one.why for one in reaches.values()), "there is no backbone")
+        yield Check("direct", "ok", f"calls go through the gateway: {why or 'it did not say in time'}")
+        return
+    detail = ", ".join(f"{one.num_ready} of {one.num_listed} replicas of {name}" for name, one in listening.items())
+    short = [one for one in listening.values() if one.num_ready < one.num_listed]
+    if short:
+        why = next((one.why for one in short if one.why), "the others do not answer")
+        yield Check(
+            "direct",
+            "warn",
+            f"{detail}: {why}. Calls that reach none go through the gateway",
+            "let this machine through the firewall to the replicas' ports, or set TRUNKLINE_DIRECT=0",
+        )
+    else:
+        yield Check("direct", "ok", detail)
 
 
 def _certificate(settings: Settings) -> Check:

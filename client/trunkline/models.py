@@ -16,7 +16,7 @@ from trunkline._codecs import parse_label
 from trunkline._deadline import rows_deadline
 from trunkline._features import paired
 from trunkline._feeds import FeatureFeed, Feed
-from trunkline._inference import DEFAULT_IN_FLIGHT, run
+from trunkline._inference import DEFAULT_IN_FLIGHT, run, several
 from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
 from trunkline._model_inputs import BackboneInputs, GivenStems, check_backbones, check_locals, check_own, input_of, join
 from trunkline._onnx import has_onnxruntime
@@ -259,7 +259,8 @@ class Model:
             IncompatibleModelError: They come from other weights, or a local model is another one.
             InvalidArgumentError: Features of a backbone or a local model are missing, or are none of this model's.
         """
-        sources = [one for one in self.inputs if not one.space.is_local]
+        inputs = self.inputs
+        sources = [one for one in inputs if not one.space.is_local]
         own = [one.space for one in sources]
         if not own:
             raise InvalidArgumentError(
@@ -269,7 +270,9 @@ class Model:
         where = space if space is not None else own[0] if len(own) == 1 else own
         pairs = paired(features, where)
         check_backbones(self.reference, own, [one for _, one in pairs])
-        found = check_locals(self.record, bind_local(local, local_inputs, GivenImages(None)))
+        found: dict[str, LocalInput] = {}
+        if local is not None or local_inputs is not None or len(own) < len(inputs):
+            found = check_locals(self.record, bind_local(local, local_inputs, GivenImages(None)))
         deadline = rows_deadline(timeout_s, len(pairs[0][0]))
         by_backbone = {
             one.backbone: self._client._backbones.features(rows, one, codec, deadline) for rows, one in pairs
@@ -429,15 +432,15 @@ class Model:
     def _predict(
         self, feed: Feed, batch_size: int | None, max_in_flight: int, deadline: Any, progress: bool | None
     ) -> Prediction:
-        calls, started = self._client._calls.inference, time.monotonic()
-        with show_progress(f"Predicting with {self.reference}", feed.num_rows, progress) as bar:
+        calls, started, reference = self._client._calls.inference, time.monotonic(), self.reference
+        with show_progress(f"Predicting with {reference}", feed.num_rows, several(feed, batch_size, progress)) as bar:
             found = run(
                 feed,
                 batch_size=batch_size,
                 max_in_flight=max_in_flight,
-                one=lambda batch: calls.predict(feed.space, batch, self.reference, deadline),
+                one=lambda batch: calls.predict(feed.space, batch, reference, deadline, backbone=feed.backbone),
                 many=lambda batches, window: calls.stream_predict(
-                    feed.space, batches, self.reference, window=window, deadline=deadline
+                    feed.space, batches, reference, window=window, deadline=deadline, backbone=feed.backbone
                 ),
                 on_rows=bar.advance,
             )

@@ -38,6 +38,35 @@ class Apart(Generic[M]):
     message: M
     data: memoryview | None = None
 
+    def ByteSize(self) -> int:  # noqa: N802  # as messages call it
+        """Return the bytes of the message and of what belongs into it, about."""
+        return self.message.ByteSize() + (0 if self.data is None else self.data.nbytes)
+
+    def WhichOneof(self, oneof_group: str) -> str | None:  # noqa: N802  # as messages call it
+        """Return which field of a group is set."""
+        which: str | None = self.message.WhichOneof(oneof_group)
+        return which
+
+    @property
+    def seq(self) -> int:
+        """The number of a message of a stream."""
+        number: int = self.message.seq  # type: ignore[attr-defined]
+        return number
+
+    @property
+    def end(self) -> Any:
+        """The end message of a stream."""
+        return self.message.end  # type: ignore[attr-defined]
+
+    @property
+    def error(self) -> Any:
+        """The error in a message of a stream."""
+        return self.message.error  # type: ignore[attr-defined]
+
+    def part(self, name: str) -> Apart[Any]:
+        """Return the submessage that has the large tensor."""
+        return Apart(getattr(self.message, name), self.data)
+
 
 _PATHS: dict[type[Message], tuple[str, ...]] = {
     inference_pb2.PredictRequest: ("features", "data"),

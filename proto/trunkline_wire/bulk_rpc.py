@@ -26,7 +26,7 @@ _BULKY_RESPONSES: dict[str, Any] = {"Extract": pb.ExtractResponse, "StreamExtrac
 _OTHER_RESPONSES: dict[str, Any] = {"Predict": pb.PredictResponse, "StreamPredict": pb.StreamPredictResponse}
 
 
-class InferenceStub:
+class InferenceServiceStub:
     """Requests go in whole or apart; of responses that have a large tensor, it comes apart."""
 
     Predict: Any

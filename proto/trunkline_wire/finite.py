@@ -15,7 +15,13 @@ BFLOAT16_INFINITY = 0x7F80
 NAN_OR_INFINITY = "NaN or infinity"
 """What rows hold, for messages."""
 
-_INFINITY_BY_WIDTH = {2: 0x7C00, 4: 0x7F80_0000}
+# Looked up, not made from text each time: most arrays are a row of some kilobytes.
+_BITS_BY_DTYPE = {
+    np.dtype(f"{order}f{width}"): (np.dtype(f"{order}u{width}"), infinity)
+    for order in "<>"
+    for width, infinity in ((2, 0x7C00), (4, 0x7F80_0000))
+}
+_SIGNED_BY_UNSIGNED = {np.dtype(f"{order}u{width}"): np.dtype(f"{order}i{width}") for order in "<>" for width in (2, 4)}
 
 
 def check_finite(array: npt.NDArray[np.generic]) -> None:
@@ -30,10 +36,11 @@ def check_finite(array: npt.NDArray[np.generic]) -> None:
 
 def is_finite(array: npt.NDArray[np.generic]) -> bool:
     """Return whether a floating-point array holds neither NaN nor infinity."""
-    width = array.dtype.itemsize
-    if width not in _INFINITY_BY_WIDTH:
+    known = _BITS_BY_DTYPE.get(array.dtype)
+    if known is None:
         return bool(np.isfinite(array).all())
-    return are_bits_finite(array.view(f"{array.dtype.str[0]}u{width}"), _INFINITY_BY_WIDTH[width])
+    unsigned, infinity = known
+    return are_bits_finite(array.view(unsigned), infinity)
 
 
 def are_bits_finite(bits: npt.NDArray[np.unsignedinteger], infinity: int) -> bool:
@@ -43,9 +50,9 @@ def are_bits_finite(bits: npt.NDArray[np.unsignedinteger], infinity: int) -> boo
     numpy's own check makes an array of answers, converts each float16 in software (six times as slow), and knows no
     bfloat16.
     """
-    order, width = bits.dtype.str[0], bits.dtype.itemsize
-    sign = 1 << (8 * width - 1)
-    highest_positive = int(bits.view(f"{order}i{width}").max(initial=0))
+    signed = _SIGNED_BY_UNSIGNED[bits.dtype]
+    sign = 1 << (8 * signed.itemsize - 1)
+    highest_positive = int(bits.view(signed).max(initial=0))
     return highest_positive < infinity and int(bits.max(initial=0)) < (infinity | sign)
 
 

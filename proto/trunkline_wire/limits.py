@@ -42,7 +42,7 @@ MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 40_000_000
 """Most pixels of an encoded image, read from its header before it is decoded."""
 
-MAX_CONCURRENT_STREAMS = 64
+MAX_CONCURRENT_STREAMS = 100
 """HTTP/2 streams per connection. Without it one connection can starve the others by opening and resetting streams."""
 
 MAX_NAME_LENGTH = 128

@@ -48,6 +48,7 @@ IMAGES = "images"
 _ALIASES = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 _BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16, INT8: 8, INT4: 4, "uint8": 8}
 _LEVELS = {INT8: 255, INT4: 15}
+_NAME_BY_DTYPE = {np.dtype(name): name for name in (FLOAT32, FLOAT16, "uint8")}  # numpy makes the name each time
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
@@ -264,7 +265,9 @@ def codec_of(rows: npt.NDArray[np.generic] | PackedRows | Sequence[bytes]) -> st
     """Return the codec of rows as row ids name it: ``images``, ``uint8``, ``float16`` ..."""
     if isinstance(rows, PackedRows):
         return rows.codec
-    return rows.dtype.name if isinstance(rows, np.ndarray) else IMAGES
+    if not isinstance(rows, np.ndarray):
+        return IMAGES
+    return _NAME_BY_DTYPE.get(rows.dtype) or rows.dtype.name
 
 
 def _check_row(row_shape: Sequence[int], channel_axis: int) -> None:

@@ -6,7 +6,6 @@ under the key; so whoever sees a call go by can neither repeat it nor make anoth
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 
 TICKET_METADATA = "trunkline-ticket-bin"
@@ -44,4 +43,4 @@ def read_proof(key: bytes, ticket: bytes, replica: str, method: str, proof: byte
 def _mac(key: bytes, ticket: bytes, replica: str, method: str, number: int) -> bytes:
     parts = (b"call-v1", ticket, replica.encode(), method.encode(), number.to_bytes(_NUMBER_BYTES, "big"))
     text = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-    return hmac.new(key, text, hashlib.sha256).digest()[:_MAC_BYTES]
+    return hmac.digest(key, text, "sha256")[:_MAC_BYTES]

@@ -43,7 +43,7 @@ FAKE = (fake_backbone.NAME, fake_backbone.CUT, 8, ("grid", "pooled"), fake_backb
 @pytest.fixture(autouse=True)
 def own_directories(tmp_path, monkeypatch):
     """Keep settings, state and cache of whoever runs the tests out of them."""
-    for name in ("ADDRESS", "TOKEN", "TOKEN_FILE", "CA_FILE", "INSECURE", "PROFILE", "TIMEOUT_S"):
+    for name in ("ADDRESS", "TOKEN", "TOKEN_FILE", "CA_FILE", "INSECURE", "PROFILE", "TIMEOUT_S", "DIRECT"):
         monkeypatch.delenv(f"TRUNKLINE_{name}", raising=False)
     monkeypatch.setenv("TRUNKLINE_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setenv("TRUNKLINE_STATE_DIR", str(tmp_path / "state"))

@@ -14,6 +14,7 @@ from trunkline_wire.rows import content_digest
 from trunkline_wire.specs import FLOAT32, CodecUse
 from trunkline_worker.engine.api import EngineStats, Extraction, Prediction, StemFile
 from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.gateway import GatewayServer, Listener
 from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
@@ -45,7 +46,7 @@ class _Metadata:
             await asyncio.sleep(0.01)
 
 
-class _Engine:
+class FakeEngine:
     """A fake backbone as an engine. ``heads`` are kept by the lane, by digest."""
 
     def __init__(self, name, blobs, heads):
@@ -72,7 +73,10 @@ class _Engine:
     async def cut_cost(self, cut, input_size=0):
         return fake_backbone.cost(cut, input_size, self.name)
 
-    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None):
+    async def tune(self, cut="", input_size=0, again=False):
+        return fake_backbone.tuning(cut, input_size, again, self.name)
+
+    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None, caller="", wait=False):
         if space.is_local:
             fake_fusion.check_local_use(model.space, model.codec, space, rows)
             use = CodecUse(quantise.codec_of(rows), 0.0, model.codec, 0.0)
@@ -86,7 +90,7 @@ class _Engine:
         outputs[list(errors)] = np.nan
         return Prediction(outputs, errors, codec_use=use)
 
-    async def extract(self, space, rows, slices=(), *, timeout_s=None):
+    async def extract(self, space, rows, slices=(), *, timeout_s=None, caller="", wait=False):
         embedding, found, errors = fake_backbone.embed(space, rows, slices)
         use = fake_backbone.use(space, fake_backbone.label(space, rows))
         return Extraction(embedding, found, errors, codec_use=use)
@@ -197,10 +201,12 @@ class _Lane:
 class Gateway:
     """The server on an event loop of its own. A context manager."""
 
-    def __init__(self, folder):
-        """Keep the folder of its state."""
+    def __init__(self, folder, make_engine=FakeEngine):
+        """Keep the folder of its state, and what makes an engine from name, storage and heads."""
         self._folder = folder
+        self._make_engine = make_engine
         self.token = TOKEN
+        self.budget = ByteBudget()
 
     def __enter__(self):
         """Start."""
@@ -216,24 +222,25 @@ class Gateway:
         self._thread.start()
 
         async def start():
-            engines = {name: _Engine(name, blobs, heads) for name in fake_backbone.NAMES}
-            backends = Backends(engines, self._metadata, blobs, {"numpy": np.__version__})
-            self._server = GatewayServer(Listener(port=0, token_file=str(tokens)), backends)
+            self.engines = {name: self._make_engine(name, blobs, heads) for name in fake_backbone.NAMES}
+            backends = Backends(self.engines, self._metadata, blobs, {"numpy": np.__version__})
+            self._server = GatewayServer(Listener(port=0, token_file=str(tokens)), backends, budget=self.budget)
             return await self._server.start()
 
-        self.address = f"127.0.0.1:{self._await(start())}"
+        self.address = f"127.0.0.1:{self.run(start())}"
         self._lane = _Lane(self._metadata, blobs, heads)
         return self
 
     def __exit__(self, *_):
         """Stop."""
         self._lane.close()
-        self._await(self._server.stop(1.0))
+        self.run(self._server.stop(1.0))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
         self._metadata.executor.shutdown()
         self._database.close()
 
-    def _await(self, coroutine):
+    def run(self, coroutine):
+        """Run on the server's event loop, and wait for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)

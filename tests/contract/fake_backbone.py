@@ -26,8 +26,11 @@ from trunkline_wire.specs import (
     CutCost,
     CutSpec,
     Preprocessing,
+    RuntimeResult,
+    RuntimeSpeed,
     SliceSpec,
     StemCost,
+    Tuning,
     embedding_fingerprint,
     feature_fingerprint,
     int8_fingerprint,
@@ -184,6 +187,28 @@ def _sample(size):
 
 
 @functools.lru_cache
+def tuning(cut, input_size=0, again=False, name=NAME):
+    """Say which runtime was chosen behind a cut; what is slow to make counts only where it is measured again."""
+    described = spec(input_size, name or NAME)
+    found = find_cut(described, cut or "input")
+    slow = RuntimeResult("torch-compile-fp32", 1e-5, (RuntimeSpeed(8, 90.0),), 30.0)
+    return Tuning(
+        backbone=described.name,
+        cut=found.name,
+        input_size=described.preprocessing.input_size,
+        device="cpu",
+        num_threads=1,
+        runtimes=(
+            RuntimeResult("torch-fp32", 0.0, (RuntimeSpeed(1, 40.0), RuntimeSpeed(8, 50.0)), 0.1),
+            RuntimeResult("torch-bf16", float("inf"), (), 0.1, "its embedding differs from float32 torch by inf"),
+            slow if again else RuntimeResult(slow.runtime, refused="not tried at start"),
+        ),
+        chosen=slow.runtime if again else "torch-fp32",
+        batch_rows=8,
+        libraries=(("torch", "2"),),
+    )
+
+
 def cost(cut, input_size=0, name=NAME):
     """Measure what every codec and stem costs at a cut."""
     described = spec(input_size, name)

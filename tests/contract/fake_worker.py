@@ -38,7 +38,7 @@ from trunkline_wire.limits import (
 )
 from trunkline_wire.names import check_name, parse_reference
 from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
-from trunkline_wire.specs import FLOAT32, IMAGES, CodecUse, CutSpec, FeatureSpace
+from trunkline_wire.specs import FLOAT32, IMAGES, CodecUse, CutSpec, Endpoints, FeatureSpace
 from trunkline_wire.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -107,7 +107,7 @@ def _boundary(method):
         worker.request_ids.append(request_id)
         worker.peers.append(context.peer())
         worker.calls[name] += 1
-        tenant = TENANTS.get(metadata.get("authorization", ""))
+        tenant = worker.tenant_of(metadata)
         if tenant is None:
             raise WireError(ErrorCode.UNAUTHENTICATED, "no token, or one that is not known here")
         if worker.faults.overload_calls[name] > 0:
@@ -263,6 +263,19 @@ class _Catalog(catalog_pb2_grpc.CatalogServiceServicer):
             raise _NoSuchMethod
         cost = fake_backbone.cost(request.cut, request.input_size, request.backbone)
         return catalog_pb2.DescribeCutResponse(cost=messages.cut_cost_to_proto(cost))
+
+    @_boundary
+    def TuneBackbone(self, request, context):
+        if self.worker.faults.is_old:
+            raise _NoSuchMethod
+        tuning = fake_backbone.tuning(request.cut, request.input_size, request.again, request.backbone)
+        return messages.tuning_to_proto(tuning)
+
+    @_boundary
+    def GetEndpoints(self, request, context):
+        if self.worker.faults.is_old:
+            raise _NoSuchMethod
+        return messages.endpoints_to_proto(self.worker.endpoints(request.backbone))
 
     @_boundary
     def FetchStem(self, request, context):
@@ -422,6 +435,7 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
     def _stream(self, requests, context, kind, answer, response):
         faults, count = self.worker.faults, 0
         for request in _numbered(requests, kind):
+            self.worker.before_batch(count)
             if faults.drop_predict_after and count >= faults.drop_predict_after[0]:
                 faults.drop_predict_after.pop(0)
                 raise _Dropped
@@ -576,6 +590,7 @@ class FakeWorker:
         self.received_chunks = 0
         self.received_bytes = 0
         self.lock = threading.RLock()
+        self.interceptors = ()
         self._port, self._tls, self._health = port, tls, health
         self._threads = []
 
@@ -589,12 +604,9 @@ class FakeWorker:
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
             ],
+            interceptors=self.interceptors,
         )
-        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(_Catalog(self), self._server)
-        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(_Datasets(self), self._server)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(self), self._server)
-        training_pb2_grpc.add_TrainingServiceServicer_to_server(_Training(self), self._server)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), self._server)
+        self.add_services(self._server)
         if self._health:
             from grpc_health.v1 import health, health_pb2_grpc
 
@@ -617,6 +629,25 @@ class FakeWorker:
         for thread in self._threads:
             thread.join(10)
         self._server.stop(0).wait(10)
+
+    def add_services(self, server):
+        """Add what it answers to its server."""
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(_Catalog(self), server)
+        dataset_pb2_grpc.add_DatasetServiceServicer_to_server(_Datasets(self), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(self), server)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(_Training(self), server)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), server)
+
+    def tenant_of(self, metadata):
+        """Return whose call this is, or None."""
+        return TENANTS.get(metadata.get("authorization", ""))
+
+    def before_batch(self, number):
+        """Do something before a batch of a stream is answered."""
+
+    def endpoints(self, backbone):
+        """Return where replicas listen themselves: nowhere."""
+        return Endpoints()
 
     def things(self, kind, tenant):
         """Return every version of every dataset or model of a tenant."""

@@ -39,6 +39,32 @@ def test_unknown_cut(client, server):
     assert server.cut in str(caught.value)
 
 
+def test_what_was_measured_of_the_runtimes(client, server):
+    tuning = client.tune(server.backbone)
+    assert (tuning.backbone, tuning.cut) == (server.backbone, "input")
+    chosen = tuning.runtime(tuning.chosen)
+    assert not chosen.refused and tuning.batch_rows in [one.batch_rows for one in chosen.speeds]
+    assert tuning.runtime("torch-fp32").error == 0 and "torch" in dict(tuning.libraries)
+    other = client.tune(server.backbone, cut=server.cut, input_size=server.input_size)
+    assert (other.cut, other.input_size) == (server.cut, server.input_size)
+    assert client.tune().backbone == client.backbones()[0].name
+
+
+def test_runtimes_of_what_is_not_there(client, server):
+    with pytest.raises(trunkline.NotFoundError, match="nowhere"):
+        client.tune(server.backbone, cut="nowhere")
+    with pytest.raises(trunkline.NotFoundError, match="no_such_net"):
+        client.tune("no_such_net")
+
+
+def test_runtimes_are_measured_again_where_that_is_asked(fake_client, fake):
+    assert fake_client.tune().chosen == "torch-fp32"
+    assert fake_client.tune(again=True).chosen == "torch-compile-fp32"
+    fake.faults.is_old = True
+    with pytest.raises(trunkline.UnsupportedError):
+        fake_client.tune()
+
+
 def test_no_stem_before_the_input(client, server):
     with pytest.raises(trunkline.InvalidArgumentError, match="Leave stem= out"):
         client.stem(server.backbone, cut="input")

@@ -320,7 +320,7 @@ def test_doctor(run, fake, monkeypatch, tmp_path):
     assert "fail" not in healthy.stdout and fake.token not in healthy.stdout
     found = {one["name"]: one for one in json.loads(run("doctor", "--json").stdout)["checks"]}
     wanted = {"client", "onnxruntime", "cache", "address", "token", "reachable", "tls", "health", "login"}
-    assert wanted | {"cluster", "clock", "storage"} == set(found)
+    assert wanted | {"cluster", "clock", "storage", "direct"} == set(found)
     assert "TRUNKLINE_ADDRESS" in found["address"]["detail"]
 
     fake.faults.clock_offset_s = 3600.0
@@ -357,3 +357,25 @@ def test_a_process_of_its_own(fake, tmp_path):
     environment["TRUNKLINE_TOKEN"] = "wrong"
     bad = subprocess.run([*command, "backbones"], env=environment, capture_output=True, text=True)
     assert bad.returncode == 4 and bad.stdout == "" and "Traceback" not in bad.stderr and "\x1b" not in bad.stderr
+
+
+def test_runtimes_and_which_is_used(run):
+    found = run("tune", "fake_net")
+    assert found.exit_code == 0, found.stderr
+    lines = [line for line in found.stdout.splitlines() if "torch-" in line and "in use" not in line]
+    assert [line.split()[:2] for line in lines] == [
+        ["*", "torch-fp32"],
+        ["torch-bf16", "inf"],
+        ["torch-compile-fp32", "-"],
+    ]
+    assert "ROWS/S AT 1" in found.stdout and "ROWS/S AT 8" in found.stdout and "50.0" in lines[0]
+    assert lines[1].endswith("differs from float32 torch by inf") and lines[2].endswith("not tried at start")
+    assert "torch-fp32 in batches of 8" in found.stdout
+    assert "next: trunkline tune fake_net --cut input --again" in found.stderr
+    again = run("tune", "fake_net", "--cut", "half", "--input-size", 16, "--again", "--json")
+    data = json.loads(again.stdout)
+    assert (data["chosen"], data["cut"], data["input_size"]) == ("torch-compile-fp32", "half", 16)
+    assert data["runtimes"][1]["error"] is None and data["libraries"] == {"torch": "2"}
+    assert run("tune").exit_code == 0
+    missing = run("tune", "fake_net", "--cut", "nowhere")
+    assert missing.exit_code == 1 and "nowhere" in missing.stderr and "next:  trunkline backbones" in missing.stderr

@@ -19,9 +19,12 @@ from trunkline_wire.specs import (
     CutSpec,
     FeatureSpace,
     Preprocessing,
+    RuntimeResult,
+    RuntimeSpeed,
     SliceSpec,
     StemCost,
     Timings,
+    Tuning,
     codec_label,
     embedding_fingerprint,
     feature_fingerprint,
@@ -108,6 +111,25 @@ def fake_cost(cut):
     )
 
 
+def fake_tuning(cut, input_size):
+    """Say how a runtime was chosen."""
+    return Tuning(
+        backbone="fake",
+        cut=cut,
+        input_size=input_size,
+        device="cpu",
+        num_threads=2,
+        runtimes=(
+            RuntimeResult("torch-fp32", 0.0, (RuntimeSpeed(1, 10.0), RuntimeSpeed(8, 20.0)), 0.5),
+            RuntimeResult("openvino-fp32", 1e-6, (RuntimeSpeed(1, 39.5), RuntimeSpeed(8, 40.0)), 1.5),
+            RuntimeResult("torch-bf16", 0.5, (), 0.25, "its embedding differs"),
+        ),
+        chosen="openvino-fp32",
+        batch_rows=1,
+        libraries=(("openvino", "1"), ("torch", "2")),
+    )
+
+
 def fake_use(space, rows, spec=None):
     """Say how rows were made and sent, as an engine of that backbone, `fake` by default, does."""
     if space.is_local:
@@ -142,6 +164,8 @@ class FakeEngine:
         self.costs_asked = []
         self.last_rows = None
         self.last_more = None
+        self.callers = set()
+        self.tunings_asked = []
 
     async def describe(self, input_size=0):
         return replace(fake_spec(input_size or 8), name=self.name)
@@ -175,8 +199,15 @@ class FakeEngine:
             raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}; there is mid")
         return fake_cost(found)
 
-    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None):
-        extraction = await self.extract(space, rows, timeout_s=timeout_s)
+    async def tune(self, cut="", input_size=0, again=False):
+        self.tunings_asked.append((cut, input_size, again))
+        found = fake_spec(input_size or 8).cut(cut or INPUT_CUT)
+        if found is None:
+            raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}; there is mid")
+        return replace(fake_tuning(found.name, input_size or 8), backbone=self.name)
+
+    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None, caller="", wait=False):
+        extraction = await self.extract(space, rows, timeout_s=timeout_s, caller=caller, wait=wait)
         self.last_more = more_BE
         outputs = np.tile(np.float32([0.25, 0.75]), (len(rows), 1))
         for row in extraction.row_errors:
@@ -184,8 +215,9 @@ class FakeEngine:
         use = replace(extraction.codec_use, trained_codec=model.codec, trained_error=model.codec_error)
         return Prediction(outputs, extraction.row_errors, extraction.timings, use)
 
-    async def extract(self, space, rows, slices=(), *, timeout_s=None):
+    async def extract(self, space, rows, slices=(), *, timeout_s=None, caller="", wait=False):
         self.calls += 1
+        self.callers.add(caller)
         self.last_rows = rows
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -224,7 +256,7 @@ class FakeEngine:
 class GatewayThread:
     """The server on an event loop in a thread of its own."""
 
-    def __init__(self, folder, backbones=("fake",), **listener):
+    def __init__(self, folder, backbones=("fake",), *, endpoints=None, **listener):
         self.folder = folder
         tokens = folder / "tokens"
         tokens.write_text(f"{TOKEN}\n{OTHER_TOKEN} other\n{READER_TOKEN} default reader\n")
@@ -240,7 +272,8 @@ class GatewayThread:
         self._thread.start()
 
         async def start():
-            backends = Backends(self.engines, self.metadata, self.blobs, {"numpy": np.__version__})
+            versions = {"numpy": np.__version__}
+            backends = Backends(self.engines, self.metadata, self.blobs, versions, endpoints=endpoints)
             self.server = GatewayServer(Listener(**listener), backends, budget=self.budget)
             return await self.server.start()
 

@@ -6,6 +6,7 @@ import threading
 import trunkline
 from serving_fakes import OTHER_TOKEN, READER_TOKEN, TOKEN, LocalMetadata
 from trunkline_worker.engine.local import LocalEngine
+from trunkline_worker.engine.runtime_names import TORCH_FP32
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.gateway import GatewayServer, Listener
@@ -28,7 +29,7 @@ class TrunkGateway:
         self._thread.start()
 
         async def start():
-            settings = {"clock": SystemClock(), "num_threads": 1, "use_onnx": False, "device": "cpu", **options}
+            settings = {"clock": SystemClock(), "num_threads": 1, "device": "cpu", "runtime": TORCH_FP32, **options}
             self.engines = {one.name: LocalEngine(one, self.blobs, **settings) for one in backbones}
             for engine in self.engines.values():
                 await engine.start(prepare=False)

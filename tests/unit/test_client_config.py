@@ -10,7 +10,17 @@ SECRET = "a-very-secret-token"
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    for name in ("ADDRESS", "TOKEN", "TOKEN_FILE", "CA_FILE", "INSECURE", "PROFILE", "TIMEOUT_S", "CACHE_DIR"):
+    for name in (
+        "ADDRESS",
+        "TOKEN",
+        "TOKEN_FILE",
+        "CA_FILE",
+        "INSECURE",
+        "PROFILE",
+        "TIMEOUT_S",
+        "DIRECT",
+        "CACHE_DIR",
+    ):
         monkeypatch.delenv(f"TRUNKLINE_{name}", raising=False)
     monkeypatch.setenv("TRUNKLINE_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setenv("TRUNKLINE_STATE_DIR", str(tmp_path / "state"))
@@ -135,6 +145,7 @@ def test_secrets_are_not_shown(profiles):
         ("default='a'\n[profiles.a]\nadress='x'", "unknown settings: adress"),
         ("default='a'\n[profiles.a]\naddress=3", "must be a str"),
         ("default='a'\n[profiles.a]\naddress='x'\ninsecure='yes'", "must be a bool"),
+        ("default='a'\n[profiles.a]\naddress='x'\ndirect='yes'", "must be a bool"),
         ("default='a'\n[profiles.a]\naddress='x'\ntimeout_s=true", "must be a float"),
         ("default='a'\n[profiles.a]\naddress='x'\ntimeout_s=-1", "positive"),
         ("default='a'\n[profiles.a]\naddress='x y'", "not an address"),
@@ -186,3 +197,17 @@ def test_parts_of_an_address():
     assert split_address("[::1]:9") == ("::1", 9) and split_address("h:1") == ("h", 1)
     assert is_loopback("127.9.9.9:1") and is_loopback("[::1]:1")
     assert not is_loopback("0.0.0.0:1") and not is_loopback("[fe80::1]:1")
+
+
+def test_direct(monkeypatch, tmp_path):
+    (tmp_path / "config.toml").write_text("[profiles.far]\naddress = 'far.example'\ndirect = false\n")
+    assert resolve("127.0.0.1:1").direct and resolve("127.0.0.1:1").sources["direct"] == "default"
+    assert not resolve(profile="far").direct and "profile 'far'" in resolve(profile="far").sources["direct"]
+    monkeypatch.setenv("TRUNKLINE_DIRECT", "on")
+    assert resolve(profile="far").direct
+    monkeypatch.setenv("TRUNKLINE_DIRECT", "0")
+    assert not resolve("127.0.0.1:1").direct and resolve("127.0.0.1:1", direct=True).direct
+    assert ("direct", "False", "TRUNKLINE_DIRECT") in resolve("127.0.0.1:1").describe()
+    monkeypatch.setenv("TRUNKLINE_DIRECT", "maybe")
+    with pytest.raises(errors.ConfigError, match="TRUNKLINE_DIRECT is 'maybe'"):
+        resolve("127.0.0.1:1")

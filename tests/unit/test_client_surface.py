@@ -141,7 +141,7 @@ def test_public_methods_are_documented():
 
 
 def test_only_the_calls_know_grpc():
-    """gRPC and generated messages stay in ``_calls`` and ``_channel``."""
+    """gRPC and generated messages stay in ``_calls``, ``_channel`` and ``_direct``."""
     from pathlib import Path
 
     root = Path(trunkline.__file__).parent
@@ -153,4 +153,4 @@ def test_only_the_calls_know_grpc():
             for line in path.read_text().splitlines()
         )
     }
-    assert found == {"_calls", "_channel.py"}
+    assert found == {"_calls", "_channel.py", "_direct"}

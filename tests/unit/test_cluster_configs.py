@@ -78,6 +78,9 @@ def test_the_serve_file_builds_applications_of_the_names_it_gives_them(serve_con
         module, _, builder = app["import_path"].partition(":")
         assert module == apps.__name__
         assert getattr(apps, builder)(app["args"]) is not None
+    told = [config_of(apps.backbone(backbone["args"])), config_of(apps.gateway(gateway["args"]))]
+    assert told[0].backbone_apps == told[1].backbone_apps
+    assert told[0].direct.gateway.host == told[1].listener.host
 
 
 def test_a_setting_that_does_not_exist_is_refused(serve_config):
@@ -107,6 +110,8 @@ def test_settings_come_from_arguments_then_environment_then_file(tmp_path, monke
         ({"backbones": ("a", "a")}, "each once"),
         ({"backbones": ("../x",)}, "not a backbone name"),
         ({"weights": {"vgg16": "/w"}}, "not among the backbones"),
+        ({"runtimes": {"vgg16": "torch-fp32"}}, "not among the backbones"),
+        ({"runtimes": {"efficientnet_lite0": "tpu"}}, "'tpu' is not a runtime; there are .*torch-fp32"),
         ({"lease_s": 0}, "lease_s"),
         ({"log_level": "LOUD"}, "log_level"),
     ],
@@ -222,3 +227,51 @@ def test_a_port_that_another_gateway_listens_on_is_refused_though_it_could_be_sh
             check_port("0.0.0.0", port)
     with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1"):
         check_port("192.0.2.1", port)
+
+
+def test_replicas_are_told_their_runtime_and_with_how_many_they_share_a_machine(monkeypatch):
+    monkeypatch.setenv("TRUNKLINE_CLUSTER_RUNTIMES", '{"resnet18": "onnxruntime-fp32"}')
+    settings = Settings(backbones=("efficientnet_lite0", "resnet18"), backbone_replicas=2)
+    configs = [config_of(apps.build_backbone(settings, name)) for name in settings.backbones]
+    assert [(one.runtime, one.num_replicas, one.num_threads) for one in configs] == [
+        (None, 4, 0),
+        ("onnxruntime-fp32", 4, 0),
+    ]
+
+
+def test_replicas_are_told_how_to_listen_and_whom_they_may_ask():
+    settings = Settings(
+        host="10.0.0.1",
+        tls_cert="cert.pem",
+        tls_key="key.pem",
+        tls_client_ca="ca.pem",
+        direct_host="0.0.0.0",
+        direct_ports="50100-50101",
+        direct_tls_name="inside.example",
+        backbones=("efficientnet_lite0", "resnet18"),
+    )
+    config = config_of(apps.build_backbone(settings, "resnet18"))
+    assert config.backbone_apps == config_of(apps.build_gateway(settings)).backbone_apps
+    direct = config.direct
+    assert (direct.host, direct.ports, direct.tls_name) == ("0.0.0.0", (50100, 50101), "inside.example")
+    assert (direct.gateway.host, direct.gateway.insecure) == ("10.0.0.1", False)
+    assert (direct.gateway.tls_cert, direct.gateway.tls_key, direct.gateway.tls_client_ca) == (
+        "cert.pem",
+        "key.pem",
+        "ca.pem",
+    )
+    assert config_of(apps.build_backbone(Settings(direct=False), "efficientnet_lite0")).direct is None
+
+
+def test_replicas_are_not_told_of_port_and_tokens_which_do_not_concern_them():
+    told = [
+        config_of(apps.build_backbone(Settings(port=port, token_file=tokens), "efficientnet_lite0"))
+        for port, tokens in ((1001, "/a"), (1002, "/b"))
+    ]
+    assert told[0] == told[1]
+    assert "/a" not in repr(told[0])
+
+
+def test_ports_of_replicas_that_are_no_range_are_refused_at_once():
+    with pytest.raises(ValueError, match="range of ports"):
+        Settings(direct_ports="50200-50100")

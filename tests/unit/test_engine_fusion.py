@@ -20,9 +20,8 @@ from trunkline_wire.quantise import pack
 from trunkline_wire.specs import FeatureSpace, bottleneck_fingerprint, local_space, map_slice
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
-from trunkline_worker.engine import choice
-from trunkline_worker.engine.runtimes import TORCH_FP32
 from trunkline_worker.engine.targets import Target
+from trunkline_worker.engine.tuning import RuntimeChooser
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head, TrainedHead
@@ -39,11 +38,6 @@ with_engine = functools.partial(engines.with_engine, patience_s=120)
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch):
-    monkeypatch.setattr(choice, "torch_candidates", lambda _device: (TORCH_FP32,))
 
 
 @pytest.fixture(scope="module")
@@ -318,20 +312,20 @@ def test_the_runtime_of_a_map_is_measured_once_and_found_again(blobs, monkeypatc
     spec = small.describe()
     pictures = sample_images(2, SMALL).numpy()
     measured = []
-    measure = choice.RuntimeChooser.measure
+    begin = RuntimeChooser.begin
 
-    def counted(self, cut, input_size, candidates, tap=""):
-        measured.append((cut, tap))
-        return measure(self, cut, input_size, candidates, tap)
+    def counted(self, key, exported, **options):
+        measured.append((key.cut, key.tap))
+        return begin(self, key, exported, **options)
 
-    monkeypatch.setattr(choice.RuntimeChooser, "measure", counted)
+    monkeypatch.setattr(RuntimeChooser, "begin", counted)
 
     async def test(engine):
         for slices in (("blocks.1.map",), ("blocks.3.map",), ("pooled",)):
             await engine.extract(spec.space(spec.cuts[0]), pictures, slices)
 
     for _ in range(2):  # a second engine reads what the first one found out
-        with_engine(small, blobs, test)
+        with_engine(small, blobs, test, runtime=None)
     assert measured == [("input", "blocks.1"), ("input", "blocks.3"), ("input", "")]
 
 

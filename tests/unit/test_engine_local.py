@@ -24,7 +24,7 @@ from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
 from trunkline_worker.backbones.onnx_safety import check_onnx
-from trunkline_worker.engine import stems
+from trunkline_worker.engine import local, stems
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
@@ -386,6 +386,37 @@ def test_a_full_engine_says_when_to_come_back(backbone: Backbone, blobs: BlobSto
     with_engine(backbone, blobs, test, max_queued_rows=10)
 
 
+def test_a_full_engine_lets_wait_who_wants_to(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
+    pictures = [_png(one) for one in sample_images(6, 64).numpy()]
+
+    async def test(engine: LocalEngine) -> None:
+        space = _space(spec, INPUT_CUT)
+        calls = [engine.extract(space, pictures, wait=True, caller=f"t/{one}") for one in range(4)]  # ten rows may wait
+        for result in await asyncio.gather(*calls):
+            assert not result.row_errors
+        assert (await engine.stats()).queued_rows == 0
+        with engine._batcher.hold(6):
+            await _refused(engine.extract(space, pictures), ErrorCode.OVERLOADED)
+            await _refused(
+                engine.extract(space, pictures, timeout_s=0.05, wait=True), ErrorCode.DEADLINE_EXCEEDED, "for room"
+            )
+
+    with_engine(backbone, blobs, test, max_queued_rows=10)
+
+
+def test_the_memory_of_waiting_rows_is_bounded(backbone: Backbone, blobs: BlobStore, spec: BackboneSpec) -> None:
+    pictures = [_png(one) for one in sample_images(6, 64).numpy()]
+    decoded = 6 * SIZE * SIZE * 3
+
+    async def test(engine: LocalEngine) -> None:
+        space = _space(spec, INPUT_CUT)
+        with engine._batcher.hold(1, decoded):
+            await _refused(engine.extract(space, pictures), ErrorCode.OVERLOADED, "MiB")
+        assert not (await engine.extract(space, pictures)).row_errors
+
+    with_engine(backbone, blobs, test, max_queued_bytes=decoded)
+
+
 def test_memory_that_runs_out_is_named(
     backbone: Backbone, blobs: BlobStore, spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,3 +507,22 @@ def test_a_device_that_is_not_there_is_refused(device: str, backbone: Backbone, 
     with pytest.raises(WireError) as caught:
         LocalEngine(backbone, blobs, clock=SystemClock(), device=device)
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+
+
+def test_what_is_worked_out_for_spaces_is_kept_for_some_of_them_only(
+    blobs: BlobStore, backbone: Backbone, spec: BackboneSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MAX_TARGETS", 2)
+    features, _ = _features(backbone, 1)
+
+    async def test(engine: LocalEngine) -> None:
+        spaces = [dataclasses.replace(_space(spec), local_model=f"mine-{index}") for index in range(4)]
+        answers = [await engine.extract(space, features, ["pooled"]) for space in (*spaces, *spaces)]
+        assert len(engine._targets) == 2
+        for one in answers:
+            np.testing.assert_array_equal(one.embedding_BD, answers[0].embedding_BD)
+        await _refused(engine.extract(spaces[3], features[:, :1], ["pooled"]), ErrorCode.SHAPE_MISMATCH, "channels")
+        await _refused(engine.extract(_space(spec), features, ["nope"]), ErrorCode.NOT_FOUND, "nope")
+        assert len(engine._targets) == 2
+
+    with_engine(backbone, blobs, test)

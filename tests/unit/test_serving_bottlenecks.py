@@ -15,6 +15,7 @@ from trunkline_wire.specs import INT8
 from trunkline_worker.serving import bottlenecks, boundary
 from trunkline_worker.serving.auth import Principal, Role
 from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.draining import Draining
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.bottlenecks import bottleneck_path
 from trunkline_worker.store.database import Database
@@ -42,7 +43,7 @@ class Gateway:
 
     def call(self, function, tenant, argument):
         context = contextvars.copy_context()
-        context.run(boundary._current.set, boundary.Call("id", Principal(tenant, Role.USER), None))
+        context.run(boundary._current.set, boundary.Call("id", Principal(tenant, Role.USER), None, Draining()))
         return context.run(lambda: asyncio.run(function(self.backends, tenant, argument)))
 
     def put(self, bottleneck, tenant="t"):

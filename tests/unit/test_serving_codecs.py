@@ -123,6 +123,20 @@ def publish(gateway, channel, **fields):
     return store.jobs.succeed(job.id, store.jobs.lease("lane", 60.0).fence, record)
 
 
+def test_a_tuning_comes_through_whole(gateway, channel):
+    stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+    request = catalog_pb2.TuneBackboneRequest(backbone="fake", cut="mid", input_size=16, again=True)
+    reply = stub.TuneBackbone(request, metadata=USER)
+    assert messages.tuning_from_proto(reply) == fakes.fake_tuning("mid", 16)
+    assert stub.TuneBackbone(catalog_pb2.TuneBackboneRequest(), metadata=USER).cut == "input"
+    assert gateway.engine.tunings_asked == [("mid", 16, True), ("", 0, False)]
+    reader = (("authorization", f"Bearer {fakes.READER_TOKEN}"),)
+    error = refused(lambda: stub.TuneBackbone(request, metadata=reader))
+    assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+    error = refused(lambda: stub.TuneBackbone(catalog_pb2.TuneBackboneRequest(cut="nowhere"), metadata=USER))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
 def test_the_cluster_names_its_codecs(channel):
     stub = catalog_pb2_grpc.CatalogServiceStub(channel)
     info = stub.GetServerInfo(catalog_pb2.GetServerInfoRequest(), metadata=USER)
@@ -377,9 +391,9 @@ def test_no_batch_carries_a_models_candidates(gateway, channel, monkeypatch):
     seen = []
     predict = gateway.engine.predict
 
-    async def spy(space, rows, model, *, more_BE=None, timeout_s=None):
+    async def spy(space, rows, model, **keywords):
         seen.append(model)
-        return await predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s)
+        return await predict(space, rows, model, **keywords)
 
     monkeypatch.setattr(gateway.engine, "predict", spy)
     request = inference_pb2.PredictRequest(

@@ -51,12 +51,12 @@ class Handle:
     def __getattr__(self, name):
         method = getattr(self.backbone, name)
 
-        def remote(*args):
+        def remote(*args, **keywords):
             async def answer():
                 if self.lost:
                     self.lost -= 1
                     raise ray.exceptions.RayActorError
-                return await method(*args)
+                return await method(*args, **keywords)
 
             self.responses.append(Response(answer))
             return self.responses[-1]
@@ -94,6 +94,27 @@ def test_what_a_cut_costs_comes_through_and_is_asked_for_again_when_the_replica_
     assert cost == fakes.fake_cost(fakes.fake_spec(16).cut("mid"))
     assert engine.costs_asked == [("mid", 16)]
     assert len(handle.responses) == 3
+
+
+def test_a_tuning_comes_through_and_the_runtime_is_described_anew(remote, engine, handle):
+    handle.lost = 1
+    asyncio.run(remote.describe(16))
+    assert asyncio.run(remote.tune("mid", 16, True)) == fakes.fake_tuning("mid", 16)
+    assert engine.tunings_asked == [("mid", 16, True)]
+    before = len(handle.responses)
+    asyncio.run(remote.describe(16))
+    assert len(handle.responses) == before + 1
+    with pytest.raises(WireError, match="nowhere") as error:
+        asyncio.run(remote.tune("nowhere"))
+    assert error.value.code is ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("cores", "replicas", "nodes", "expected"),
+    [(8, 1, 1, 8), (8, 2, 1, 4), (8, 3, 1, 2), (2, 5, 1, 1), (8, 4, 2, 4), (8, 3, 2, 4), (8, 1, 4, 8), (8, 2, 0, 4)],
+)
+def test_replicas_share_the_cores_of_a_machine(cores, replicas, nodes, expected):
+    assert deployments.share_of_cores(cores, replicas, nodes) == expected
 
 
 def test_refusals_come_back_as_they_were(remote):
@@ -136,3 +157,27 @@ def test_a_lane_asks_what_a_cut_costs(handle, engine):
     with pytest.raises(WireError) as error:
         trunk.cut_cost("nobody", "mid", 16)
     assert error.value.code is ErrorCode.NOT_FOUND
+
+
+def test_a_replica_that_ends_sends_callers_elsewhere_before_its_engine_ends():
+    ended = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        async def close(self):
+            ended.append(self.name)
+
+    class Replica:
+        _engine, _endpoint = Part("engine"), Part("endpoint")
+
+    class DoesNotListen:
+        _engine, _endpoint = Part("engine"), None
+
+    class DidNotLoad:
+        pass
+
+    for replica in (Replica(), DoesNotListen(), DidNotLoad()):
+        asyncio.run(Backbone.__del__(replica))
+    assert ended == ["endpoint", "engine", "engine"]

@@ -1,6 +1,5 @@
 """The real server over loopback, with nothing but generated stubs on the other side."""
 
-import datetime
 import hashlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import serving_fakes as fakes
+from certificates import certificate
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from trunkline_wire import codecs, messages
@@ -105,7 +105,7 @@ def test_every_rpc_of_the_wire_refuses_a_caller_without_a_token(channel):
             error = refused(lambda stub=stub, method=method, argument=argument: getattr(stub, method.name)(argument))
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED, method.name
             called += 1
-    assert called == 26
+    assert called == 28
 
 
 def test_reflection_needs_a_token_and_then_lists_everything(channel):
@@ -551,38 +551,6 @@ def test_stopping_lets_a_call_in_progress_finish_and_takes_no_new_one(tmp_path):
         error = refused(lambda: stub.GetServerInfo(catalog_pb2.GetServerInfoRequest(), metadata=USER))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
     gateway.close()
-
-
-def certificate(folder, name, *, expires_in_s):
-    """Write a self-signed certificate for 127.0.0.1 and return the paths of certificate and key."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=2))
-        .not_valid_after(now + datetime.timedelta(seconds=expires_in_s))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    cert_path, key_path = folder / f"{name}.pem", folder / f"{name}.key"
-    cert_path.write_bytes(built.public_bytes(serialization.Encoding.PEM))
-    key_path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return str(cert_path), str(key_path)
 
 
 def ask(channel, timeout=5):

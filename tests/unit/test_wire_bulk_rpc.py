@@ -31,7 +31,7 @@ class Recorder:
 
 def test_the_stub_has_every_method_of_the_service() -> None:
     ours, generated = Recorder(), Recorder()
-    bulk_rpc.InferenceStub(ours)
+    bulk_rpc.InferenceServiceStub(ours)
     inference_pb2_grpc.InferenceServiceStub(generated)
     assert ours.made == generated.made
 

@@ -1,4 +1,4 @@
-"""All RPC logic: plain objects in, plain objects out. Beside ``_channel`` the only place that knows gRPC."""
+"""All RPC logic: plain objects in, plain objects out. Nothing but this, ``_channel`` and ``_direct`` knows gRPC."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from trunkline._calls.registry import RegistryCalls
 from trunkline._calls.training import TrainingCalls
 from trunkline._calls.trunk import TrunkCalls
 from trunkline._channel import Connection
+from trunkline._deadline import Deadline
+from trunkline._direct import Direct
 from trunkline.config import Settings
 
 __all__ = ["Batch", "Calls", "Chunk", "FetchedStem", "MoreRows", "RawEmbedding", "RawPrediction", "Rows"]
 
 
 class Calls:
-    """Every call of every service, over one connection."""
+    """Every call of every service, over one connection to the gateway and direct ones to replicas."""
 
     def __init__(self, settings: Settings) -> None:
         """Prepare; nothing is opened yet."""
         self.connection = Connection(settings)
-        self.caller = Caller(self.connection)
+        self.direct = Direct(settings, lambda name, timeout_s: self.catalog.endpoints(name, Deadline(timeout_s)))
+        self.caller = Caller(self.connection, self.direct)
         self.catalog = CatalogCalls(self.caller)
         self.datasets = DatasetCalls(self.caller)
         self.inference = InferenceCalls(self.caller)
@@ -30,5 +33,6 @@ class Calls:
         self.trunk = TrunkCalls(self.caller)
 
     def close(self) -> None:
-        """Close the connection for good."""
+        """Close the connections for good."""
+        self.direct.close()
         self.connection.close()

@@ -11,10 +11,12 @@ from trunkline_wire.limits import MAX_STEM_BYTES
 from trunkline_wire.messages import (
     backbone_from_proto,
     cut_cost_from_proto,
+    endpoints_from_proto,
     preprocessing_from_proto,
     space_from_proto,
+    tuning_from_proto,
 )
-from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace, Preprocessing
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, Endpoints, FeatureSpace, Preprocessing, Tuning
 from trunkline_wire.v1 import catalog_pb2 as pb
 from trunkline_wire.v1.catalog_pb2_grpc import CatalogServiceStub
 
@@ -102,6 +104,33 @@ class CatalogCalls:
             deadline,
         )
         return cut_cost_from_proto(answer.cost)
+
+    def tune(self, backbone: str, cut: str, input_size: int, again: bool, deadline: Deadline) -> Tuning:
+        """Return how the runtime behind a cut was chosen; 0 is the backbone's own input size."""
+        answer: pb.TuneBackboneResponse = self._caller.unary(
+            CatalogServiceStub,
+            "TuneBackbone",
+            pb.TuneBackboneRequest(backbone=backbone, cut=cut, input_size=input_size, again=again),
+            deadline,
+        )
+        return tuning_from_proto(answer)
+
+    def endpoints(self, backbone: str, deadline: Deadline) -> Endpoints:
+        """Return where the replicas of a backbone listen themselves, and a ticket for them.
+
+        Raises:
+            UnsupportedError: The cluster does not know the question.
+            TrunklineError: It did not answer. It is asked once.
+        """
+        answer: pb.GetEndpointsResponse = self._caller.unary(
+            CatalogServiceStub,
+            "GetEndpoints",
+            pb.GetEndpointsRequest(backbone=backbone),
+            deadline,
+            wait_for_ready=False,
+            retry=False,
+        )
+        return endpoints_from_proto(answer)
 
     def fetch_stem(
         self,

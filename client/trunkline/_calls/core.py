@@ -1,52 +1,45 @@
-"""What all calls share: request ids, deadlines, retries and the one way from a failed call to an exception."""
+"""What all calls share: request ids, deadlines, retries, and where they go."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import grpc
-from trunkline_wire.errors import REQUEST_ID_METADATA, RETRY_DELAY_METADATA, ErrorCode, WireError
-from trunkline_wire.messages import error_from_proto
+from trunkline_wire.errors import REQUEST_ID_METADATA, ErrorCode
 
 from trunkline._calls.exchange import Exchange
+from trunkline._calls.failures import error_from_call, error_from_message, new_request_id, note_failure
+from trunkline._calls.streams import MAX_BATCH_ATTEMPTS, MAX_IDLE_CONNECTIONS, Method, Streams
 from trunkline._channel import Connection
 from trunkline._deadline import Deadline, retry_delay
-from trunkline._status import exception_for, is_retryable
-from trunkline.errors import (
-    DeadlineExceededError,
-    InternalError,
-    ServiceUnavailableError,
-    TrunklineError,
-    from_wire,
-)
+from trunkline._direct import Direct, Pool, Replica
+from trunkline._status import is_retryable
+from trunkline.errors import DeadlineExceededError, OverloadedError, ServiceUnavailableError, TrunklineError
+
+__all__ = [
+    "MAX_BATCH_ATTEMPTS",
+    "MAX_IDLE_CONNECTIONS",
+    "Caller",
+    "Method",
+    "error_from_message",
+    "new_request_id",
+]
 
 MAX_ATTEMPTS = 5
 """Most tries of one unary call that the cluster asks to repeat."""
 
-MAX_BATCH_ATTEMPTS = 20
-"""Most tries of one batch of a stream that the cluster asks to repeat."""
-
-MAX_IDLE_CONNECTIONS = 6
-"""Most connections in a row that broke before anything was answered on them."""
-
 T = TypeVar("T")
-Result = TypeVar("Result")
-
-
-def new_request_id() -> str:
-    """Return an id for one call."""
-    return uuid.uuid4().hex[:16]
 
 
 class Caller:
-    """Makes calls on a connection."""
+    """Makes calls: to the gateway, or for rows to replicas themselves."""
 
-    def __init__(self, connection: Connection, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Keep the connection. ``sleep`` waits between tries."""
+    def __init__(self, connection: Connection, direct: Direct, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Keep the connections. ``sleep`` waits between tries."""
         self.connection = connection
+        self.direct = direct
         self.sleep = sleep
 
     def deadline(self, timeout_s: float | None) -> Deadline:
@@ -63,7 +56,7 @@ class Caller:
         retry: bool = True,
         wait_for_ready: bool = True,
     ) -> Any:
-        """Make one unary call, repeating it within the deadline where the cluster asks for that.
+        """Make one unary call to the gateway, repeating it within the deadline where the cluster asks for that.
 
         Args:
             stub: Generated stub class.
@@ -83,155 +76,101 @@ class Caller:
             except grpc.RpcError as rpc_error:
                 error = self.error(rpc_error, request_id)
             attempt += 1
-            delay_s = retry_delay(attempt, error.retry_delay_s)
             # gRPC itself has repeated what ended UNAVAILABLE; once more only where the cluster asks for patience.
             asked = error.code is ErrorCode.OVERLOADED or (is_retryable(error) and error.retry_delay_s > 0)
-            if not retry or not asked or attempt >= MAX_ATTEMPTS or not deadline.allows(delay_s):
+            if not retry or not asked:
                 raise error
-            self.sleep(delay_s)
+            self._wait(error, attempt, deadline)
+
+    def rows(
+        self, stub: type[Any], method: str, request: Any, deadline: Deadline, *, backbone: str, num_rows: int
+    ) -> Any:
+        """Make one unary call with rows: to the least busy replica that can be reached, else to the gateway.
+
+        Args:
+            stub: Generated stub class.
+            method: Name of the method. A repetition must be harmless.
+            request: The message.
+            deadline: Over all tries.
+            backbone: Which has to answer; empty where the gateway must find that out.
+            num_rows: How many rows.
+        """
+        if backbone:
+            answer = self.rows_directly(stub, method, request, deadline, backbone=backbone, num_rows=num_rows)
+            if answer is not None:
+                return answer
+        return self.unary(stub, method, request, deadline)
+
+    def rows_directly(
+        self, stub: type[Any], method: str, request: Any, deadline: Deadline, *, backbone: str, num_rows: int
+    ) -> Any:
+        """As ``rows``; None where no replica could be reached: through the gateway the call may succeed."""
+        busy: list[Replica] = []
+        error: TrunklineError = ServiceUnavailableError("no replica was reached")
+        attempt = 0
+        while True:
+            left = deadline.check(method)
+            found = self.direct.take(backbone, num_rows, busy)
+            if found is None:
+                if not busy:
+                    return None
+                # All of them have too much to do, so the gateway's queue is no shorter: wait as they ask.
+                attempt += 1
+                self._wait(error, attempt, deadline)
+                busy = []
+                continue
+            pool, replica = found
+            request_id = new_request_id()
+            ticket, metadata = replica.show(stub, method, request_id)
+            try:
+                return replica.method(stub, method)(request, timeout=left, metadata=metadata)
+            except grpc.RpcError as rpc_error:
+                error = self.error(rpc_error, request_id, replica)
+                if isinstance(error, OverloadedError):
+                    busy.append(replica)
+                elif note_failure(pool, replica, ticket, rpc_error, error):
+                    return None
+                else:
+                    raise error from None
+            except ValueError:  # its channel is being closed
+                return None
+            finally:
+                pool.give_back(replica, num_rows)
+
+    def _wait(self, error: TrunklineError, attempt: int, deadline: Deadline) -> None:
+        """Wait before another try, or raise the error of the last one."""
+        delay_s = retry_delay(attempt, error.retry_delay_s)
+        if attempt >= MAX_ATTEMPTS or not deadline.allows(delay_s):
+            raise error
+        self.sleep(delay_s)
 
     def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of one call."""
+        """Return the metadata of one call to the gateway."""
         return self.connection.metadata(REQUEST_ID_METADATA, request_id)
 
-    def error(self, error: grpc.RpcError, request_id: str) -> TrunklineError:
-        """Return the exception for a failed call."""
-        address = self.connection.settings.address
-        status, details, delay_s = error.code().name, error.details() or "", _asked_delay(error)
-        found = exception_for(status, details, address=address, request_id=request_id, retry_delay_s=delay_s)
+    def error(self, error: grpc.RpcError, request_id: str, replica: Replica | None = None) -> TrunklineError:
+        """Return the exception for a failed call to a replica; None is the gateway."""
+        address = self.connection.settings.address if replica is None else replica.endpoint.address
+        found = error_from_call(error, address, request_id)
         # Waiting for a connection that never comes ends as an expired deadline: say what was really the matter.
-        if isinstance(found, DeadlineExceededError) and not details.startswith("[") and not self.connection.accepts():
+        is_silent = isinstance(found, DeadlineExceededError) and not (error.details() or "").startswith("[")
+        if is_silent and replica is None and not self.connection.accepts():
             return ServiceUnavailableError(f"nothing listens at {address}", request_id=request_id)
         return found
 
     def stream(
-        self,
-        stub: type[Any],
-        method: str,
-        exchange: Exchange[T],
-        *,
-        request: Callable[[int, T], Any],
-        end: Callable[[int], Any],
-        result: str,
-        deadline: Deadline,
-        on_reconnect: Callable[[Exchange[T]], None] | None = None,
-        retry_item: Callable[[TrunklineError], bool] = is_retryable,
-    ) -> Iterator[tuple[int, T, Any]]:
+        self, method: Method[T], exchange: Exchange[T], deadline: Deadline, *, backbone: str = ""
+    ) -> Generator[tuple[int, T, Any]]:
         """Run a numbered exchange to its end, over as many connections as it takes.
 
         Args:
-            stub: Generated stub class.
-            method: Name of the method.
+            method: What is called.
             exchange: What to send and what is unanswered.
-            request: Makes the message of one item. Runs in the sending thread.
-            end: Makes the end message, from the number of messages before it.
-            result: Name of the reply's field that holds a result.
             deadline: Over everything.
-            on_reconnect: Called before another connection is used; may answer items that need no sending.
-            retry_item: Whether to send an item again after its error.
+            backbone: Whose replicas can answer, wherever they can be reached; empty where the gateway alone can.
 
         Yields:
             (seq, item, reply or TrunklineError), in the order of the answers.
         """
-        broken = 0
-        while True:
-            progress = False
-            connection = exchange.open()
-            request_id = new_request_id()
-            error: TrunklineError | None = None
-            call = getattr(self.connection.stub(stub), method)(
-                _sending(exchange, connection, request, end),
-                timeout=deadline.check(method),
-                metadata=self.metadata(request_id),
-                wait_for_ready=True,
-            )
-            try:
-                for reply in call:
-                    kind = reply.WhichOneof("kind")
-                    if kind == "end":
-                        break
-                    answer = self._answer(exchange, reply, kind, result, request_id, deadline, retry_item)
-                    if answer is not None:
-                        progress = True
-                        yield (reply.seq, *answer)
-            except grpc.RpcError as rpc_error:
-                error = self.error(rpc_error, request_id)
-            finally:
-                exchange.close()
-                call.cancel()
-            if exchange.failure is not None:
-                raise exchange.failure
-            if exchange.finished:
-                return
-            error = error or ServiceUnavailableError("the cluster ended a stream early", request_id=request_id)
-            broken = 0 if progress else broken + 1
-            delay_s = retry_delay(broken + 1, error.retry_delay_s)
-            if not is_retryable(error) or broken >= MAX_IDLE_CONNECTIONS or not deadline.allows(delay_s):
-                raise error
-            self.sleep(delay_s)
-            if on_reconnect is not None:
-                on_reconnect(exchange)
-                if exchange.finished:
-                    return
-
-    def _answer(
-        self,
-        exchange: Exchange[T],
-        reply: Any,
-        kind: str | None,
-        result: str,
-        request_id: str,
-        deadline: Deadline,
-        retry_item: Callable[[TrunklineError], bool],
-    ) -> tuple[T, Any] | None:
-        """Match a reply with its request. None where the request is to be sent again."""
-        if kind == "error":
-            error = error_from_message(reply.error, request_id)
-            attempt = exchange.count_attempt(reply.seq) if retry_item(error) else 0
-            delay_s = retry_delay(attempt, error.retry_delay_s)
-            if 0 < attempt < MAX_BATCH_ATTEMPTS and deadline.allows(delay_s):
-                exchange.put_off(reply.seq, delay_s)
-                return None
-        elif kind != result:
-            raise InternalError(f"the cluster answered with {kind!r}, not {result!r}", request_id=request_id)
-        item = exchange.answered(reply.seq)
-        if item is None:
-            raise InternalError(
-                f"the cluster answered batch {reply.seq}, which is not under way",
-                hint="Run it again, and report this if it happens twice",
-                request_id=request_id,
-            )
-        return item, (error if kind == "error" else getattr(reply, result))
-
-
-def error_from_message(message: Any, request_id: str = "") -> TrunklineError:
-    """Return the exception of an ``Error`` message."""
-    return from_wire(error_from_proto(message), request_id=message.request_id or request_id)
-
-
-def _sending(
-    exchange: Exchange[T], connection: int, request: Callable[[int, T], Any], end: Callable[[int], Any]
-) -> Iterator[Any]:
-    """Make messages for one connection. Runs in gRPC's thread, where an exception would be lost: it is recorded."""
-    sent = 0
-    try:
-        for seq, item in exchange.outgoing(connection):
-            yield request(seq, item)
-            sent += 1
-        if exchange.finished:
-            yield end(sent)
-    except WireError as error:
-        exchange.fail(from_wire(error))
-    except Exception as error:
-        exchange.fail(error)
-
-
-def _asked_delay(error: grpc.RpcError) -> float:
-    """Return the delay that the trailing metadata asks for, in seconds."""
-    for key, value in error.trailing_metadata() or ():
-        if key == RETRY_DELAY_METADATA:
-            try:
-                return max(0.0, int(value) / 1000.0)
-            except ValueError:
-                return 0.0
-    return 0.0
+        pool: Pool | None = self.direct.pool(backbone) if backbone else None
+        return Streams(self, method, exchange, deadline, pool).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from trunkline_wire.codecs import encode_array, encoded_size
@@ -16,7 +17,7 @@ from trunkline_wire.v1 import dataset_pb2 as pb
 from trunkline_wire.v1 import error_pb2, tensor_pb2
 from trunkline_wire.v1.dataset_pb2_grpc import DatasetServiceStub
 
-from trunkline._calls.core import Caller
+from trunkline._calls.core import Caller, Method
 from trunkline._calls.exchange import Exchange
 from trunkline._calls.inference import Rows, rows_to_tensor
 from trunkline._calls.times import from_timestamp
@@ -94,21 +95,20 @@ class DatasetCalls:
                     exchange.drop(key)
                     arrived.append(chunk)
 
-        answers = self._caller.stream(
+        method = Method(
             DatasetServiceStub,
             "UploadRows",
-            Exchange(chunks, UPLOAD_WINDOW),
             request=request,
             end=lambda sent: pb.UploadRowsRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="ack",
-            deadline=deadline,
             on_reconnect=ask_again,
             retry_item=_worth_sending_again,
         )
-        for _, chunk, answer in answers:
-            if isinstance(answer, TrunklineError):
-                raise answer
-            yield chunk, answer.num_new_rows
+        with closing(self._caller.stream(method, Exchange(chunks, UPLOAD_WINDOW), deadline)) as answers:
+            for _, chunk, answer in answers:
+                if isinstance(answer, TrunklineError):
+                    raise answer
+                yield chunk, answer.num_new_rows
         for chunk in arrived:
             yield chunk, len(chunk.row_ids)
 

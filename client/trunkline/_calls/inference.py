@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.codecs import DTYPES, encode_images, encode_rows
+from trunkline_wire.bulk import Apart
+from trunkline_wire.bulk_rpc import InferenceServiceStub
+from trunkline_wire.codecs import DTYPES, encode_images, encode_rows, encode_rows_apart
 from trunkline_wire.errors import WireError
 from trunkline_wire.messages import codec_use_from_proto, space_to_proto, timings_from_proto
 from trunkline_wire.quantise import PackedRows
 from trunkline_wire.specs import CodecUse, FeatureSpace, SliceSpec, Timings
 from trunkline_wire.v1 import error_pb2, tensor_pb2
 from trunkline_wire.v1 import inference_pb2 as pb
-from trunkline_wire.v1.inference_pb2_grpc import InferenceServiceStub
 
-from trunkline._calls.core import Caller, error_from_message
+from trunkline._calls.core import Caller, Method, error_from_message
 from trunkline._calls.exchange import Exchange
 from trunkline._deadline import Deadline
 from trunkline.errors import InternalError, TrunklineError, from_wire
@@ -91,31 +92,65 @@ class InferenceCalls:
         """Keep who makes the calls."""
         self._caller = caller
 
-    def predict(self, space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> RawPrediction:
-        """Predict one batch."""
+    def predict(
+        self, space: FeatureSpace, batch: Batch, model: str, deadline: Deadline, *, backbone: str = ""
+    ) -> RawPrediction:
+        """Predict one batch.
+
+        Args:
+            space: Where its first tensor lives.
+            batch: The rows.
+            model: Reference of the model.
+            deadline: Over all tries.
+            backbone: Whose replicas can answer all of it themselves. Empty: none, the gateway finds them.
+        """
         request = _predict_request(space, batch, model, deadline)
-        return _prediction(self._caller.unary(InferenceServiceStub, "Predict", request, deadline))
+        answer = self._caller.rows(
+            InferenceServiceStub,
+            "Predict",
+            request,
+            deadline,
+            backbone=backbone,
+            num_rows=len(batch.row_numbers),
+        )
+        return _prediction(answer)
 
     def extract(self, space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> RawEmbedding:
-        """Compute the embedding of one batch."""
+        """Compute the embedding of one batch. A replica of its backbone answers it, or the gateway."""
         request = _extract_request(space, batch, slices, deadline)
-        return _embedding(self._caller.unary(InferenceServiceStub, "Extract", request, deadline))
+        answer = self._caller.rows(
+            InferenceServiceStub,
+            "Extract",
+            request,
+            deadline,
+            backbone=space.backbone,
+            num_rows=len(batch.row_numbers),
+        )
+        return _embedding(answer)
 
     def stream_predict(
-        self, space: FeatureSpace, batches: Iterator[Batch], model: str, *, window: int, deadline: Deadline
+        self,
+        space: FeatureSpace,
+        batches: Iterator[Batch],
+        model: str,
+        *,
+        window: int,
+        deadline: Deadline,
+        backbone: str = "",
     ) -> Iterator[tuple[Batch, RawPrediction | TrunklineError]]:
-        """Predict many batches with several in flight. Yields each with its answer or its error, as they come."""
-        answers = self._caller.stream(
+        """Predict many batches with several in flight. Yields each with its answer or its error, as they come.
+
+        Replicas of ``backbone`` that can be reached share them, where one is named: ``window`` counts for each.
+        """
+        method: Method[Batch] = Method(
             InferenceServiceStub,
             "StreamPredict",
-            Exchange(batches, window),
-            request=lambda seq, batch: pb.StreamPredictRequest(
-                seq=seq, predict=_predict_request(space, batch, model, deadline)
-            ),
+            request=lambda seq, batch: _numbered_predict(seq, _predict_request(space, batch, model, deadline)),
             end=lambda sent: pb.StreamPredictRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="result",
-            deadline=deadline,
+            num_rows=lambda batch: len(batch.row_numbers),
         )
+        answers = self._caller.stream(method, Exchange(batches, window), deadline, backbone=backbone)
         for _, batch, answer in answers:
             yield batch, answer if isinstance(answer, TrunklineError) else _prediction(answer)
 
@@ -123,17 +158,15 @@ class InferenceCalls:
         self, space: FeatureSpace, batches: Iterator[Batch], slices: Sequence[str], *, window: int, deadline: Deadline
     ) -> Iterator[tuple[Batch, RawEmbedding | TrunklineError]]:
         """Compute the embeddings of many batches with several in flight."""
-        answers = self._caller.stream(
+        method: Method[Batch] = Method(
             InferenceServiceStub,
             "StreamExtract",
-            Exchange(batches, window),
-            request=lambda seq, batch: pb.StreamExtractRequest(
-                seq=seq, extract=_extract_request(space, batch, slices, deadline)
-            ),
+            request=lambda seq, batch: _numbered_extract(seq, _extract_request(space, batch, slices, deadline)),
             end=lambda sent: pb.StreamExtractRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="result",
-            deadline=deadline,
+            num_rows=lambda batch: len(batch.row_numbers),
         )
+        answers = self._caller.stream(method, Exchange(batches, window), deadline, backbone=space.backbone)
         for _, batch, answer in answers:
             yield batch, answer if isinstance(answer, TrunklineError) else _embedding(answer)
 
@@ -156,14 +189,34 @@ def rows_to_tensor(rows: Rows, compress: bool) -> tensor_pb2.Tensor:
         raise from_wire(error) from None
 
 
-def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> pb.PredictRequest:
-    return pb.PredictRequest(
+def _rows_apart(rows: Rows, compress: bool) -> tuple[tensor_pb2.Tensor, memoryview | None]:
+    """Return the message of rows without their data, and the data. See ``rows_to_tensor``."""
+    if not isinstance(rows, (np.ndarray, PackedRows)):
+        return rows_to_tensor(rows, compress), None
+    try:
+        return encode_rows_apart(rows, compress=compress)
+    except WireError as error:
+        raise from_wire(error) from None
+
+
+def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> Apart[pb.PredictRequest]:
+    features, data = _rows_apart(batch.rows, batch.compress)
+    request = pb.PredictRequest(
         space=space_to_proto(space),
-        features=rows_to_tensor(batch.rows, batch.compress),
+        features=features,
         model=model,
         timeout_s=deadline.remaining() or 0.0,
         more_inputs=[_input(one) for one in batch.more],
     )
+    return Apart(request, data)
+
+
+def _numbered_predict(seq: int, request: Apart[pb.PredictRequest]) -> Apart[pb.StreamPredictRequest]:
+    return Apart(pb.StreamPredictRequest(seq=seq, predict=request.message), request.data)
+
+
+def _numbered_extract(seq: int, request: Apart[pb.ExtractRequest]) -> Apart[pb.StreamExtractRequest]:
+    return Apart(pb.StreamExtractRequest(seq=seq, extract=request.message), request.data)
 
 
 def _input(more: MoreRows) -> pb.Input:
@@ -171,13 +224,14 @@ def _input(more: MoreRows) -> pb.Input:
     return pb.Input(space=space_to_proto(more.space), features=features)
 
 
-def _extract_request(space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> pb.ExtractRequest:
-    return pb.ExtractRequest(
-        space=space_to_proto(space),
-        features=rows_to_tensor(batch.rows, batch.compress),
-        slices=slices,
-        timeout_s=deadline.remaining() or 0.0,
+def _extract_request(
+    space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline
+) -> Apart[pb.ExtractRequest]:
+    features, data = _rows_apart(batch.rows, batch.compress)
+    request = pb.ExtractRequest(
+        space=space_to_proto(space), features=features, slices=slices, timeout_s=deadline.remaining() or 0.0
     )
+    return Apart(request, data)
 
 
 def _prediction(answer: pb.PredictResponse) -> RawPrediction:
@@ -191,9 +245,10 @@ def _prediction(answer: pb.PredictResponse) -> RawPrediction:
     )
 
 
-def _embedding(answer: pb.ExtractResponse) -> RawEmbedding:
+def _embedding(apart: Apart[pb.ExtractResponse]) -> RawEmbedding:
+    answer = apart.message
     return RawEmbedding(
-        embedding_BD=_matrix(answer.embedding),
+        embedding_BD=_matrix(answer.embedding, apart.data),
         slices=tuple(SliceSpec(one.name, one.start, one.stop) for one in answer.slices),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
@@ -201,21 +256,22 @@ def _embedding(answer: pb.ExtractResponse) -> RawEmbedding:
     )
 
 
-def _matrix(tensor: tensor_pb2.Tensor) -> npt.NDArray[np.float32]:
+def _matrix(tensor: tensor_pb2.Tensor, apart: memoryview | None = None) -> npt.NDArray[np.float32]:
     """Decode an answer's matrix. Not ``codecs.decode``: rows that failed are NaN here, and rightly so."""
     shape = tuple(tensor.shape)
+    data = memoryview(tensor.data) if apart is None else apart
     whole = (
         len(shape) == 2
         and tensor.data_type == tensor_pb2.DATA_TYPE_FLOAT32
         and tensor.codec == tensor_pb2.CODEC_RAW
         and tensor.compression in (tensor_pb2.COMPRESSION_UNSPECIFIED, tensor_pb2.COMPRESSION_NONE)
         and min(shape) >= 0
-        and len(tensor.data) == 4 * math.prod(shape)
+        and data.nbytes == 4 * math.prod(shape)
     )
     if not whole:
         raise InternalError(f"the cluster answered with something else than a float32 matrix (shape {shape})")
     matrix: npt.NDArray[np.float32] = (
-        np.frombuffer(tensor.data, dtype=DTYPES[tensor_pb2.DATA_TYPE_FLOAT32]).reshape(shape).astype(np.float32)
+        np.frombuffer(data, dtype=DTYPES[tensor_pb2.DATA_TYPE_FLOAT32]).reshape(shape).astype(np.float32)
     )
     return matrix
 

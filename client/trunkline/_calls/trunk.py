@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from trunkline_wire.v1 import error_pb2, tensor_pb2
 from trunkline_wire.v1 import trunk_pb2 as pb
 from trunkline_wire.v1.trunk_pb2_grpc import TrunkServiceStub
 
-from trunkline._calls.core import Caller
+from trunkline._calls.core import Caller, Method
 from trunkline._calls.exchange import Exchange
 from trunkline._deadline import Deadline
 from trunkline.errors import InternalError, TrunklineError, from_wire
@@ -67,7 +68,8 @@ class TrunkCalls:
     ) -> list[TrunkAnswer]:
         """Run batches forward, or all of them backward, several in flight. Returns the answers in their order.
 
-        What a broken connection or a dead replica left unanswered is sent again.
+        What a broken connection or a dead replica left unanswered is sent again. Where replicas can be reached they
+        share the batches.
 
         Raises:
             TrunklineError: One batch failed.
@@ -89,22 +91,36 @@ class TrunkCalls:
             return message
 
         answers: dict[int, TrunkAnswer] = {}
-        stream = self._caller.stream(
+        if len(batches) == 1:
+            # One message needs no stream, where a replica answers it; otherwise a stream survives more.
+            message = getattr(request(1, batches[0]), kind)
+            found = self._caller.rows_directly(
+                TrunkServiceStub,
+                kind.capitalize(),
+                message,
+                deadline,
+                backbone=space.backbone,
+                num_rows=len(batches[0].features),
+            )
+            if found is not None:
+                return [_answer(found)]
+        method = Method(
             TrunkServiceStub,
             "StreamTrunk",
-            Exchange(iter(batches), window),
             request=request,
             end=lambda sent: pb.StreamTrunkRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result=kind,
-            deadline=deadline,
+            num_rows=lambda batch: len(batch.features),
         )
-        for _, batch, answer in stream:
-            if isinstance(answer, TrunklineError):
-                if batch.first_row:
-                    counted = f"Its rows are counted from row {batch.first_row} of the step"
-                    answer.hint = f"{answer.hint.rstrip('.')}. {counted}" if answer.hint else counted
-                raise answer
-            answers[batch.first_row] = _answer(answer)
+        exchange = Exchange(iter(batches), window)
+        with closing(self._caller.stream(method, exchange, deadline, backbone=space.backbone)) as stream:
+            for _, batch, answer in stream:
+                if isinstance(answer, TrunklineError):
+                    if batch.first_row:
+                        counted = f"Its rows are counted from row {batch.first_row} of the step"
+                        answer.hint = f"{answer.hint.rstrip('.')}. {counted}" if answer.hint else counted
+                    raise answer
+                answers[batch.first_row] = _answer(answer)
         return [answers[batch.first_row] for batch in batches]
 
     def put_bottleneck(self, file: bytes, deadline: Deadline) -> str:

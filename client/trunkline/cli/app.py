@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trunkline.cli import bench, catalogue, data, doctor_command, inference, jobs
+from trunkline.cli import bench, catalogue, data, doctor_command, inference, jobs, tuning
 from trunkline.cli.plugins import PluginGroup
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 app.command("backbones")(catalogue.backbones)
+app.command("tune")(tuning.tune)
 app.command("upload")(data.upload)
 app.command("datasets")(data.datasets)
 app.command("train")(jobs.train)

@@ -60,8 +60,8 @@ def backbones(
             session.emit(data, text, hint=following)
             return
         found = client.backbones()
-    header = ("NAME", "INPUT", "PARAMETERS", "CUTS", "STAGES", "RUNTIME", "DEVICE")
-    table = columns(header, [_line(one) for one in found], right=(1, 2, 3))
+    header = ("NAME", "INPUT", "PARAMETERS", "CUTS", "STAGES", "RUNTIME", "ROWS/S", "DEVICE")
+    table = columns(header, [_line(one) for one in found], right=(1, 2, 3, 6))
     session.emit([asdict(one) for one in found], table, hint="trunkline backbones show NAME")
 
 
@@ -79,4 +79,6 @@ def _name(words: list[str]) -> str | None:
 def _line(spec: BackboneSpec) -> tuple[object, ...]:
     stages = ", ".join(one.name for one in spec.cuts if one.is_stage)
     size = spec.preprocessing.input_size
-    return (spec.name, size, f"{spec.num_parameters:,}", len(spec.cuts), stages or "-", spec.runtime, spec.device)
+    speed = f"{spec.rows_per_s:.0f}" if spec.rows_per_s else "-"
+    parameters = f"{spec.num_parameters:,}"
+    return (spec.name, size, parameters, len(spec.cuts), stages or "-", spec.runtime, speed, spec.device)

@@ -108,12 +108,18 @@ def _head(spec: BackboneSpec, jpeg: JpegSize | None) -> str:
         ("compute", f"{spec.macs / 1e6:,.4g} million multiply-adds a picture" if spec.macs else None),
         ("input", f"{pre.input_size} px, {pre.interpolation}, crop {pre.crop_fraction:g}"),
         ("resizable", "yes" if spec.resizable else "no"),
-        ("runtime", f"{spec.runtime} on {spec.device}, relative error {spec.runtime_error:.2g}"),
+        ("runtime", f"{spec.runtime} on {spec.device}, relative error {spec.runtime_error:.2g}{_speed(spec)}"),
         ("slices", slices),
         ("jpeg", _jpeg(jpeg, pre.input_size)),
     ]
     indent = 2 + max(len(name) for name, _ in rows)
     return facts([(name, _indented(text, indent)) for name, text in rows if text]).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _speed(spec: BackboneSpec) -> str:
+    if not spec.rows_per_s:
+        return ""
+    return f", {spec.rows_per_s:.3g} rows/s in batches of {spec.batch_rows} when it was chosen"
 
 
 def _jpeg(jpeg: JpegSize | None, input_size: int) -> str:

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from trunkline_worker.cluster.controller import ControllerConfig
-from trunkline_worker.cluster.metadata import connect_metadata
+from trunkline_worker.cluster.metadata import ActorDirectory, ActorMetadata, connect_metadata
 from trunkline_worker.cluster.settings import Settings
 from trunkline_worker.serving.deployments import Backbone, BackboneConfig, Gateway, GatewayConfig
 from trunkline_worker.training.ray_train import LaneConfig
@@ -19,7 +19,19 @@ from trunkline_worker.training.ray_train import LaneConfig
 GATEWAY_APP = "trunkline-gateway"
 """Name of the gateway's Serve application."""
 
-LIBRARIES = ("trunkline", "ray", "torch", "torchvision", "timm", "onnxruntime", "numpy", "Pillow", "protobuf", "grpcio")
+LIBRARIES = (
+    "trunkline",
+    "ray",
+    "torch",
+    "torchvision",
+    "timm",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "Pillow",
+    "protobuf",
+    "grpcio",
+)
 """The libraries whose versions go into ``GetServerInfo`` and into every manifest."""
 
 MAX_ONGOING_REQUESTS = 1000
@@ -42,9 +54,14 @@ def backbone_app_name(backbone: str) -> str:
     return f"trunkline-backbone-{backbone.replace('/', '+')}"
 
 
+def backbone_apps(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Return (backbone, Serve application) of all that are served, the default first."""
+    return tuple((name, backbone_app_name(name)) for name in settings.backbones)
+
+
 def controller_config(settings: Settings) -> ControllerConfig:
     """Return what the controller needs to know."""
-    apps = {name: backbone_app_name(name) for name in settings.backbones}
+    apps = dict(backbone_apps(settings))
     lanes = tuple(
         LaneConfig(
             name=f"trunkline-lane-{index}",
@@ -72,9 +89,14 @@ def build_backbone(settings: Settings, name: str) -> Application:
         num_threads=settings.num_threads,
         max_queued_rows=settings.max_queued_rows,
         head_capacity=settings.head_capacity,
+        head_memory_mb=settings.head_memory_mb,
         storage_url=settings.storage_url,
         manifest=settings.manifest_of(name),
         samples=settings.samples or None,
+        backbone_apps=backbone_apps(settings),
+        direct=settings.direct_config,
+        runtime=settings.runtimes.get(name),
+        num_replicas=len(settings.backbones) * settings.backbone_replicas,
     )
     deployment = serve.deployment(
         name="Backbone",
@@ -85,14 +107,14 @@ def build_backbone(settings: Settings, name: str) -> Application:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=20,
     )(Backbone)
-    return deployment.bind(config)
+    return deployment.bind(config, ActorMetadata, ActorDirectory)
 
 
 def build_gateway(settings: Settings, *, storage_shared: bool = True, storage_note: str = "") -> Application:
     """Return the Serve application of the gateway."""
     config = GatewayConfig(
         listener=settings.listener,
-        backbone_apps=tuple((name, backbone_app_name(name)) for name in settings.backbones),
+        backbone_apps=backbone_apps(settings),
         storage_url=settings.storage_url,
         versions=versions(),
         storage_shared=storage_shared,
@@ -106,7 +128,7 @@ def build_gateway(settings: Settings, *, storage_shared: bool = True, storage_no
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=20,
     )(Gateway)
-    return deployment.bind(config, functools.partial(connect_metadata, controller_config(settings)))
+    return deployment.bind(config, functools.partial(connect_metadata, controller_config(settings)), ActorDirectory)
 
 
 def gateway(args: dict[str, Any]) -> Application:

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from trunkline_wire.errors import ErrorCode, WireError
 
+from trunkline_worker.serving.endpoints import Announcement, Directory, Listing
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.database import Database
@@ -102,6 +103,7 @@ class Controller:
         )
         # One thread: SQLite has one writer anyway, and statements never interleave.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="metadata")
+        self._directory = Directory(clock=SystemClock())
         self._changed = asyncio.Condition()
         self._lane_refs: dict[str, Any] = {}
         self._incarnations: dict[str, str] = {}
@@ -159,6 +161,18 @@ class Controller:
             return found or []
         except WireError as error:
             return error
+
+    async def announce(self, announcement: Announcement) -> bytes:
+        """See ``Directory.announce``."""
+        return self._directory.announce(announcement)
+
+    async def withdraw(self, replica: str) -> None:
+        """See ``Directory.withdraw``."""
+        self._directory.withdraw(replica)
+
+    async def endpoints(self, backbone: str) -> Listing:
+        """See ``Directory.list``."""
+        return self._directory.list(backbone)
 
     async def config(self) -> ControllerConfig:
         """Return what the controller was started with, once the database is open."""

@@ -6,6 +6,7 @@ The command line wins over the environment, the environment over the file named 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,10 @@ from trunkline_wire.local import state_dir
 from trunkline_wire.names import check_backbone_name
 
 from trunkline_worker.backbones.manifest import load_manifest
-from trunkline_worker.serving.gateway import Listener
+from trunkline_worker.engine.runtime_names import check_runtime
+from trunkline_worker.serving.addresses import parse_ports
+from trunkline_worker.serving.direct import DirectConfig
+from trunkline_worker.serving.server import Listener
 
 CONFIG_VARIABLE = "TRUNKLINE_CLUSTER_CONFIG"
 """Names the TOML file."""
@@ -35,6 +39,15 @@ class Settings(BaseSettings):
     tls_client_ca: str | None = Field(None, description="PEM file; clients must show a certificate of this authority.")
     insecure: bool = Field(False, description="Allow plaintext beyond loopback, or no tokens.")
 
+    direct: bool = Field(True, description="Whether backbone replicas listen themselves, for calls past the gateway.")
+    direct_host: str = Field(
+        "", description="Address that they listen on. Default: loopback if the gateway's is, else their machine's own."
+    )
+    direct_ports: str = Field("", description="Their ports, as `50100-50163`. Default: any that is free.")
+    direct_tls_name: str = Field(
+        "", description="Name in the certificate that clients check there. Default: its first DNS name."
+    )
+
     backbones: tuple[str, ...] = Field(("efficientnet_lite0",), description="Backbones to serve, the default first.")
     own_backbones: tuple[str, ...] = Field(
         default_factory=tuple,
@@ -44,9 +57,16 @@ class Settings(BaseSettings):
     weights: dict[str, str] = Field(default_factory=dict, description="Backbone name to a local file of weights.")
     allow_untrained: bool = Field(False, description="Serve backbones that have no pretrained weights.")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
-    num_threads: int = Field(0, ge=0, description="CPU threads of a backbone replica; 0: all that the machine has.")
+    num_threads: int = Field(
+        0, ge=0, description="CPU threads of a backbone replica; 0: an equal share of the machine's, on a GPU all."
+    )
+    runtimes: dict[str, str] = Field(
+        default_factory=dict,
+        description="Backbone name to the runtime that it must use. Default: the best, as measured.",
+    )
     max_queued_rows: int = Field(4096, ge=1, description="Rows that may wait for a backbone; more must retry.")
     head_capacity: int = Field(1024, ge=1, description="Heads that a backbone replica keeps in memory.")
+    head_memory_mb: int = Field(1024, ge=1, description="MiB that these heads take at most.")
 
     storage: str = Field(
         "", description="fsspec URL for chunks, stems and models. Default: `data` in the state folder."
@@ -83,6 +103,12 @@ class Settings(BaseSettings):
         if path:
             sources.append(TomlConfigSettingsSource(settings_cls, Path(path)))
         return tuple(sources)
+
+    @field_validator("direct_ports")
+    @classmethod
+    def _direct_ports(cls, text: str) -> str:
+        parse_ports(text)
+        return text
 
     @field_validator("backbones")
     @classmethod
@@ -136,6 +162,17 @@ class Settings(BaseSettings):
                 raise ValueError(f"weights are given for {name!r}, which is not among the backbones")
         return self
 
+    @model_validator(mode="after")
+    def _runtimes(self) -> Settings:
+        for name, runtime in self.runtimes.items():
+            if name not in self.backbones:
+                raise ValueError(f"a runtime is given for {name!r}, which is not among the backbones")
+            try:
+                check_runtime(runtime)
+            except WireError as error:
+                raise ValueError(error.message) from error
+        return self
+
     def manifest_of(self, backbone: str) -> str | None:
         """Return the manifest of a backbone of the operator's own, or None for another."""
         return next((path for path in self.own_backbones if load_manifest(path).name == backbone), None)
@@ -149,6 +186,15 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """Return the URL of the metadata database."""
         return self.database or f"sqlite:///{state_dir().absolute() / 'metadata.sqlite'}"
+
+    @property
+    def direct_config(self) -> DirectConfig | None:
+        """Return how backbone replicas listen; None if they do not."""
+        if not self.direct:
+            return None
+        # What does not concern them is left out: replicas start anew when their settings change.
+        gateway = replace(self.listener, port=0, token_file=None)
+        return DirectConfig(gateway, self.direct_host, parse_ports(self.direct_ports), self.direct_tls_name)
 
     @property
     def listener(self) -> Listener:

@@ -21,6 +21,7 @@ from trunkline_wire.specs import (
     Preprocessing,
     SliceSpec,
     Timings,
+    Tuning,
 )
 
 from trunkline_worker.store.records import ModelRecord
@@ -92,12 +93,27 @@ class StemFile:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since start. ``trunk_rows`` counts rows that went through the trunk."""
+    """Counters since start, and what is there now.
+
+    Attributes:
+        trunk_calls: Passes of the trunk.
+        trunk_rows: Rows that went through it.
+        head_calls: Heads that were run; one head on all of its rows in a batch counts once.
+        queued_rows: Rows that wait.
+        stacked_calls: Passes that ran several heads at once.
+        heads_kept: Heads in memory.
+        head_bytes: Memory that they take.
+        head_loads: Heads that were fetched from storage, in vain or not.
+    """
 
     trunk_calls: int
     trunk_rows: int
     head_calls: int
     queued_rows: int
+    stacked_calls: int = 0
+    heads_kept: int = 0
+    head_bytes: int = 0
+    head_loads: int = 0
 
 
 class Engine(Protocol):
@@ -116,6 +132,16 @@ class Engine(Protocol):
     async def cut_cost(self, cut: str, input_size: int = 0) -> CutCost:
         """Measure what every codec and stem costs at a cut, or find it in storage."""
 
+    async def tune(self, cut: str = "", input_size: int = 0, again: bool = False) -> Tuning:
+        """Measure which runtime is the fastest behind a cut, or find in storage what was measured.
+
+        Args:
+            cut: Empty for ``input``.
+            input_size: 0 for the backbone's own.
+            again: Measure anew, those runtimes too that take long to make: minutes, in which rows wait longer. The best
+                is used from then on.
+        """
+
     async def predict(
         self,
         space: FeatureSpace,
@@ -124,6 +150,8 @@ class Engine(Protocol):
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
         timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Prediction:
         """Run trunk and head; for a model of local features alone, whose rows they are then, the head.
 
@@ -135,14 +163,26 @@ class Engine(Protocol):
             model: Whose head.
             more_BE: Columns of the model's other inputs side by side, one row per row. None where it has no others.
             timeout_s: Seconds that the caller has.
+            caller: Whose rows they are: a tenant, or a tenant, ``/`` and one of its connections. Callers share the
+                device fairly.
+            wait: Whether to wait in line, while the engine has more to do than it can, instead of being told
+                OVERLOADED. An engine that is elsewhere may answer OVERLOADED all the same.
         """
 
     async def extract(
-        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        slices: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Extraction:
         """Run the trunk and return slices of the embedding; none named means all that the cut allows.
 
-        A single ``TAP.map`` returns the features there as a map, (B, channels * height * width).
+        A single ``TAP.map`` returns the features there as a map, (B, channels * height * width). The rest is as for
+        ``predict``.
         """
 
     async def forward(

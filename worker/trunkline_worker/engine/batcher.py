@@ -1,33 +1,47 @@
 """A row-aware batcher: requests of any number of rows in, batches of bounded rows out.
 
-Rows leave the queue only when the runner is free, so that everything that arrives while a batch runs is in the next
-one. Times come from a clock that is passed in; the batcher never sleeps.
+Rows leave the line only when the runner is free, so that everything that arrives while a batch runs is in the next
+one. Callers share each batch fairly, groups take turns, and the line is bounded in rows and in bytes. What a request
+costs here does not grow with the length of the line. Times come from a clock and timers that are passed in.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 
+from trunkline_worker.engine.admission import Admission, CallLater, Monotonic, Timer, call_later
+from trunkline_worker.engine.pacing import Pace
+
 Context = TypeVar("Context")
+
+MAX_QUEUED_BYTES = 2**30
+"""Bytes of rows that may wait, unless told otherwise."""
 
 _SMOOTHING = 0.3
 _FIRST_GUESS_ROWS_PER_S = 50.0
 _MIN_RETRY_S, _MAX_RETRY_S = 0.05, 30.0
 
+_KNOWN_GROUPS = 256
+"""Groups without rows whose costs are remembered."""
 
-class Monotonic(Protocol):
-    """The part of a clock that is needed here."""
+_MANY_LANES = 64
+"""Lanes, or deadlines, up to which nobody asks whether they are still needed."""
 
-    def monotonic(self) -> float:
-        """Return seconds since some fixed moment."""
+_GROUPS_ASKED = 16
+"""Groups that are asked in turn whether a batch of theirs should run now."""
+
+__all__ = ["Batcher", "BatchResult", "Hold", "Monotonic", "Part", "PartResult", "Rows", "expired"]
 
 
 @dataclass(frozen=True)
@@ -46,21 +60,24 @@ class Rows:
         """Return the number of rows."""
         return len(self.features)
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all of them."""
+        return self.features.nbytes + (0 if self.more_BE is None else self.more_BE.nbytes)
+
     def take(self, index: slice) -> Rows:
         """Return some of the rows, in the same memory."""
         return Rows(self.features[index], None if self.more_BE is None else self.more_BE[index])
 
 
-@dataclass(frozen=True)
-class Part(Generic[Context]):
+class Part(NamedTuple, Generic[Context]):
     """Rows of one request in a batch, and what is wanted of them."""
 
     rows: Rows
     context: Context
 
 
-@dataclass(frozen=True)
-class PartResult:
+class PartResult(NamedTuple):
     """What came of a part: ``values``, one per row; or ``error``, which fails this part's request only."""
 
     values: npt.NDArray[np.float32] | None
@@ -69,8 +86,7 @@ class PartResult:
     head_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class BatchResult:
+class BatchResult(NamedTuple):
     """What came of a request: one value per row, and where the time went, in seconds."""
 
     values: npt.NDArray[np.float32]
@@ -83,38 +99,198 @@ Run = Callable[[Hashable, Sequence[Part[Context]]], Awaitable[Sequence[PartResul
 """Runs a batch of one group; answers in the order of the parts."""
 
 
-@dataclass
 class Hold:
-    """Rows that were admitted and are not in the line yet."""
+    """Rows that were let in and are not in the line yet. Leaving its ``with`` block gives up what was not submitted."""
 
-    num_rows: int
+    __slots__ = ("_give_up", "caller", "num_bytes", "num_rows")
+
+    def __init__(self, caller: str, num_rows: int, num_bytes: int, give_up: Callable[[Hold], None]) -> None:
+        """Keep what is held, and whom to tell when it no longer is."""
+        self.caller = caller
+        self.num_rows = num_rows
+        self.num_bytes = num_bytes
+        self._give_up = give_up
+
+    def __enter__(self) -> Hold:
+        """Hold on."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give up the rest."""
+        self._give_up(self)
 
 
-@dataclass(eq=False)
+_NO_ROWS = Rows(np.empty((0,), np.uint8))
+
+
 class _Request(Generic[Context]):
-    """A request in the queue. ``next_row`` is the first row that has not been taken yet."""
+    """A request. Rows from ``next_row`` on are in the line; ``num_done`` of the others are back."""
 
-    key: Hashable
-    rows: Rows
-    context: Context
-    deadline: float | None
-    arrival: float
-    future: asyncio.Future[BatchResult]
-    next_row: int = 0
-    queue_s: float | None = None
-    results: list[PartResult] = field(default_factory=list)
+    __slots__ = (
+        "arrival",
+        "context",
+        "deadline",
+        "future",
+        "lane",
+        "left_bytes",
+        "next_row",
+        "num_done",
+        "num_rows",
+        "queue_s",
+        "results",
+        "rows",
+    )
 
-    @property
-    def num_left(self) -> int:
-        return len(self.rows) - self.next_row
+    def __init__(
+        self, rows: Rows, num_bytes: int, context: Context, deadline: float | None, arrival: float, lane: _Lane[Context]
+    ) -> None:
+        self.rows = rows
+        self.num_rows = len(rows.features)
+        self.left_bytes = num_bytes
+        self.context = context
+        self.deadline = deadline
+        self.arrival = arrival
+        self.lane = lane
+        self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
+        self.next_row = 0
+        self.num_done = 0
+        self.queue_s = 0.0
+        self.results: list[tuple[int, PartResult]] = []
+
+
+class _Lane(Generic[Context]):
+    """The requests of one caller in one group. ``served`` is virtual: it says who has had least of the device."""
+
+    __slots__ = ("caller", "is_in_order", "line", "num_rows", "requests", "served", "tenant")
+
+    def __init__(self, caller: str, line: _Line[Context]) -> None:
+        self.caller = caller
+        self.tenant = caller.partition("/")[0]
+        self.line = line
+        # May hold requests that have ended: they are passed over when their turn comes.
+        self.requests: deque[_Request[Context]] = deque()
+        self.num_rows = 0
+        self.served = 0.0
+        self.is_in_order = False
+
+
+class _Line(Generic[Context]):
+    """The requests of one group: start-time fair queueing over its callers.
+
+    Whoever has been served least goes next. A caller who comes, or comes back, starts where the others are: nobody
+    saves up time. Served rows of a caller count as often as its tenant has callers in the line, so that tenants share
+    equally, whatever the number of their connections.
+    """
+
+    __slots__ = ("_lanes", "_max_lanes", "_order", "_served", "_tenants", "_turns", "key", "num_rows", "pace")
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.pace = Pace()
+        self.num_rows = 0
+        self._lanes: dict[str, _Lane[Context]] = {}
+        self._max_lanes = _MANY_LANES
+        # (served, turn, lane). Lanes that have lost their rows meanwhile are passed over.
+        self._order: list[tuple[float, int, _Lane[Context]]] = []
+        self._tenants: dict[str, int] = {}
+        self._turns = 0
+        self._served = 0.0
+
+    def lane(self, caller: str) -> _Lane[Context]:
+        """Return the lane of a caller."""
+        lane = self._lanes.get(caller)
+        if lane is None:
+            if len(self._lanes) >= self._max_lanes:
+                self._forget_lanes()
+            lane = self._lanes[caller] = _Lane(caller, self)
+        return lane
+
+    def add(self, request: _Request[Context]) -> None:
+        """Put a request into its lane."""
+        lane = request.lane
+        lane.requests.append(request)
+        if not lane.num_rows:
+            self._tenants[lane.tenant] = self._tenants.get(lane.tenant, 0) + 1
+            lane.served = max(lane.served, self._served)
+            if not lane.is_in_order:
+                self._line_up(lane)
+        lane.num_rows += request.num_rows
+        self.num_rows += request.num_rows
+
+    def drop(self, request: _Request[Context]) -> int:
+        """Take what is left of a request out of the line, and return its number of rows."""
+        num_rows = request.num_rows - request.next_row
+        request.next_row = request.num_rows
+        if num_rows:
+            self._leave(request.lane, num_rows)
+        return num_rows
+
+    def take(self, room: int) -> list[tuple[_Request[Context], int, int]]:
+        """Take rows out of the line, a batch's worth at most: requests with the first row and the one behind the last.
+
+        Requests stay whole where they can: two callers of 32 rows get a batch each, not half of two.
+        """
+        taken: list[tuple[_Request[Context], int, int]] = []
+        while room and self.num_rows:
+            lane = heapq.heappop(self._order)[2]
+            lane.is_in_order = False
+            if not lane.num_rows:
+                continue
+            weight = self._tenants[lane.tenant]
+            least = self._order[0][0] if self._order else math.inf
+            while room and lane.num_rows and lane.served <= least:
+                request = lane.requests.popleft()
+                start = request.next_row
+                if start == request.num_rows:
+                    continue  # it has ended
+                stop = min(start + room, request.num_rows)
+                request.next_row = stop
+                if stop < request.num_rows:  # behind the caller's others, which need not wait for all of it
+                    lane.requests.append(request)
+                taken.append((request, start, stop))
+                room -= stop - start
+                self._served = max(self._served, lane.served)
+                lane.served += (stop - start) * weight
+                self._leave(lane, stop - start)
+            if lane.num_rows:
+                self._line_up(lane)
+        return taken
+
+    def _line_up(self, lane: _Lane[Context]) -> None:
+        self._turns += 1
+        lane.is_in_order = True
+        heapq.heappush(self._order, (lane.served, self._turns, lane))
+
+    def _leave(self, lane: _Lane[Context], num_rows: int) -> None:
+        self.num_rows -= num_rows
+        lane.num_rows -= num_rows
+        if lane.num_rows:
+            return
+        lane.requests.clear()
+        others = self._tenants[lane.tenant] - 1
+        if others:
+            self._tenants[lane.tenant] = others
+        else:
+            del self._tenants[lane.tenant]
+        if not self.num_rows:  # nobody is owed anything any more
+            self._lanes.clear()
+            self._order.clear()
+            self._served = 0.0
+
+    def _forget_lanes(self) -> None:
+        """Forget lanes without rows that are not behind: they start where the others are in any case."""
+        for lane in list(self._lanes.values()):
+            if not (lane.num_rows or lane.is_in_order or lane.served > self._served):
+                del self._lanes[lane.caller]
+        self._max_lanes = 2 * len(self._lanes) + _MANY_LANES
 
 
 class Batcher(Generic[Context]):
-    """Coalesces requests that share a group key, runs one batch at a time.
+    """Coalesces requests that share a group key, and runs one batch at a time, or a few.
 
-    The group of the request at the head of the line goes next, with rows from every waiting request of that group.
-    A request that is larger than a batch runs in slices and goes to the back of the line between them, so that
-    small ones do not wait for all of it.
+    Groups with rows take turns. Within a batch the callers of the group share equally, see ``_Line``. A request that is
+    larger than a batch runs in slices. A batch that is not full may wait for rows that are about to come, see
+    ``pacing``.
     """
 
     def __init__(
@@ -124,6 +300,9 @@ class Batcher(Generic[Context]):
         clock: Monotonic,
         max_rows: Callable[[Hashable], int],
         max_queued_rows: int,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+        depth: int = 1,
+        later: CallLater = call_later,
     ) -> None:
         """Prepare; ``start`` begins.
 
@@ -132,54 +311,84 @@ class Batcher(Generic[Context]):
             clock: Deadlines are readings of this.
             max_rows: Most rows in a batch, by group key.
             max_queued_rows: Most rows that wait. A single larger request is taken when nothing else waits.
+            max_queued_bytes: Most bytes of theirs, likewise.
+            depth: Batches that the runner has at a time. It gets one more than it has only if that one is full: what is
+                not would grow while it waits there.
+            later: Orders calls for later, by the same clock.
         """
         self._run = run
         self._clock = clock
         self._max_rows = max_rows
-        self._max_queued_rows = max_queued_rows
-        # A dictionary for its order and its cheap removal; the values mean nothing.
-        self._queue: dict[_Request[Context], None] = {}
-        self._queued_rows = 0
-        self._held_rows = 0
+        self._depth = depth
+        self._later = later
+        self._room = Admission(max_queued_rows, max_queued_bytes, clock=clock, later=later)
+        # Groups with rows, the one whose turn it is first; and those without, of which the costs are remembered.
+        self._active: dict[Hashable, _Line[Context]] = {}
+        self._idle: dict[Hashable, _Line[Context]] = {}
+        self._num_requests = 0
+        self._deadlines: list[tuple[float, int, _Request[Context]]] = []
+        self._count = itertools.count()
         self._rows_per_s = 0.0
-        self._wake = asyncio.Event()
+        self._running = 0
+        self._last_end = -math.inf
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: Timer | None = None
+        self._pump_ordered = False
+        self._started = False
         self._closing = False
-        self._task: asyncio.Task[None] | None = None
+        self._empty: asyncio.Future[None] | None = None
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait, those still in preparation included."""
-        return self._queued_rows + self._held_rows
+        return self._room.num_rows
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of these rows."""
+        return self._room.num_bytes
 
     def start(self) -> None:
         """Begin to run batches."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._loop())
+        self._started = True
+        self._order_pump()
 
     async def close(self) -> None:
-        """Take nothing new, run what waits, end."""
+        """Take nothing new, run what waits, end. Requests that wait for room are told to go elsewhere."""
         self._closing = True
-        self._wake.set()
-        if self._task is not None:
-            await self._task
+        self._room.close(_closing())
+        self._order_pump()
+        while self._started and (self._room.num_rows or self._running):
+            self._empty = asyncio.get_running_loop().create_future()
+            await self._empty
 
-    @contextlib.contextmanager
-    def hold(self, num_rows: int) -> Iterator[Hold]:
+    def hold(self, num_rows: int, num_bytes: int = 0, *, caller: str = "") -> Hold:
         """Count rows as waiting while something else is done with them before they are submitted.
 
         Closing waits for them, and submitting them afterwards is not refused.
 
+        Args:
+            num_rows: How many.
+            num_bytes: Of the memory that they take while they wait.
+            caller: Whose they are.
+
         Raises:
             WireError: OVERLOADED, UNAVAILABLE.
         """
-        self._admit(num_rows)
-        hold = Hold(num_rows)
-        self._held_rows += num_rows
-        try:
-            yield hold
-        finally:
-            self._held_rows -= hold.num_rows
-            self._wake.set()
+        self._enter(caller, num_rows, num_bytes)
+        return Hold(caller, num_rows, num_bytes, self._give_up)
+
+    async def hold_in_turn(
+        self, num_rows: int, num_bytes: int = 0, *, caller: str = "", deadline: float | None = None
+    ) -> Hold:
+        """Do as ``hold`` does, but wait for room where there is none.
+
+        Raises:
+            WireError: DEADLINE_EXCEEDED, UNAVAILABLE.
+        """
+        self._drop_expired(self._clock.monotonic())
+        await self._room.wait(caller, num_rows, num_bytes, deadline)
+        return Hold(caller, num_rows, num_bytes, self._give_up)
 
     async def submit(
         self,
@@ -187,6 +396,7 @@ class Batcher(Generic[Context]):
         rows: Rows,
         context: Context,
         *,
+        caller: str = "",
         deadline: float | None = None,
         hold: Hold | None = None,
     ) -> BatchResult:
@@ -198,149 +408,255 @@ class Batcher(Generic[Context]):
             key: The group: only requests of equal keys share a batch.
             rows: One or more.
             context: Handed to the runner with the rows.
+            caller: Whose they are: a tenant, or a tenant, ``/`` and one of its connections.
             deadline: A reading of the clock after which the rows are dropped unrun.
-            hold: What these rows were held under: they were admitted then.
+            hold: What these rows were held under: they were let in then, and are its caller's.
 
         Raises:
             WireError: OVERLOADED with a delay after which to retry, DEADLINE_EXCEEDED, UNAVAILABLE while closing, or
                 what the runner raised.
         """
-        if hold is None:
-            self._admit(len(rows))
         now = self._clock.monotonic()
         if deadline is not None and now >= deadline:
-            raise _expired(now - deadline)
-        future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
-        request = _Request(key, rows, context, deadline, now, future)
-        self._queue[request] = None
-        self._queued_rows += len(rows)
-        if hold is not None:
-            self._held_rows -= len(rows)
-            hold.num_rows -= len(rows)
-        self._wake.set()
+            raise expired(now - deadline)
+        num_rows, num_bytes = len(rows.features), rows.nbytes
+        if hold is None:
+            self._enter(caller, num_rows, num_bytes)
+        else:
+            caller = hold.caller
+            freed = min(hold.num_bytes, num_bytes)
+            hold.num_rows -= num_rows
+            hold.num_bytes -= freed
+            self._room.swap(caller, freed, num_bytes)
+        line = self._active.get(key)
+        if line is None:
+            known = self._idle.pop(key, None)
+            line = self._active[key] = _Line(key) if known is None else known
+        request = _Request(rows, num_bytes, context, deadline, now, line.lane(caller))
+        line.add(request)
+        line.pace.arrived(num_rows, now)
+        self._num_requests += 1
+        if deadline is not None:
+            self._note_deadline(deadline, request)
+        if self._running < self._depth and not self._pump_ordered:
+            self._order_pump()
         try:
-            return await future
-        finally:
-            self._remove(request)
+            return await request.future
+        except asyncio.CancelledError:
+            self._drop(request)
+            raise
 
-    def _admit(self, num_rows: int) -> None:
-        if self._closing:
-            raise WireError(
-                ErrorCode.UNAVAILABLE, "this replica is shutting down; the same call will reach another one"
-            )
-        if self.queued_rows and self.queued_rows + num_rows > self._max_queued_rows:
-            self._drop_expired()
-        waiting = self.queued_rows
-        if waiting and waiting + num_rows > self._max_queued_rows:
-            delay_s = self._retry_delay_s(waiting + num_rows - self._max_queued_rows)
-            raise WireError(
-                ErrorCode.OVERLOADED,
-                f"{waiting} rows are waiting and {num_rows} more do not fit: at most {self._max_queued_rows}. "
-                f"Retry in {delay_s:.2f} s",
-                retry_delay_s=delay_s,
-            )
+    def _enter(self, caller: str, num_rows: int, num_bytes: int) -> None:
+        if self._room.enter(caller, num_rows, num_bytes):
+            return
+        self._drop_expired(self._clock.monotonic())
+        if not self._room.enter(caller, num_rows, num_bytes):
+            raise self._overloaded(num_rows, num_bytes)
 
-    def _retry_delay_s(self, num_rows: int) -> float:
-        rate = self._rows_per_s or _FIRST_GUESS_ROWS_PER_S
-        return min(max(num_rows / rate, _MIN_RETRY_S), _MAX_RETRY_S)
+    def _overloaded(self, num_rows: int, num_bytes: int) -> WireError:
+        room = self._room
+        # Bytes too many, as rows of the size of those that wait.
+        bytes_over = room.num_bytes + num_bytes - room.max_bytes
+        over = max(room.num_rows + num_rows - room.max_rows, bytes_over * room.num_rows / max(room.num_bytes, 1), 0)
+        delay_s = min(max(over / (self._rows_per_s or _FIRST_GUESS_ROWS_PER_S), _MIN_RETRY_S), _MAX_RETRY_S)
+        of_bytes = f" and {room.max_bytes / 2**20:.0f} MiB" if bytes_over > 0 else ""
+        return WireError(
+            ErrorCode.OVERLOADED,
+            f"{room.num_rows} rows are waiting and {num_rows} more do not fit: at most {room.max_rows}{of_bytes}. "
+            f"Retry in {delay_s:.2f} s",
+            retry_delay_s=delay_s,
+        )
 
-    def _remove(self, request: _Request[Context]) -> None:
-        """Take a request out of the line, if it still stands there."""
-        if request in self._queue:
-            del self._queue[request]
-            self._queued_rows -= request.num_left
+    def _give_up(self, hold: Hold) -> None:
+        if hold.num_rows or hold.num_bytes:
+            self._room.leave(hold.caller, hold.num_rows, hold.num_bytes)
+            hold.num_rows = hold.num_bytes = 0
+        self._tell_if_empty()
 
-    def _drop_expired(self) -> None:
+    def _tell_if_empty(self) -> None:
+        if self._empty is not None and not self._empty.done() and not (self._room.num_rows or self._running):
+            self._empty.set_result(None)
+
+    def _note_deadline(self, deadline: float, request: _Request[Context]) -> None:
+        heapq.heappush(self._deadlines, (deadline, next(self._count), request))
+        if len(self._deadlines) > 2 * self._num_requests + _MANY_LANES:  # most are of requests that have left the line
+            self._deadlines = [one for one in self._deadlines if one[2].next_row < one[2].num_rows]
+            heapq.heapify(self._deadlines)
+
+    def _drop_expired(self, now: float) -> None:
         """Fail the requests whose deadline has passed, before they cost anything."""
-        now = self._clock.monotonic()
-        for request in list(self._queue):
-            if request.deadline is not None and now >= request.deadline:
-                self._fail(request, _expired(now - request.deadline))
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, _, request = heapq.heappop(self._deadlines)
+            if request.next_row < request.num_rows:
+                self._fail(request, expired(now - deadline))
 
-    def _fail(self, request: _Request[Context], error: WireError) -> None:
-        self._remove(request)
+    def _drop(self, request: _Request[Context]) -> None:
+        """Take a request out of the line, if it still stands there."""
+        line = request.lane.line
+        num_rows = line.drop(request)
+        if not num_rows:
+            return
+        request.rows = _NO_ROWS  # the request itself may stay in its lane for a while
+        self._num_requests -= 1
+        if not line.num_rows:
+            self._to_idle(line)
+        self._room.leave(request.lane.caller, num_rows, request.left_bytes)
+        self._tell_if_empty()
+
+    def _fail(self, request: _Request[Context], error: Exception) -> None:
+        self._drop(request)
         if not request.future.done():
             request.future.set_exception(error)
 
-    async def _loop(self) -> None:
-        while True:
-            self._drop_expired()
-            if not self._queue:
-                if self._closing and not self._held_rows:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                # Let everything that is ready to arrive do so: it belongs in the same batch.
-                await asyncio.sleep(0)
-                continue
-            key, taken = self._take()
-            await self._run_batch(key, taken)
+    def _to_idle(self, line: _Line[Context]) -> None:
+        del self._active[line.key]
+        self._idle[line.key] = line
+        if len(self._idle) > _KNOWN_GROUPS:
+            del self._idle[next(iter(self._idle))]
 
-    def _take(self) -> tuple[Hashable, list[tuple[_Request[Context], int, int]]]:
-        """Take rows of the group at the head of the line, up to a batch's worth."""
+    def _order_pump(self) -> None:
+        """Look for a batch once everything that is ready to arrive has done so: it belongs in the same one."""
+        self._pump_ordered = True
+        asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_ordered = False
+        self._hand_over(only_full=False)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._hand_over(only_full=False)
+
+    def _hand_over(self, *, only_full: bool) -> None:
+        """Hand batches to the runner, as long as it takes some and there are some to run now."""
+        if not self._started:
+            return
         now = self._clock.monotonic()
-        key = next(iter(self._queue)).key
-        room = max(1, self._max_rows(key))
-        taken = []
-        for request in [one for one in self._queue if one.key == key]:
-            start, stop = request.next_row, min(request.next_row + room, len(request.rows))
-            if request.queue_s is None:
-                request.queue_s = now - request.arrival
-            request.next_row = stop
-            self._queued_rows -= stop - start
-            del self._queue[request]
-            if request.num_left:
-                self._queue[request] = None
-            taken.append((request, start, stop))
-            room -= stop - start
-            if not room:
-                break
-        return key, taken
+        self._drop_expired(now)
+        while self._active and self._running < self._depth:
+            found = self._next(now, only_full or self._running > 0)
+            if found is None:
+                return
+            line, room = found
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._launch(line, room, now)
 
-    async def _run_batch(self, key: Hashable, taken: list[tuple[_Request[Context], int, int]]) -> None:
-        start = self._clock.monotonic()
-        parts = [Part(request.rows.take(slice(first, last)), request.context) for request, first, last in taken]
+    def _next(self, now: float, only_full: bool) -> tuple[_Line[Context], int] | None:
+        """Return the group whose turn it is, and the most rows that it may run; None: nothing runs now."""
+        shortest_s = math.inf
+        for line in itertools.islice(self._active.values(), _GROUPS_ASKED):
+            room = max(1, self._max_rows(line.key))
+            if line.num_rows >= room:
+                return line, room
+            if only_full:  # it runs next, though others be full
+                return None
+            earliest = self._deadlines[0][0] if self._deadlines else None
+            wait_s = 0.0 if self._closing else line.pace.wait_s(line.num_rows, room, now, earliest)
+            if wait_s <= 0.0:
+                return line, room
+            shortest_s = min(shortest_s, wait_s)
+        if self._timer is None:
+            self._timer = self._later(shortest_s, self._on_timer)
+        return None
+
+    def _launch(self, line: _Line[Context], room: int, now: float) -> None:
+        taken = line.take(room)
+        del self._active[line.key]
+        self._active[line.key] = line  # behind the other groups
+        if not line.num_rows:
+            self._to_idle(line)
+        parts = []
+        for request, first, last in taken:
+            if first == 0:
+                request.queue_s = now - request.arrival
+            if last - first == request.num_rows:
+                parts.append(Part(request.rows, request.context))
+            else:
+                parts.append(Part(request.rows.take(slice(first, last)), request.context))
+            num_bytes = request.left_bytes
+            if last < request.num_rows:
+                num_bytes = num_bytes * (last - first) // (request.num_rows - first)
+            else:
+                self._num_requests -= 1
+            request.left_bytes -= num_bytes
+            self._room.leave(request.lane.caller, last - first, num_bytes)
+        self._running += 1
+        task = asyncio.get_running_loop().create_task(self._run_batch(line, parts, taken, now))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_batch(
+        self,
+        line: _Line[Context],
+        parts: list[Part[Context]],
+        taken: list[tuple[_Request[Context], int, int]],
+        start: float,
+    ) -> None:
         try:
-            results = await self._run(key, parts)
+            results = await self._run(line.key, parts)
             if len(results) != len(parts):
                 raise RuntimeError(f"{len(results)} results for {len(parts)} parts")
+            self._note_speed(line, sum(last - first for _, first, last in taken), start)
+            failed = any(one.error is not None for one in results)
         except WireError as error:
-            results = [PartResult(None, error)] * len(parts)
+            results, failed = [PartResult(None, error)] * len(parts), True
         except Exception as error:
             for request, _, _ in taken:
-                self._remove(request)
-                if not request.future.done():
-                    request.future.set_exception(error)
-            return
-        self._note_speed(sum(last - first for _, first, last in taken), self._clock.monotonic() - start)
-        for (request, _, _), result in zip(taken, results, strict=True):
-            self._deliver(request, result)
+                self._fail(request, error)
+            results, taken, failed = [], [], True
+        finally:
+            self._running -= 1
+        if not failed:  # what failed may have rows in the line that are to leave it first
+            self._hand_over(only_full=True)
+        for (request, first, last), result in zip(taken, results, strict=True):
+            self._deliver(request, first, last, result)
+        self._tell_if_empty()
+        if self._active and not self._pump_ordered:
+            self._order_pump()
 
-    def _note_speed(self, num_rows: int, elapsed_s: float) -> None:
-        if elapsed_s <= 0:
-            return
-        rate = num_rows / elapsed_s
-        self._rows_per_s = rate if not self._rows_per_s else (1 - _SMOOTHING) * self._rows_per_s + _SMOOTHING * rate
+    def _note_speed(self, line: _Line[Context], num_rows: int, start: float) -> None:
+        now = self._clock.monotonic()
+        # A batch that was handed over early began when the one before it ended.
+        elapsed_s = now - max(start, self._last_end)
+        self._last_end = now
+        line.pace.ended(num_rows, elapsed_s, now)
+        if elapsed_s > 0:
+            rate = num_rows / elapsed_s
+            self._rows_per_s += (_SMOOTHING if self._rows_per_s else 1.0) * (rate - self._rows_per_s)
 
-    def _deliver(self, request: _Request[Context], result: PartResult) -> None:
+    def _deliver(self, request: _Request[Context], first: int, last: int, result: PartResult) -> None:
+        if request.future.done():
+            return
         if result.error is not None or result.values is None:
             self._fail(request, result.error or WireError(ErrorCode.INTERNAL, "a batch ended without a result"))
             return
-        request.results.append(result)
-        if request.num_left or request.future.done():
+        if last - first == request.num_rows:
+            request.future.set_result(BatchResult(result.values, request.queue_s, result.trunk_s, result.head_s))
             return
-        values = [one.values for one in request.results if one.values is not None]
+        request.results.append((first, result))
+        request.num_done += last - first
+        if request.num_done < request.num_rows:
+            return
+        # With several batches at a time, a later slice may be back first.
+        results = [one for _, one in sorted(request.results, key=lambda pair: pair[0])]
         request.future.set_result(
             BatchResult(
-                values=values[0] if len(values) == 1 else np.concatenate(values),
-                queue_s=request.queue_s or 0.0,
-                trunk_s=sum(one.trunk_s for one in request.results),
-                head_s=sum(one.head_s for one in request.results),
+                np.concatenate([one.values for one in results if one.values is not None]),
+                request.queue_s,
+                sum(one.trunk_s for one in results),
+                sum(one.head_s for one in results),
             )
         )
 
 
-def _expired(late_s: float) -> WireError:
+def _closing() -> WireError:
+    return WireError(ErrorCode.UNAVAILABLE, "this replica is shutting down; the same call will reach another one")
+
+
+def expired(late_s: float) -> WireError:
+    """Return what is said of rows whose deadline passed ``late_s`` seconds ago, before they were run."""
     return WireError(
         ErrorCode.DEADLINE_EXCEEDED,
         f"the deadline passed {max(late_s, 0.0):.2f} s ago while the rows waited; they were dropped. Allow more "

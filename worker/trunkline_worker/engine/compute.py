@@ -1,4 +1,4 @@
-"""One batch: one trunk pass over everybody's rows, then each distinct head once on its own."""
+"""One batch: one trunk pass over everybody's rows, then each distinct head once on its own rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.engine.batcher import Monotonic, Part, PartResult
 from trunkline_worker.engine.choice import Prepared
+from trunkline_worker.engine.memory import is_out_of_memory
 from trunkline_worker.engine.multihead import Columns, Head, HeadRows, run_heads
 
 # Shape suffix legend: B = rows, D = embedding columns, K = outputs
@@ -45,6 +46,7 @@ class Compute:
         self.trunk_calls = 0
         self.trunk_rows = 0
         self.head_calls = 0
+        self.stacked_calls = 0
 
     def run(self, parts: Sequence[Part[Work]]) -> list[PartResult]:
         """Run a batch whose parts share a cut and an input size.
@@ -85,10 +87,10 @@ class Compute:
                 with_head.append((index, HeadRows(work.head_key, work.head, start, stop, part.rows.more_BE)))
             start = stop
         if with_head:
-            rows = [one for _, one in with_head]
-            self.head_calls += len({one.key for one in rows})
-            outputs = run_heads(embedding_BD, rows, parts[0].context.columns)
-            for (index, _), output in zip(with_head, outputs, strict=True):
+            run = run_heads(embedding_BD, [one for _, one in with_head], parts[0].context.columns)
+            self.head_calls += run.num_heads
+            self.stacked_calls += run.num_stacked
+            for (index, _), output in zip(with_head, run.results, strict=True):
                 results[index] = output
         return [one if one is not None else WireError(ErrorCode.INTERNAL, "not run") for one in results]
 
@@ -104,11 +106,6 @@ def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic]) -> Tensor:
                 "input size",
             ) from error
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out. On the CPU torch says so in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def gather(rows: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:

@@ -27,8 +27,9 @@ from trunkline_wire.specs import FLOAT32, INPUT_CUT, BackboneSpec, CodecCost, Cu
 
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.engine.choice import embedding_error
-from trunkline_worker.engine.runtimes import TORCH_FP32, exact_features, torch_runtime
+from trunkline_worker.engine.runtime_names import TORCH_FP32
 from trunkline_worker.engine.sample import NUM_PICTURES, sample_pictures
+from trunkline_worker.engine.torch_runtimes import exact_features, torch_runtime
 from trunkline_worker.store.blobs import BlobStore
 
 # Shape suffix legend: B = rows, H = height, W = width, C = channels, D = embedding columns

@@ -7,7 +7,6 @@ answer depends on nothing else.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,8 +25,9 @@ from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.engine.api import DEFAULT_OUTPUTS, LOGITS, Payload, TrunkGradients, TrunkOutputs
 from trunkline_worker.engine.batcher import Batcher, Monotonic
 from trunkline_worker.engine.checks import check_rows, check_space, select_slices
-from trunkline_worker.engine.compute import Work, is_out_of_memory
+from trunkline_worker.engine.compute import Work
 from trunkline_worker.engine.graphs import Function, Graphs, Inputs
+from trunkline_worker.engine.memory import is_out_of_memory
 from trunkline_worker.engine.shared import Shared
 from trunkline_worker.engine.threads import Threads
 
@@ -73,7 +73,6 @@ class Differentiator:
             max_rows: Most rows at a time, by input size.
         """
         self._placed = placed
-        self._plain: Backbone | None = None
         self._threads = threads
         self._batcher = batcher
         self._device = device
@@ -157,26 +156,17 @@ class Differentiator:
         return await self._threads.compute(self._build, *key)
 
     def _build(self, cut: str, outputs: tuple[str, ...]) -> Function:
-        """Build the part behind a cut. It fits every input size."""
-        backbone = self._in_plain_layout()
+        """Build the part behind a cut. It fits every input size.
+
+        Of weights laid out as PyTorch does by default, as ``place`` leaves them. Convolutions on other layouts round
+        differently, so a ReLU near 0 may open that is closed in a loop without a wire: enough to change a gradient in
+        its third digit.
+        """
+        backbone = self._placed
         part = backbone.rest(cut) if outputs == (LOGITS,) else backbone.reader(cut, outputs)
         found = self._placed.describe().cut(cut)
         assert found is not None
         return Function(part, found.channel_axis).eval()
-
-    def _in_plain_layout(self) -> Backbone:
-        """Return the backbone with weights laid out as PyTorch does by default; other weights than those are shared.
-
-        Convolutions on other layouts round differently, so a ReLU near 0 may open that is closed in a loop without a
-        wire: enough to change a gradient in its third digit.
-        """
-        if self._plain is None:
-            whole = self._placed.modules()
-            shared = [one for part in whole for one in (*part.parameters(), *part.buffers()) if one.ndim != 4]
-            self._plain = copy.deepcopy(self._placed, {id(one): one for one in shared})
-            for part in self._plain.modules():
-                part.to(memory_format=torch.contiguous_format)
-        return self._plain
 
     async def _in_slices(
         self, spec: BackboneSpec, num_rows: int, run: Callable[[slice], Any], deadline: float | None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from trunkline_wire.specs import (
     CutCost,
     FeatureSpace,
     SliceSpec,
+    Tuning,
 )
 
 from trunkline_worker.backbones.backbone import Backbone
@@ -32,7 +35,7 @@ from trunkline_worker.engine.api import (
     TrunkGradients,
     TrunkOutputs,
 )
-from trunkline_worker.engine.batcher import Batcher, Monotonic, Part, PartResult, Rows
+from trunkline_worker.engine.batcher import MAX_QUEUED_BYTES, Batcher, Hold, Monotonic, Part, PartResult, Rows
 from trunkline_worker.engine.bottlenecks import Bottlenecks, LoadBottleneck
 from trunkline_worker.engine.checks import (
     check_codec,
@@ -45,25 +48,33 @@ from trunkline_worker.engine.checks import (
     first_input,
     select_slices,
 )
-from trunkline_worker.engine.choice import RuntimeChooser
 from trunkline_worker.engine.compute import Compute, Work
 from trunkline_worker.engine.cutcosts import CutCosts
 from trunkline_worker.engine.decoding import RowDecoder
 from trunkline_worker.engine.differentiate import Differentiator
-from trunkline_worker.engine.multihead import Columns, Head, HeadCache, HeadPath, LoadHead
-from trunkline_worker.engine.pipeline import Collected, DecodingPipeline
+from trunkline_worker.engine.headcache import HeadCache, HeadPath, LoadHead
+from trunkline_worker.engine.multihead import Columns, Head
+from trunkline_worker.engine.pipeline import Collected, DecodingPipeline, memory_of
 from trunkline_worker.engine.prepared import Runtimes
-from trunkline_worker.engine.runtimes import find_device, place
+from trunkline_worker.engine.runtimes import find_device, max_rows_of, rows_at
 from trunkline_worker.engine.targets import LocalKey, Target, TrunkKey
 from trunkline_worker.engine.threads import Threads
+from trunkline_worker.engine.torch_runtimes import place
+from trunkline_worker.engine.tuning import RuntimeChooser
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import ModelRecord
 
 # Shape suffix legend: B = rows, D = embedding columns, E = columns of a model's other inputs
 
-_BATCH_ROWS = {"cpu": 32, "cuda": 256}
-_REFERENCE_SIZE = 224
-_MAX_GROWTH = 4
+_MAX_TARGETS = 1024
+
+
+class _Asked(NamedTuple):
+    """How a request is to stand in line: see ``Engine.predict``. ``deadline`` is a reading of the clock."""
+
+    deadline: float | None
+    caller: str
+    wait: bool
 
 
 class LocalEngine:
@@ -79,11 +90,14 @@ class LocalEngine:
         num_threads: int | None = None,
         max_rows: int | None = None,
         max_queued_rows: int = 8192,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
         head_capacity: int = 4096,
+        head_bytes: int = 2**30,
         load_head: LoadHead | None = None,
         head_path: HeadPath | None = None,
         load_bottleneck: LoadBottleneck | None = None,
         use_onnx: bool = True,
+        runtime: str | None = None,
     ) -> None:
         """Prepare; ``start`` makes it ready.
 
@@ -94,41 +108,63 @@ class LocalEngine:
             device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
             num_threads: Of the CPU, for one batch and for decoding images. None: as many as torch uses.
             max_rows: Most rows of 224 px in a batch; more of smaller pictures, fewer of larger ones. None: 32 on the
-                CPU, 256 on a GPU.
+                CPU, 256 on a GPU. Batches are smaller where the runtime was measured to be as fast then.
             max_queued_rows: Most rows that wait before callers are told to come back.
+            max_queued_bytes: Most memory of theirs, as they enter the network, likewise.
             head_capacity: Most heads that are kept in memory.
+            head_bytes: Most bytes that they take together.
             load_head: Makes a head from checked bytes. None: the worker's own format.
             head_path: Where a head lies, by its SHA-256. None: the worker's own layout.
             load_bottleneck: Finds a bottleneck by its SHA-256. None: there are none.
-            use_onnx: Whether to try ONNX Runtime.
+            use_onnx: Whether to try ONNX Runtime and OpenVINO.
+            runtime: The one to use, of ``runtime_names.RUNTIMES``, for every cut. None: the best, as measured.
 
         Raises:
-            WireError: INVALID_ARGUMENT for a device that is not there.
+            WireError: INVALID_ARGUMENT for a device that is not there, or a runtime that does not exist.
         """
         if load_head is None or head_path is None:
-            from trunkline_worker.heads import artefact
+            from trunkline_worker.heads import artefact, stacking
 
-            load_head, head_path = load_head or artefact.head_from_bytes, head_path or artefact.head_path
+            load_head, head_path = load_head or stacking.packed_from_bytes, head_path or artefact.head_path
         self._device = find_device(device)
         self._backbone = backbone
         self._clock = clock
         threads = num_threads or torch.get_num_threads()
-        self._max_rows_own = max_rows or _BATCH_ROWS.get(self._device.type, _BATCH_ROWS["cpu"])
+        self._max_rows_own = max_rows or max_rows_of(self._device)
         placed = place(backbone, self._device)
         self._threads = Threads(threads)
         chooser = RuntimeChooser(
-            backbone, placed, blobs, device=self._device, num_threads=threads, clock=clock, use_onnx=use_onnx
+            backbone,
+            placed,
+            blobs,
+            device=self._device,
+            num_threads=threads,
+            most_rows=self._max_rows_own,
+            clock=clock,
+            use_onnx=use_onnx,
+            fixed=runtime or "",
         )
         self._runtimes = Runtimes(chooser, self._threads)
         self._costs = CutCosts(backbone, placed, blobs, self._threads, device=self._device, num_threads=threads)
         self._compute = Compute(clock)
         self._decoder = RowDecoder(threads)
         self._heads = HeadCache(
-            blobs, load_head=load_head, head_path=head_path, capacity=head_capacity, executor=self._threads.short_pool
+            blobs,
+            load_head=load_head,
+            head_path=head_path,
+            capacity=head_capacity,
+            max_bytes=head_bytes,
+            executor=self._threads.short_pool,
         )
         self._bottlenecks = Bottlenecks(load_bottleneck, self._threads)
         self._batcher: Batcher[Work] = Batcher(
-            self._run_batch, clock=clock, max_rows=self._max_rows, max_queued_rows=max_queued_rows
+            self._run_batch,
+            clock=clock,
+            max_rows=self._max_rows,
+            max_queued_rows=max_queued_rows,
+            max_queued_bytes=max_queued_bytes,
+            # A GPU gets its next batch while it computes: what goes before, on the CPU, costs it no time then.
+            depth=2 if self._device.type == "cuda" else 1,
         )
         self._differentiator = Differentiator(
             placed,
@@ -139,6 +175,8 @@ class LocalEngine:
             max_rows=self._rows_at,
         )
         self._pipeline = DecodingPipeline(self._batcher, clock)
+        # Worked out once: a client sends thousands of batches alike. Descriptions of a size never change.
+        self._targets: dict[tuple[FeatureSpace, int, tuple[str, ...]], Target] = {}
 
     async def start(self, *, prepare: bool = True) -> None:
         """Begin to answer.
@@ -146,6 +184,9 @@ class LocalEngine:
         Args:
             prepare: Whether to choose the runtime for images of the backbone's own size now: seconds the first time,
                 read from storage later. Otherwise, as for every other cut and size, when it is first used.
+
+        Raises:
+            WireError: UNSUPPORTED where the runtime is fixed and cannot be used.
         """
         self._batcher.start()
         if prepare:
@@ -168,7 +209,12 @@ class LocalEngine:
             prepared = self._runtimes.known(TrunkKey(INPUT_CUT, size))
             if prepared is not None:
                 return dataclasses.replace(
-                    spec, runtime=prepared.runtime.name, device=str(self._device), runtime_error=prepared.error
+                    spec,
+                    runtime=prepared.runtime.name,
+                    device=str(self._device),
+                    runtime_error=prepared.error,
+                    rows_per_s=prepared.rows_per_s,
+                    batch_rows=prepared.batch_rows,
                 )
         return dataclasses.replace(spec, device=str(self._device))
 
@@ -198,6 +244,13 @@ class LocalEngine:
         self._backbone.check_cut(cut)
         return await self._costs.cost((cut, spec.preprocessing.input_size))
 
+    async def tune(self, cut: str = "", input_size: int = 0, again: bool = False) -> Tuning:
+        """Say how the runtime behind a cut was chosen. See ``Engine``."""
+        spec = await self._spec(input_size)
+        self._backbone.check_cut(cut or INPUT_CUT)
+        key = TrunkKey(cut or INPUT_CUT, spec.preprocessing.input_size)
+        return await self._runtimes.tune(key, again=again)
+
     async def predict(
         self,
         space: FeatureSpace,
@@ -206,27 +259,39 @@ class LocalEngine:
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
         timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Prediction:
         """Run trunk and head. See ``Engine``."""
         start, deadline = self._started(timeout_s)
+        asked = _Asked(deadline, caller, wait)
         check_more(model, more_BE, len(rows))
         if space.is_local or model.space.is_local:
-            collected, use = await self._run_head_alone(space, rows, model, more_BE, deadline)
+            async with self._head(model) as head:
+                collected, use = await self._run_head_alone(space, rows, model, head, more_BE, asked)
         else:
             target = await self._target(space, rows, space.input_size or model.space.input_size, model.slices)
             needed = first_input(model)
             check_model(model.reference, needed, target.spec, target.cut)
             check_own(model.reference, needed, space, codec_of(rows))
-            collected, use = await self._process(target, rows, model, more_BE, deadline)
+            async with self._head(model) as head:
+                collected, use = await self._process(target, rows, model, head, more_BE, asked)
         return Prediction(collected.values, collected.errors, collected.timings(self._since(start)), use)
 
     async def extract(
-        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        slices: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Extraction:
         """Run the trunk and return slices. See ``Engine``."""
         start, deadline = self._started(timeout_s)
         target = await self._target(space, rows, space.input_size, slices)
-        collected, use = await self._process(target, rows, None, None, deadline)
+        collected, use = await self._process(target, rows, None, None, None, _Asked(deadline, caller, wait))
         timings = collected.timings(self._since(start))
         return Extraction(collected.values, target.slices, collected.errors, timings, use)
 
@@ -262,7 +327,16 @@ class LocalEngine:
     async def stats(self) -> EngineStats:
         """Return the counters. See ``Engine``."""
         compute = self._compute
-        return EngineStats(compute.trunk_calls, compute.trunk_rows, compute.head_calls, self._batcher.queued_rows)
+        return EngineStats(
+            trunk_calls=compute.trunk_calls,
+            trunk_rows=compute.trunk_rows,
+            head_calls=compute.head_calls,
+            queued_rows=self._batcher.queued_rows,
+            stacked_calls=compute.stacked_calls,
+            heads_kept=len(self._heads),
+            head_bytes=self._heads.size_bytes,
+            head_loads=self._heads.num_loads,
+        )
 
     def _started(self, timeout_s: float | None) -> tuple[float, float | None]:
         now = self._clock.monotonic()
@@ -279,12 +353,20 @@ class LocalEngine:
                 f"local features of {space.local_model[:80]!r} enter no backbone; only a head that was trained on them "
                 "reads them",
             )
+        asked_for = (space, input_size, tuple(slices))
+        known = self._targets.get(asked_for)
+        if known is not None:
+            check_rows(rows, known.cut, is_input=space.is_input)
+            return known
         spec = await self._spec(input_size)
         cut, precision = check_space(space, spec, self._backbone.check_cut)
         wanted = select_slices(slices, spec, cut)
         if not space.bottleneck:
             check_rows(rows, cut, is_input=space.is_input)
-            return Target(spec, cut, precision, wanted)
+            if len(self._targets) >= _MAX_TARGETS:
+                del self._targets[next(iter(self._targets))]
+            self._targets[asked_for] = Target(spec, cut, precision, wanted)
+            return self._targets[asked_for]
         bottleneck = await self._bottlenecks.get(space.bottleneck, cut)
         check_rows(rows, dataclasses.replace(cut, feature_shape=bottleneck.code_shape), is_input=False)
         return Target(spec, cut, precision, wanted, bottleneck)
@@ -300,12 +382,14 @@ class LocalEngine:
         target: Target,
         rows: Payload,
         model: ModelRecord | None,
+        head: tuple[str, Head] | None,
         more_BE: npt.NDArray[np.float32] | None,
-        deadline: float | None,
+        asked: _Asked,
     ) -> tuple[Collected, CodecUse]:
         """Take checked rows through decoding, the line and a batch."""
-        key, head = target.key, None if model is None else await self._head(model)
-        with self._batcher.hold(len(rows)) as hold:
+        key, deadline = target.key, asked.deadline
+        num_bytes = memory_of(rows, more_BE, target, slice_rows=self._max_rows(key))
+        with await self._hold(len(rows), num_bytes, asked) as hold:
             self._runtimes.start(key)
             use = await self._codec_use(target, rows, model, deadline)
             prepared = await self._runtimes.get(key, self._left_s(deadline))
@@ -333,19 +417,20 @@ class LocalEngine:
         space: FeatureSpace,
         rows: Payload,
         model: ModelRecord,
+        keyed_head: tuple[str, Head],
         more_BE: npt.NDArray[np.float32] | None,
-        deadline: float | None,
+        asked: _Asked,
     ) -> tuple[Collected, CodecUse]:
         """Run a head on local features: there is nothing for the trunk to do."""
-        head_key, head = await self._head(model)
+        head_key, head = keyed_head
         width = head.num_features - head.more_width
         check_local(model.reference, dataclasses.replace(first_input(model), width=width), space, rows)
         columns = Columns([SliceSpec(space.local_model, 0, width)])
         work = Work(None, columns, (space.local_model,), head_key, head)
         key = LocalKey(space.local_model, width)
-        with self._batcher.hold(len(rows)) as hold:
+        with await self._hold(len(rows), memory_of(rows, more_BE), asked) as hold:
             features = (await self._decoder.packed(rows)).rows if isinstance(rows, PackedRows) else np.asarray(rows)
-            result = await self._batcher.submit(key, Rows(features, more_BE), work, deadline=deadline, hold=hold)
+            result = await self._batcher.submit(key, Rows(features, more_BE), work, deadline=asked.deadline, hold=hold)
         collected = Collected.of(result)
         collected.fail_overflown()
         return collected, CodecUse(codec_of(rows), 0.0, model.codec, model.codec_error)
@@ -361,29 +446,38 @@ class LocalEngine:
             use = await self._costs.use(where, codec_of(rows), target.precision, self._left_s(deadline))
         if model is None:
             return use
-        use = dataclasses.replace(use, trained_codec=model.codec, trained_error=model.codec_error)
+        use = CodecUse(use.codec, use.embedding_error, model.codec, model.codec_error)
         check_codec(model.reference, use)
         return use
+
+    async def _hold(self, num_rows: int, num_bytes: int, asked: _Asked) -> Hold:
+        if asked.wait:
+            return await self._batcher.hold_in_turn(num_rows, num_bytes, caller=asked.caller, deadline=asked.deadline)
+        return self._batcher.hold(num_rows, num_bytes, caller=asked.caller)
 
     def _left_s(self, deadline: float | None) -> float | None:
         return None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
 
-    async def _head(self, model: ModelRecord) -> tuple[str, Head]:
-        head = await self._heads.get(model.head_sha256)
-        more_width = sum(one.width for one in model.more_inputs)
-        if (head.slices, head.more_width, head.num_outputs) != (model.slices, more_width, model.num_outputs):
-            raise WireError(
-                ErrorCode.CORRUPT_DATA, f"the head in storage is not the one that {model.reference} was registered with"
-            )
-        return model.head_sha256, head
+    @contextlib.asynccontextmanager
+    async def _head(self, model: ModelRecord) -> AsyncIterator[tuple[str, Head]]:
+        """Return the key of a model's head and the head, which stays in memory until the context ends."""
+        async with self._heads.use(model.head_sha256) as head:
+            more_width = sum(one.width for one in model.more_inputs)
+            if (head.slices, head.more_width, head.num_outputs) != (model.slices, more_width, model.num_outputs):
+                raise WireError(
+                    ErrorCode.CORRUPT_DATA,
+                    f"the head in storage is not the one that {model.reference} was registered with",
+                )
+            yield model.head_sha256, head
 
     def _max_rows(self, key: Hashable) -> int:
-        return self._rows_at(key.input_size) if isinstance(key, TrunkKey) else self._max_rows_own
+        if not isinstance(key, TrunkKey):
+            return self._max_rows_own
+        most, prepared = self._rows_at(key.input_size), self._runtimes.known(key)
+        return min(most, prepared.batch_rows) if prepared is not None and prepared.batch_rows else most
 
     def _rows_at(self, input_size: int) -> int:
-        """Scale the rows of a batch so that its pixels stay the same, within bounds."""
-        scaled = int(self._max_rows_own * (_REFERENCE_SIZE / input_size) ** 2)
-        return min(max(scaled, 1), _MAX_GROWTH * self._max_rows_own)
+        return rows_at(self._max_rows_own, input_size)
 
     async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
         return await self._threads.compute(self._compute.run, parts)

@@ -1,13 +1,11 @@
-"""Many heads on one embedding: loaded on demand, kept while in use, each run once over all of its rows in a batch."""
+"""Many heads on one embedding: each run once over all of its rows in a batch, those of one structure in one pass."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+import logging
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +14,13 @@ from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import SliceSpec
 
-from trunkline_worker.store.blobs import BlobStore
+from trunkline_worker.engine.memory import is_out_of_memory
+from trunkline_worker.heads.stacking import PackedHead, predict_stacked
 
-# Shape suffix legend: B = rows, D = embedding columns, K = outputs
+logger = logging.getLogger(__name__)
+
+# Shape suffix legend: B = rows, D = columns, E = columns that go past the trunk, K = outputs, G = heads, N = rows of
+# each
 
 
 class Head(Protocol):
@@ -40,67 +42,12 @@ class Head(Protocol):
     def num_outputs(self) -> int:
         """Number of outputs, K."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it takes."""
+
     def predict(self, x_BD: Tensor) -> Tensor:
         """Return (B, K) outputs, float32."""
-
-
-LoadHead = Callable[[bytes], Head]
-HeadPath = Callable[[str], str]
-
-
-class HeadCache:
-    """The heads used last, by the SHA-256 of their files. Used from the event loop only."""
-
-    def __init__(
-        self, blobs: BlobStore, *, load_head: LoadHead, head_path: HeadPath, capacity: int, executor: Executor
-    ) -> None:
-        """Prepare.
-
-        Args:
-            blobs: Where heads lie.
-            load_head: Makes a head from bytes whose hash has been checked.
-            head_path: SHA-256 to the path in ``blobs``.
-            capacity: Most heads that are kept.
-            executor: Reads and loads off the loop.
-        """
-        self._blobs = blobs
-        self._load_head = load_head
-        self._head_path = head_path
-        self._capacity = max(1, capacity)
-        self._executor = executor
-        self._heads: OrderedDict[str, Head] = OrderedDict()
-        self._loading: dict[str, asyncio.Future[Head]] = {}
-
-    def __len__(self) -> int:
-        """Return how many heads are kept."""
-        return len(self._heads)
-
-    async def get(self, sha256: str) -> Head:
-        """Return a head, loading it where it is not kept. Concurrent callers share one load.
-
-        Raises:
-            WireError: NOT_FOUND, CORRUPT_DATA. A failure is not kept: the next call tries again.
-        """
-        if sha256 in self._heads:
-            self._heads.move_to_end(sha256)
-            return self._heads[sha256]
-        if sha256 not in self._loading:
-            loading = asyncio.get_running_loop().run_in_executor(self._executor, self._load, sha256)
-            self._loading[sha256] = loading
-            loading.add_done_callback(lambda done: self._keep(sha256, done))
-        # One caller that gives up must not take the load away from the others.
-        return await asyncio.shield(self._loading[sha256])
-
-    def _load(self, sha256: str) -> Head:
-        return self._load_head(self._blobs.get_checked(self._head_path(sha256), sha256))
-
-    def _keep(self, sha256: str, done: asyncio.Future[Head]) -> None:
-        self._loading.pop(sha256, None)
-        if done.cancelled() or done.exception() is not None:
-            return
-        self._heads[sha256] = done.result()
-        while len(self._heads) > self._capacity:
-            self._heads.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -122,8 +69,8 @@ class Columns:
         first = slices[0].start
         self._ranges = {one.name: (one.start - first, one.stop - first) for one in slices}
 
-    def select(self, embedding_BD: Tensor, names: Sequence[str]) -> Tensor:
-        """Return the columns of the named slices, in that order. A view where they lie side by side."""
+    def select(self, embedding_BD: Tensor, names: Sequence[str], rows: slice | list[int] = slice(None)) -> Tensor:
+        """Return the columns of the named slices, in that order. A view where they, and the rows, lie side by side."""
         ranges: list[tuple[int, int]] = []
         for name in names:
             start, stop = self._ranges[name]
@@ -131,38 +78,111 @@ class Columns:
                 ranges[-1] = (ranges[-1][0], stop)
             else:
                 ranges.append((start, stop))
-        parts = [embedding_BD[:, start:stop] for start, stop in ranges]
+        parts = [embedding_BD[:, start:stop][rows] for start, stop in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def run_heads(embedding_BD: Tensor, rows: Sequence[HeadRows], columns: Columns) -> list[Tensor | WireError]:
-    """Run every distinct head once, on all of its rows.
+class HeadRun(NamedTuple):
+    """What came of the heads of a batch.
+
+    Attributes:
+        results: In the order of the rows: (B, K) outputs, or why that head failed.
+        num_heads: Distinct heads.
+        num_stacked: Passes that ran more than one of them.
+    """
+
+    results: list[Tensor | WireError]
+    num_heads: int
+    num_stacked: int
+
+
+def run_heads(embedding_BD: Tensor, rows: Sequence[HeadRows], columns: Columns) -> HeadRun:
+    """Run every distinct head once, on all of its rows; those of one structure and as many rows together.
+
+    What a row gets depends on its head and on the rows of the same head, not on the other heads of the batch: heads
+    are never padded to each other. A head that fails, or yields NaN, takes no other one along. See ``predict_stacked``
+    for how close the outputs are to those of the head run alone.
 
     Args:
         embedding_BD: (B, D), what the trunk gave for the whole batch.
         rows: Which head answers which rows.
         columns: Where the slices lie.
-
-    Returns:
-        In the order of ``rows``: (B, K) outputs, or why that head failed. A head that fails takes no other one along.
     """
-    groups: dict[str, list[int]] = {}
+    by_head: dict[str, list[HeadRows]] = {}
+    places: dict[str, list[int]] = {}
     for index, one in enumerate(rows):
-        groups.setdefault(one.key, []).append(index)
+        by_head.setdefault(one.key, []).append(one)
+        places.setdefault(one.key, []).append(index)
+    passes: dict[Hashable, list[str]] = {}
+    for key, parts in by_head.items():
+        head = parts[0].head
+        alike: Hashable = key
+        if isinstance(head, PackedHead):
+            alike = head.structure, sum(one.stop - one.start for one in parts)
+        passes.setdefault(alike, []).append(key)
     results: list[Tensor | WireError] = [WireError(ErrorCode.INTERNAL, "not run")] * len(rows)
-    for indices in groups.values():
-        head = rows[indices[0]].head
-        parts = [embedding_BD[rows[index].start : rows[index].stop] for index in indices]
-        try:
-            gathered = columns.select(parts[0] if len(parts) == 1 else torch.cat(parts), head.slices)
-            more = [part for index in indices if (part := rows[index].more_BE) is not None]
-            if more:
-                gathered = torch.cat([gathered, torch.from_numpy(np.concatenate(more)).to(gathered)], dim=1)
-            outputs_BK = head.predict(gathered)
-        except WireError as error:
-            for index in indices:
-                results[index] = error
-            continue
-        for index, part in zip(indices, outputs_BK.split([len(one) for one in parts]), strict=True):
-            results[index] = part
-    return results
+    num_stacked = 0
+    for keys in passes.values():
+        together = [by_head[key] for key in keys]
+        outputs: Sequence[Tensor | WireError] | None = None
+        if len(keys) > 1:
+            outputs = _run_together(embedding_BD, together, columns)
+        num_stacked += outputs is not None
+        if outputs is None:
+            outputs = [output for one in together for output in _run_alone(embedding_BD, one, columns)]
+        for index, output in zip((index for key in keys for index in places[key]), outputs, strict=True):
+            results[index] = output
+    return HeadRun(results, len(by_head), num_stacked)
+
+
+def _run_together(
+    embedding_BD: Tensor, heads: Sequence[Sequence[HeadRows]], columns: Columns
+) -> Sequence[Tensor] | None:
+    """Run heads of one structure and as many rows in one pass. None: it failed, and each has to show on its own."""
+    parts = [part for one in heads for part in one]
+    modules = [one[0].head for one in heads]
+    try:
+        x_BD = _columns_of(embedding_BD, parts, columns)
+        x_GND = x_BD.reshape(len(heads), -1, x_BD.shape[1])
+        outputs_GNK = predict_stacked([one for one in modules if isinstance(one, PackedHead)], x_GND)
+    except Exception as error:
+        logger.warning("%d heads run one by one after %s in their common pass", len(heads), type(error).__name__)
+        return None
+    return outputs_GNK.flatten(0, 1).split([one.stop - one.start for one in parts])
+
+
+def _run_alone(embedding_BD: Tensor, parts: Sequence[HeadRows], columns: Columns) -> Sequence[Tensor | WireError]:
+    """Run one head on all of its rows."""
+    try:
+        outputs_BK = parts[0].head.predict(_columns_of(embedding_BD, parts, columns))
+        return outputs_BK.split([one.stop - one.start for one in parts])
+    except Exception as error:
+        return [_reason(error)] * len(parts)
+
+
+def _columns_of(embedding_BD: Tensor, parts: Sequence[HeadRows], columns: Columns) -> Tensor:
+    """Return what goes into heads that read the same slices, one row after another."""
+    rows: slice | list[int] = slice(parts[0].start, parts[0].stop)
+    if len(parts) > 1:
+        rows = [row for one in parts for row in range(one.start, one.stop)]
+    x_BD = columns.select(embedding_BD, parts[0].head.slices, rows)
+    more = [one.more_BE for one in parts if one.more_BE is not None]
+    if not more:
+        return x_BD
+    return torch.cat([x_BD, torch.from_numpy(np.concatenate(more)).to(x_BD)], dim=1)
+
+
+def _reason(error: Exception) -> WireError:
+    """Return why a head failed, in words for whoever sent the rows."""
+    if isinstance(error, WireError):
+        return error
+    if is_out_of_memory(error):
+        return WireError(
+            ErrorCode.WORKER_OOM, "this model's head does not fit this worker's memory with these rows; send fewer rows"
+        )
+    logger.error("a head failed", exc_info=error)
+    return WireError(
+        ErrorCode.INTERNAL,
+        "this model's head failed on these rows; the cluster's log says why. If it does so every time, train the model "
+        "again",
+    )

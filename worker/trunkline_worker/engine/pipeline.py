@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import Timings
+from trunkline_wire.limits import MAX_BATCH_ROWS
+from trunkline_wire.quantise import PackedRows
+from trunkline_wire.specs import INPUT_CUT, Timings
 
-from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic, Rows
+from trunkline_worker.engine.api import Payload
+from trunkline_worker.engine.batcher import Batcher, BatchResult, Hold, Monotonic, Rows, expired
 from trunkline_worker.engine.compute import Work
 from trunkline_worker.engine.decoding import DecodedRows
+from trunkline_worker.engine.targets import Target
 
-_SLICES_IN_FLIGHT = 2
+SLICES_IN_FLIGHT = 2
+"""Slices of a request that are decoded, or wait decoded, at a time."""
 
 Decode = Callable[[slice], Awaitable[DecodedRows]]
 """Decodes some of a request's rows."""
@@ -47,7 +53,10 @@ class Collected:
 
     def fail_overflown(self) -> None:
         """Turn rows whose values are not finite into errors of their own."""
-        finite_B = np.isfinite(self.values).all(axis=1)
+        finite = np.isfinite(self.values)
+        if finite.all():
+            return
+        finite_B = finite.all(axis=1)
         for row in np.flatnonzero(~finite_B).tolist():
             if row not in self.errors:
                 self.errors[row] = WireError(
@@ -65,6 +74,35 @@ class Collected:
             head_s=self.head_s,
             total_s=total_s,
         )
+
+
+def memory_of(
+    rows: Payload,
+    more_BE: npt.NDArray[np.float32] | None = None,
+    target: Target | None = None,
+    *,
+    slice_rows: int = MAX_BATCH_ROWS,
+) -> int:
+    """Return the bytes that a request takes while it waits: what came, and what of it is decoded at a time.
+
+    Args:
+        rows: What came.
+        more_BE: What goes past the trunk.
+        target: Where the rows enter the network. None: they enter none.
+        slice_rows: As for ``DecodingPipeline.process``.
+    """
+    num_bytes = 0 if more_BE is None else more_BE.nbytes
+    if isinstance(rows, np.ndarray | PackedRows):
+        num_bytes += rows.nbytes
+        is_ready = isinstance(rows, np.ndarray) and (target is None or target.bottleneck is None)
+    else:
+        num_bytes += sum(map(len, rows))
+        is_ready = False
+    if is_ready or target is None:
+        return num_bytes
+    values = math.prod(target.cut.feature_shape)
+    row_bytes = values if target.cut.name == INPUT_CUT else 4 * values  # pictures are uint8, features float32
+    return num_bytes + row_bytes * min(len(rows), SLICES_IN_FLIGHT * slice_rows)
 
 
 class DecodingPipeline:
@@ -104,11 +142,13 @@ class DecodingPipeline:
             WireError: As ``Batcher.submit`` does. A row that cannot be decoded is an error of its own only.
         """
         collected = Collected(np.full((num_rows, width), np.nan, dtype=np.float32))
-        gate = asyncio.Semaphore(_SLICES_IN_FLIGHT)
+        firsts = iter(range(0, num_rows, slice_rows))
 
-        async def one_slice(first: int) -> None:
-            async with gate:
+        async def slice_by_slice() -> None:
+            for first in firsts:  # shared by all who run this
                 start = self._clock.monotonic()
+                if deadline is not None and start >= deadline:
+                    raise expired(start - deadline)
                 decoded = await decode(slice(first, min(first + slice_rows, num_rows)))
                 collected.decode_s += self._clock.monotonic() - start
                 collected.errors.update({first + row: error for row, error in decoded.errors.items()})
@@ -117,7 +157,10 @@ class DecodingPipeline:
                     rows = Rows(decoded.rows, None if more_BE is None else more_BE[numbers])
                     collected.add(await self._batcher.submit(key, rows, work, deadline=deadline, hold=hold), numbers)
 
-        tasks = [asyncio.ensure_future(one_slice(first)) for first in range(0, num_rows, slice_rows)]
+        if num_rows <= slice_rows:  # most requests: no tasks for these
+            await slice_by_slice()
+            return collected
+        tasks = [asyncio.ensure_future(slice_by_slice()) for _ in range(SLICES_IN_FLIGHT)]
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -1,37 +1,30 @@
-"""What runs a trunk: torch in some precision, or ONNX Runtime. All of them take numpy and give float32 torch."""
+"""What runs a trunk, and on which device. All runtimes take numpy and give float32 torch."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import INPUT_CUT, CutSpec
-
-from trunkline_worker.backbones.backbone import Backbone
-from trunkline_worker.backbones.export import session_options
 
 # Shape suffix legend: B = rows, D = embedding columns
 
 TRUNK_INPUT = "features"
 TRUNK_OUTPUT = "embedding"
 
-TORCH_FP32 = "torch-fp32"
-TORCH_BF16 = "torch-bf16"
-TORCH_FP16 = "torch-fp16"
-ONNX_FP32 = "onnxruntime-fp32"
+REFERENCE_SIZE = 224
+"""Input size in pixels that numbers of rows are stated for."""
 
-_AUTOCAST = {TORCH_FP32: None, TORCH_BF16: torch.bfloat16, TORCH_FP16: torch.float16}
+_MAX_ROWS = {"cpu": 32, "cuda": 256}
+_MAX_GROWTH = 4
+_MEASURED = {"cpu": (8, 32), "cuda": (32, 256)}
 
 
 class Runtime(Protocol):
-    """A trunk behind one cut, ready to run. Called from one thread at a time."""
+    """A trunk behind one cut, ready to run. Built in the thread that calls it, and called from no other."""
 
     @property
     def name(self) -> str:
@@ -48,128 +41,12 @@ class Runtime(Protocol):
         """
 
 
-class TorchRuntime:
-    """Torch, eager, channels last, in float32 or under autocast."""
-
-    def __init__(self, trunk: nn.Module, name: str, device: torch.device, *, channels_first: bool = True) -> None:
-        """Wrap a trunk of a backbone that ``place`` has put on the device.
-
-        Args:
-            trunk: The part behind a cut.
-            name: One of the ``TORCH_`` names.
-            device: Where it runs.
-            channels_first: Whether features of three axes are (C, H, W), whose memory is then laid out channels last.
-                Those with their channels elsewhere are left as they come.
-
-        Raises:
-            ValueError: If ``name`` is not one of the ``TORCH_`` names.
-        """
-        if name not in _AUTOCAST:
-            raise ValueError(f"{name!r} is not one of {', '.join(_AUTOCAST)}")
-        self.name = name
-        self._device = device
-        self._dtype = _AUTOCAST[name]
-        self._trunk = trunk
-        self._channels_first = channels_first
-
-    @torch.inference_mode()
-    def run(self, features: npt.NDArray[np.generic]) -> Tensor:
-        """Return the embedding of a batch. See ``Runtime``."""
-        try:
-            return self._run(_to_torch(features))
-        except torch.OutOfMemoryError as error:
-            out_of_memory = error
-        # Outside of the handler, where the traceback no longer holds on to the tensors of the failed attempt.
-        out_of_memory.__traceback__ = None
-        return self._run_halves(features)
-
-    def _run_halves(self, features: npt.NDArray[np.generic]) -> Tensor:
-        torch.cuda.empty_cache()
-        half = len(features) // 2
-        if half == 0:
-            raise WireError(
-                ErrorCode.WORKER_OOM,
-                f"one row of shape {features.shape[1:]} does not fit the memory of {self._device}; use a smaller "
-                "input size",
-            )
-        return torch.cat([self.run(features[:half]), self.run(features[half:])])
-
-    def _run(self, features: Tensor) -> Tensor:
-        features = features.to(self._device, non_blocking=True)
-        if features.dtype != torch.uint8:
-            features = features.to(torch.float32)
-            if features.ndim == 4 and self._channels_first:
-                features = features.contiguous(memory_format=torch.channels_last)
-        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._dtype is not None:
-            autocast = torch.autocast(self._device.type, dtype=self._dtype)
-        with autocast:
-            embedding_BD = self._trunk(features)
-        return embedding_BD.float().cpu()
-
-
-def place(backbone: Backbone, device: torch.device) -> Backbone:
-    """Return the backbone on a device, channels last: itself on the CPU, a copy elsewhere."""
-    placed = backbone if device.type == "cpu" else copy.deepcopy(backbone)
-    for module in placed.modules():
-        module.to(device).to(memory_format=torch.channels_last)
-    return placed
-
-
-def torch_runtime(placed: Backbone, cut: CutSpec, name: str, device: torch.device, *, tap: str = "") -> TorchRuntime:
-    """Return the trunk behind a cut in torch.
-
-    Args:
-        placed: On the device, see ``place``.
-        cut: Where the features enter.
-        name: One of the ``TORCH_`` names.
-        device: Where it runs.
-        tap: Where it ends, if not at the embedding.
-    """
-    return TorchRuntime(placed.trunk(cut.name, tap), name, device, channels_first=cut.channel_axis == 0)
-
-
-@torch.inference_mode()
-def exact_features(
-    placed: Backbone, cut: str, images_BHWC: npt.NDArray[np.uint8], device: torch.device
-) -> npt.NDArray[np.generic]:
-    """Return what the exact stem makes of pictures, float32; at ``input`` the pictures themselves.
-
-    Args:
-        placed: On the device, see ``place``.
-        cut: Where the stem ends.
-        images_BHWC: (B, H, W, 3), at the input size.
-        device: Where it runs.
-    """
-    if cut == INPUT_CUT:
-        return images_BHWC
-    features: npt.NDArray[np.generic] = placed.stem(cut)(_to_torch(images_BHWC).to(device)).cpu().contiguous().numpy()
-    return features
-
-
-def _to_torch(features: npt.NDArray[np.generic]) -> Tensor:
+def to_torch(features: npt.NDArray[np.generic]) -> Tensor:
+    """Return rows as a tensor, in the same memory where torch accepts that."""
     # Rows decoded from a message share its memory and are read-only, which torch does not accept.
     if not features.flags.writeable or not features.flags.c_contiguous:
         features = features.copy(order="C")
     return torch.from_numpy(features)
-
-
-class OnnxRuntime:
-    """ONNX Runtime on the CPU, in float32."""
-
-    name = ONNX_FP32
-
-    def __init__(self, data: bytes, *, num_threads: int) -> None:
-        """Load a trunk that ``export_module`` wrote and ``check_onnx`` has passed."""
-        options = session_options(num_threads)
-        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-    def run(self, features: npt.NDArray[np.generic]) -> Tensor:
-        """Return the embedding of a batch. See ``Runtime``."""
-        if features.dtype == np.float16:
-            features = features.astype(np.float32)
-        (embedding_BD,) = self._session.run([TRUNK_OUTPUT], {TRUNK_INPUT: np.ascontiguousarray(features)})
-        return torch.from_numpy(embedding_BD)
 
 
 def find_device(name: str) -> torch.device:
@@ -193,17 +70,48 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware. Elsewhere it is emulated, and slower than float32."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware. Elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _cpu_has("avx512_bf16", "amx_bf16", "bf16")
+
+
+def has_fast_fp16(device: torch.device) -> bool:
+    """Whether a device multiplies float16 in hardware."""
+    return device.type == "cuda" or _cpu_has("avx512_fp16", "amx_fp16", "fp16_arith")
+
+
+def _cpu_has(*capabilities: str) -> bool:
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(one)) for one in ("avx512_bf16", "amx_bf16", "bf16"))
+    found = torch.cpu.get_capabilities()
+    return any(bool(found.get(one)) for one in capabilities)
 
 
-def torch_candidates(device: torch.device) -> tuple[str, ...]:
-    """Return the precisions worth trying on a device, float32 first."""
-    if device.type == "cpu":
-        return (TORCH_FP32, TORCH_BF16) if has_fast_bf16() else (TORCH_FP32,)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return (TORCH_FP32, TORCH_FP16, TORCH_BF16) if bf16 else (TORCH_FP32, TORCH_FP16)
+def max_rows_of(device: torch.device) -> int:
+    """Return the most rows of ``REFERENCE_SIZE`` pixels in a batch where nobody says otherwise."""
+    return _MAX_ROWS.get(device.type, _MAX_ROWS["cpu"])
+
+
+def rows_at(rows: int, input_size: int) -> int:
+    """Scale the rows of a batch so that its pixels stay the same, within bounds.
+
+    Args:
+        rows: At ``REFERENCE_SIZE`` pixels.
+        input_size: Of the rows, in pixels.
+    """
+    scaled = int(rows * (REFERENCE_SIZE / input_size) ** 2)
+    return min(max(scaled, 1), _MAX_GROWTH * rows)
+
+
+def batch_sizes(device: torch.device, most_rows: int, input_size: int) -> tuple[int, ...]:
+    """Return the rows of a batch at which runtimes are measured, rising.
+
+    Args:
+        device: Where they run.
+        most_rows: Most rows of ``REFERENCE_SIZE`` pixels that a batch may have.
+        input_size: Of the rows, in pixels.
+    """
+    sizes = {rows_at(one, input_size) for one in (*_MEASURED.get(device.type, _MEASURED["cpu"]), most_rows)}
+    return tuple(sorted({1, *(one for one in sizes if one <= rows_at(most_rows, input_size))}))

@@ -27,7 +27,7 @@ class Shared(Generic[K, V]):
         """
         self._make = make
         self._capacity = capacity
-        self._tasks: OrderedDict[K, asyncio.Task[V]] = OrderedDict()
+        self._tasks: OrderedDict[K, asyncio.Future[V]] = OrderedDict()
 
     def __contains__(self, key: object) -> bool:
         """Whether the result of a key is kept or being made."""
@@ -59,12 +59,20 @@ class Shared(Generic[K, V]):
         task = self._tasks.get(key)
         return None if task is None or not task.done() or _has_failed(task) else task.result()
 
+    def put(self, key: K, value: V) -> None:
+        """Keep a result that was made elsewhere, in place of any other of that key."""
+        future: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        future.set_result(value)
+        self._tasks[key] = future
+        self._tasks.move_to_end(key)
+        self._drop_oldest()
+
     def cancel(self) -> None:
         """Stop everything that is being made."""
         for task in list(self._tasks.values()):
             task.cancel()
 
-    def _task(self, key: K) -> asyncio.Task[V]:
+    def _task(self, key: K) -> asyncio.Future[V]:
         task = self._tasks.get(key)
         if task is None or _has_failed(task):
             task = self._tasks[key] = asyncio.get_running_loop().create_task(self._make(key))
@@ -72,14 +80,17 @@ class Shared(Generic[K, V]):
         self._tasks.move_to_end(key)
         return task
 
-    def _settle(self, key: K, task: asyncio.Task[V]) -> None:
+    def _settle(self, key: K, task: asyncio.Future[V]) -> None:
         # Looking at a failure also says that nobody needs to be told of it who has stopped waiting.
         if (_has_failed(task) or not self._capacity) and self._tasks.get(key) is task:
             del self._tasks[key]
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
         done = [one for one, kept in self._tasks.items() if kept.done()]
         for one in done[: max(0, len(done) - self._capacity)]:
             del self._tasks[one]
 
 
-def _has_failed(task: asyncio.Task[Any]) -> bool:
+def _has_failed(task: asyncio.Future[Any]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)

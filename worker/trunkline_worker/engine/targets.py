@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from trunkline_wire.bottleneck import Bottleneck
@@ -45,17 +46,17 @@ class Target:
     slices: tuple[SliceSpec, ...]
     bottleneck: Bottleneck | None = None
 
-    @property
+    @cached_property
     def key(self) -> TrunkKey:
         """The group of the rows."""
         return TrunkKey(self.cut.name, self.spec.preprocessing.input_size, map_tap(self.slices[0].name) or "")
 
-    @property
+    @cached_property
     def columns(self) -> Columns:
         """Where the slices lie in what the trunk gives."""
         return Columns(trunk_slices(self.spec, self.cut.name, self.key.tap))
 
-    @property
+    @cached_property
     def slice_names(self) -> tuple[str, ...]:
         """Names of what is wanted."""
         return tuple(one.name for one in self.slices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,7 +25,7 @@ class Threads:
             num_threads: That torch uses for one batch.
         """
         self._compute = ThreadPoolExecutor(
-            1, thread_name_prefix="trunkline-trunk", initializer=torch.set_num_threads, initargs=(num_threads,)
+            1, thread_name_prefix="trunkline-trunk", initializer=_set_threads, initargs=(num_threads,)
         )
         self._export = ThreadPoolExecutor(1, thread_name_prefix="trunkline-export")
         self._short = ThreadPoolExecutor(2, thread_name_prefix="trunkline-io")
@@ -70,3 +71,10 @@ class Threads:
         if self._closed:
             raise WireError(ErrorCode.UNAVAILABLE, "this replica has shut down; the same call will reach another one")
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+
+
+def _set_threads(num_threads: int) -> None:
+    """Set how many threads torch uses for one operation on this thread; it runs one operation at a time."""
+    torch.set_num_threads(num_threads)
+    with contextlib.suppress(RuntimeError):  # once in a process, before anything has run
+        torch.set_num_interop_threads(1)

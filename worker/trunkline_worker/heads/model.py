@@ -268,13 +268,26 @@ class TrainedHead:
         Raises:
             WireError: SHAPE_MISMATCH.
         """
-        if x_BD.ndim != 2 or x_BD.shape[1] != self.num_features:
-            names = ", ".join(name for one in self.inputs for name in one.slices)
-            raise WireError(
-                ErrorCode.SHAPE_MISMATCH,
-                f"the head takes (rows, {self.num_features}), slices {names}; got {tuple(x_BD.shape)}",
-            )
-        outputs_BK: Tensor = self.head(x_BD.to(self.head.mean))
-        if self.task == CLASSIFICATION:
-            return outputs_BK.softmax(dim=1)
-        return outputs_BK.sigmoid() if self.task == MULTI_LABEL else outputs_BK
+        check_columns(self.inputs, x_BD)
+        return answers(self.head(x_BD.to(self.head.mean)), self.task)
+
+
+def check_columns(inputs: Sequence[HeadInput], x_BD: Tensor) -> None:
+    """Check that rows have the columns of a head's inputs.
+
+    Raises:
+        WireError: SHAPE_MISMATCH.
+    """
+    width = sum(one.num_columns for one in inputs)
+    if x_BD.ndim != 2 or x_BD.shape[1] != width:
+        names = ", ".join(name for one in inputs for name in one.slices)
+        raise WireError(
+            ErrorCode.SHAPE_MISMATCH, f"the head takes (rows, {width}), slices {names}; got {tuple(x_BD.shape)}"
+        )
+
+
+def answers(outputs: Tensor, task: str) -> Tensor:
+    """Return what a head's outputs, (..., K), mean: probabilities, or the values themselves."""
+    if task == CLASSIFICATION:
+        return outputs.softmax(dim=-1)
+    return outputs.sigmoid() if task == MULTI_LABEL else outputs

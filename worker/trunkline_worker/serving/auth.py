@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,9 @@ class Principal:
 
 NOBODY = Principal("", Role.ANYONE)
 """A caller without a token."""
+
+Authorise = Callable[[str, Mapping[str, str | bytes]], Principal]
+"""From a method's full name and a call's metadata to who is calling. Raises ``WireError`` if they may not."""
 
 _WIRE = "/trunkline_wire.v1."
 ACCESS: dict[str, Role] = {
@@ -148,9 +151,7 @@ def authorise(method: str, authorization: str | None, tokens: Tokens | None) -> 
     Raises:
         WireError: UNAUTHENTICATED or PERMISSION_DENIED.
     """
-    needed = ACCESS.get(method)
-    if needed is None:
-        raise WireError(ErrorCode.UNSUPPORTED, "there is no such method")
+    needed = role_for(method)
     if needed is Role.ANYONE:
         return NOBODY
     if tokens is None:
@@ -161,9 +162,40 @@ def authorise(method: str, authorization: str | None, tokens: Tokens | None) -> 
     principal = tokens.find(token.strip()) if scheme.lower() == "bearer" else None
     if principal is None:
         raise WireError(ErrorCode.UNAUTHENTICATED, "the token is not known here")
+    check_role(principal, needed)
+    return principal
+
+
+def by_tokens(tokens: Tokens | None) -> Authorise:
+    """Return what lets callers in by their tokens."""
+
+    def authorise_call(method: str, metadata: Mapping[str, str | bytes]) -> Principal:
+        value = metadata.get("authorization")
+        return authorise(method, value if isinstance(value, str) else None, tokens)
+
+    return authorise_call
+
+
+def role_for(method: str) -> Role:
+    """Return the least role that may call a method.
+
+    Raises:
+        WireError: UNSUPPORTED if there is none of that name.
+    """
+    needed = ACCESS.get(method)
+    if needed is None:
+        raise WireError(ErrorCode.UNSUPPORTED, "there is no such method")
+    return needed
+
+
+def check_role(principal: Principal, needed: Role) -> None:
+    """Refuse a caller whose role is too low.
+
+    Raises:
+        WireError: PERMISSION_DENIED.
+    """
     if principal.role < needed:
         raise WireError(ErrorCode.PERMISSION_DENIED, f"this needs the role {needed.name.lower()!r}")
-    return principal
 
 
 def _digest(token: str) -> bytes:

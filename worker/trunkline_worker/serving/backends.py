@@ -11,6 +11,7 @@ from trunkline_wire.bottleneck import Bottleneck
 from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.engine.api import Engine
+from trunkline_worker.serving.endpoints import EndpointBook
 from trunkline_worker.store.blobs import BlobStore
 
 
@@ -40,6 +41,7 @@ class Backends:
         storage_shared: Whether every node reads what another one wrote.
         storage_note: What was found out about it.
         bottlenecks: Those found last, by tenant and hash.
+        endpoints: Which replicas listen themselves; None where nothing is said of them.
     """
 
     engines: Mapping[str, Engine]
@@ -49,6 +51,7 @@ class Backends:
     storage_shared: bool = True
     storage_note: str = ""
     bottlenecks: OrderedDict[tuple[str, str], Bottleneck] = field(default_factory=OrderedDict, compare=False)
+    endpoints: EndpointBook | None = None
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a backbone.

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import ray
 from ray import serve
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace
+from trunkline_wire.specs import FLOAT32, BackboneSpec, CutCost, FeatureSpace, Tuning
 
 from trunkline_worker.engine.api import (
+    Engine,
     EngineStats,
     Extraction,
     Payload,
@@ -28,10 +30,15 @@ from trunkline_worker.engine.api import (
     TrunkGradients,
     TrunkOutputs,
 )
+from trunkline_worker.serving.addresses import find_place, outward_host
+from trunkline_worker.serving.allocator import keep_freed_memory
 from trunkline_worker.serving.backends import Backends, Metadata
 from trunkline_worker.serving.bottlenecks import load_bottleneck
-from trunkline_worker.serving.gateway import GatewayServer, Listener
+from trunkline_worker.serving.direct import DirectConfig, DirectEndpoint, EndpointBackends, open_endpoint
+from trunkline_worker.serving.endpoints import DirectoryClient, EndpointBook
+from trunkline_worker.serving.gateway import GatewayServer
 from trunkline_worker.serving.loopback import keep_replica_port_on_loopback
+from trunkline_worker.serving.server import Listener
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.records import ModelRecord
@@ -46,7 +53,7 @@ DEFAULT_TIMEOUT_S = 60.0
 
 PREPARE_TIMEOUT_S = 600.0
 """How long a call may take whose answer is made the first time it is asked for, in seconds: stems are exported and
-quantised, and what a cut costs is measured."""
+quantised, what a cut costs and which runtime is the fastest is measured."""
 
 RETRY_S = 0.1
 """Pause before a call is sent again after the replica that had it died, in seconds."""
@@ -54,7 +61,12 @@ RETRY_S = 0.1
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What a backbone replica needs to know."""
+    """What a backbone replica needs to know.
+
+    ``backbone_apps`` is (backbone, Serve application), of all that the replica may ask in turn; ``direct`` how it
+    listens itself, or None; ``runtime`` the one that the operator fixed, or None. With 0 ``num_threads`` the cores of a
+    machine are shared by the ``num_replicas`` of all backbones, see ``share_of_cores``.
+    """
 
     name: str
     weights: str | None
@@ -66,6 +78,11 @@ class BackboneConfig:
     storage_url: str
     manifest: str | None = None
     samples: str | None = None
+    head_memory_mb: int = 1024
+    backbone_apps: tuple[tuple[str, str], ...] = ()
+    direct: DirectConfig | None = None
+    runtime: str | None = None
+    num_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,12 +100,24 @@ class GatewayConfig:
 class Backbone:
     """A replica of a backbone. Errors are returned, not raised: Ray would wrap them."""
 
-    async def __init__(self, config: BackboneConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Load the weights and choose a runtime."""
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: BackboneConfig,
+        metadata: Callable[[], Metadata],
+        directory: Callable[[], DirectoryClient],
+    ) -> None:
+        """Load the weights, choose a runtime, listen.
+
+        Args:
+            config: What the replica needs to know.
+            metadata: Makes the way to the metadata store, which need not be there yet.
+            directory: Makes the way to the directory of endpoints, likewise.
+        """
         # Here, so that gateways, which unpickle this module too, stay without torch.
         from trunkline_worker.backbones.catalogue import load_backbone
         from trunkline_worker.engine.local import LocalEngine
 
+        keep_freed_memory()
         backbone = await asyncio.to_thread(
             load_backbone,
             config.name,
@@ -103,13 +132,24 @@ class Backbone:
             blobs,
             device=config.device,
             # Not what torch says: Ray tells it to use as many threads as the actor reserved CPUs.
-            num_threads=config.num_threads or os.cpu_count(),
+            num_threads=config.num_threads or _own_threads(config),
             clock=SystemClock(),
             max_queued_rows=config.max_queued_rows,
             head_capacity=config.head_capacity,
+            head_bytes=config.head_memory_mb * 2**20,
             load_bottleneck=functools.partial(load_bottleneck, blobs),
+            runtime=config.runtime,
         )
         await self._engine.start()
+        self._endpoint = None
+        if config.direct is not None:
+            # Their own engine first: a head on local features alone runs anywhere, so it runs here.
+            engines: dict[str, Engine] = {config.name: self._engine}
+            engines.update({name: HandleEngine(app) for name, app in config.backbone_apps if name != config.name})
+            backends = EndpointBackends(engines, metadata(), blobs)
+            self._endpoint = await open_endpoint(
+                functools.partial(_make_endpoint, config.direct, config.name, backends, directory())
+            )
 
     async def describe(self, input_size: int) -> BackboneSpec | WireError:
         """See ``Engine.describe``."""
@@ -123,6 +163,10 @@ class Backbone:
         """See ``Engine.cut_cost``."""
         return await _returned(self._engine.cut_cost(cut, input_size))
 
+    async def tune(self, cut: str, input_size: int, again: bool) -> Tuning | WireError:
+        """See ``Engine.tune``. Other replicas take over what was measured when they start anew."""
+        return await _returned(self._engine.tune(cut, input_size, again))
+
     async def predict(
         self,
         space: FeatureSpace,
@@ -130,15 +174,18 @@ class Backbone:
         model: ModelRecord,
         more_BE: npt.NDArray[np.float32] | None,
         timeout_s: float | None,
+        caller: str = "",
     ) -> Prediction | WireError:
         """See ``Engine.predict``."""
-        return await _returned(self._engine.predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s))
+        return await _returned(
+            self._engine.predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s, caller=caller)
+        )
 
     async def extract(
-        self, space: FeatureSpace, rows: Payload, slices: Sequence[str], timeout_s: float | None
+        self, space: FeatureSpace, rows: Payload, slices: Sequence[str], timeout_s: float | None, caller: str = ""
     ) -> Extraction | WireError:
         """See ``Engine.extract``."""
-        return await _returned(self._engine.extract(space, rows, slices, timeout_s=timeout_s))
+        return await _returned(self._engine.extract(space, rows, slices, timeout_s=timeout_s, caller=caller))
 
     async def forward(
         self,
@@ -170,10 +217,48 @@ class Backbone:
         return await _returned(self._engine.stats())
 
     async def __del__(self) -> None:
-        """Let what is queued finish. There is no engine where loading failed."""
+        """Send callers elsewhere, let what is queued finish. There is no engine where loading failed."""
+        endpoint = getattr(self, "_endpoint", None)
+        if endpoint is not None:
+            await endpoint.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.close()
+
+
+def _make_endpoint(
+    config: DirectConfig, backbone: str, backends: Backends, directory: DirectoryClient
+) -> DirectEndpoint:
+    return DirectEndpoint(
+        config,
+        backbone,
+        backends,
+        directory,
+        place=find_place(config.host, config.gateway.host, ray.util.get_node_ip_address(), outward_host),
+        replica=secrets.token_hex(16),
+        node=ray.get_runtime_context().get_node_id(),
+        clock=SystemClock(),
+    )
+
+
+def _own_threads(config: BackboneConfig) -> int:
+    """Return the CPU threads of a replica where the operator names no number."""
+    from trunkline_worker.engine.runtimes import find_device
+
+    num_cores = os.cpu_count() or 1
+    if find_device(config.device).type == "cuda":
+        return num_cores
+    num_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
+    return share_of_cores(num_cores, config.num_replicas, num_nodes)
+
+
+def share_of_cores(num_cores: int, num_replicas: int, num_nodes: int) -> int:
+    """Return the cores of one replica where those of all backbones are spread evenly: one at least.
+
+    More threads than cores, from several replicas, make all of them slower.
+    """
+    per_node = -(-num_replicas // max(num_nodes, 1))
+    return max(1, num_cores // per_node)
 
 
 async def _returned(answer: Awaitable[Any]) -> Any:
@@ -211,6 +296,12 @@ class HandleEngine:
         cost: CutCost = await self._call("cut_cost", None, cut, input_size, patience_s=PREPARE_TIMEOUT_S)
         return cost
 
+    async def tune(self, cut: str = "", input_size: int = 0, again: bool = False) -> Tuning:
+        """See ``Engine.tune``. One replica measures."""
+        tuning: Tuning = await self._call("tune", None, cut, input_size, again, patience_s=PREPARE_TIMEOUT_S)
+        self._specs.clear()  # they name the runtime
+        return tuning
+
     async def predict(
         self,
         space: FeatureSpace,
@@ -219,16 +310,25 @@ class HandleEngine:
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
         timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Prediction:
-        """See ``Engine.predict``."""
-        prediction: Prediction = await self._call("predict", timeout_s, space, rows, model, more_BE)
+        """See ``Engine.predict``. Rows wait where they came from, not a second time in the replica: OVERLOADED."""
+        prediction: Prediction = await self._call("predict", timeout_s, space, rows, model, more_BE, caller=caller)
         return prediction
 
     async def extract(
-        self, space: FeatureSpace, rows: Payload, slices: Sequence[str] = (), *, timeout_s: float | None = None
+        self,
+        space: FeatureSpace,
+        rows: Payload,
+        slices: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+        caller: str = "",
+        wait: bool = False,
     ) -> Extraction:
-        """See ``Engine.extract``."""
-        extraction: Extraction = await self._call("extract", timeout_s, space, rows, tuple(slices))
+        """See ``Engine.extract``, and ``predict`` above."""
+        extraction: Extraction = await self._call("extract", timeout_s, space, rows, tuple(slices), caller=caller)
         return extraction
 
     async def forward(
@@ -265,7 +365,9 @@ class HandleEngine:
         stats: EngineStats = await self._call("stats", None)
         return stats
 
-    async def _call(self, method: str, timeout_s: float | None, *args: Any, patience_s: float | None = None) -> Any:
+    async def _call(
+        self, method: str, timeout_s: float | None, *args: Any, patience_s: float | None = None, **keywords: Any
+    ) -> Any:
         """Call a replica, for ``timeout_s`` seconds at most; where the caller stated none, for ``patience_s``."""
         if patience_s is None:
             patience_s = DEFAULT_TIMEOUT_S
@@ -287,7 +389,7 @@ class HandleEngine:
                 logger.warning("%s is not there yet: %s", self._app, error)
                 await asyncio.sleep(min(RETRY_S, remaining))
                 continue
-            response = getattr(self._handle, method).remote(*args, *extra)
+            response = getattr(self._handle, method).remote(*args, *extra, **keywords)
             try:
                 answer = await asyncio.wait_for(response, remaining)
             except TimeoutError:
@@ -309,9 +411,19 @@ class Gateway:
     """A replica of the gateway: the gRPC server, and what its servicers stand on."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: GatewayConfig, connect_metadata: Callable[[], Awaitable[Metadata]]
+        self,
+        config: GatewayConfig,
+        connect_metadata: Callable[[], Awaitable[Metadata]],
+        directory: Callable[[], DirectoryClient],
     ) -> None:
-        """Reach the metadata store, then listen."""
+        """Reach the metadata store, then listen.
+
+        Args:
+            config: What the replica needs to know.
+            connect_metadata: Waits for the metadata store and returns the way to it.
+            directory: Makes the way to the directory of endpoints.
+        """
+        keep_freed_memory()
         backends = Backends(
             engines={name: HandleEngine(app) for name, app in config.backbone_apps},
             metadata=await connect_metadata(),
@@ -319,6 +431,13 @@ class Gateway:
             versions=config.versions,
             storage_shared=config.storage_shared,
             storage_note=config.storage_note,
+            endpoints=EndpointBook(
+                directory(),
+                clock=SystemClock(),
+                node=ray.get_runtime_context().get_node_id(),
+                is_local=config.listener.is_loopback,
+                needs_tls=config.listener.is_tls,
+            ),
         )
         self._server = GatewayServer(config.listener, backends)
         self._port = await self._server.start()

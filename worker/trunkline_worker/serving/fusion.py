@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,8 @@ async def more_columns(
     *,
     tenant: str,
     timeout_s: float | None,
+    caller: str = "",
+    wait: bool = False,
 ) -> MoreColumns:
     """Return what goes past the trunk of a request's first input.
 
@@ -65,6 +68,8 @@ async def more_columns(
         backends: Where the backbones are.
         tenant: Whose bottlenecks may be used.
         timeout_s: Seconds that the caller has.
+        caller: As for ``Engine.predict``.
+        wait: Likewise.
 
     Raises:
         WireError: INVALID_ARGUMENT for one that is missing, not needed or sent twice; otherwise as the checks of
@@ -75,7 +80,8 @@ async def more_columns(
     by_source = _by_source(model, inputs)
     # All that can be refused without a backbone is refused before one is asked.
     sent = [_read(model, needed, by_source[needed.space.source], first) for needed in model.more_inputs]
-    parts = await asyncio.gather(*(_columns(model, one, backends, tenant, timeout_s) for one in sent))
+    asked = {"timeout_s": timeout_s, "caller": caller, "wait": wait}
+    parts = await asyncio.gather(*(_columns(model, one, backends, tenant, asked) for one in sent))
     errors: dict[int, WireError] = {}
     for part in parts:
         errors = {**part.row_errors, **errors}
@@ -117,7 +123,7 @@ def _read(model: ModelRecord, needed: ModelInput, sent: inference_pb2.Input, fir
 
 
 async def _columns(
-    model: ModelRecord, sent: _Sent, backends: Backends, tenant: str, timeout_s: float | None
+    model: ModelRecord, sent: _Sent, backends: Backends, tenant: str, asked: Mapping[str, Any]
 ) -> MoreColumns:
     needed, space, rows = sent.needed, sent.space, sent.rows
     if space.is_local:
@@ -131,7 +137,7 @@ async def _columns(
     if space.bottleneck:
         await find_bottleneck(backends, tenant, space.bottleneck)
     # Whether there is such a cut, and all that is to be said of the rows, the engine knows.
-    extraction = await engine.extract(space, rows, needed.slices, timeout_s=timeout_s)
+    extraction = await engine.extract(space, rows, needed.slices, **asked)
     use = dataclasses.replace(extraction.codec_use, trained_codec=needed.codec, trained_error=needed.codec_error)
     check_codec(model.reference, use)
     return MoreColumns(extraction.embedding_BD, extraction.row_errors)

@@ -14,7 +14,7 @@ from trunkline_wire import WIRE_VERSION, messages
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_BATCH_ROWS, MAX_MESSAGE_BYTES, STEM_CHUNK_BYTES
 from trunkline_wire.quantise import CODECS, IMAGES
-from trunkline_wire.specs import FLOAT32
+from trunkline_wire.specs import FLOAT32, Endpoints
 from trunkline_wire.v1 import catalog_pb2 as pb
 from trunkline_wire.v1 import catalog_pb2_grpc, error_pb2
 
@@ -71,6 +71,14 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
         cost = await self._backends.engine(name).cut_cost(request.cut, request.input_size)
         return pb.DescribeCutResponse(cost=messages.cut_cost_to_proto(cost))
 
+    async def TuneBackbone(
+        self, request: pb.TuneBackboneRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TuneBackboneResponse:
+        """Say how the runtime behind a cut was chosen, measuring where that was not done or is asked for again."""
+        name = request.backbone or self._backends.default_backbone
+        tuning = await self._backends.engine(name).tune(request.cut, request.input_size, request.again)
+        return messages.tuning_to_proto(tuning)
+
     async def FetchStem(
         self, request: pb.FetchStemRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.FetchStemResponse]:
@@ -99,3 +107,13 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServiceServicer):
             seq += 1
             yield pb.FetchStemResponse(seq=seq, chunk=data[start : start + STEM_CHUNK_BYTES])
         yield pb.FetchStemResponse(seq=seq + 1, end=error_pb2.EndOfStream(num_messages=seq + 1))
+
+    async def GetEndpoints(
+        self, request: pb.GetEndpointsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetEndpointsResponse:
+        """Say where a backbone's replicas listen themselves, and give the caller a ticket for them."""
+        name = request.backbone or self._backends.default_backbone
+        self._backends.engine(name)  # refuses one that is not there
+        book = self._backends.endpoints
+        found = Endpoints() if book is None else await book.endpoints(name, current_call().principal)
+        return messages.endpoints_to_proto(found)

@@ -23,7 +23,8 @@ from trunkline_worker.serving.budget import ByteBudget
 from trunkline_worker.serving.servicers.labels import labels_from_proto
 from trunkline_worker.serving.servicers.records import dataset_to_proto
 from trunkline_worker.serving.spaces import check_rows
-from trunkline_worker.serving.streams import pipelined
+from trunkline_worker.serving.streams import Room, pipelined
+from trunkline_worker.serving.turns import reserve
 from trunkline_worker.store import chunks
 
 UPLOAD_WINDOW = 4
@@ -55,15 +56,19 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
 
         async def handle(message: pb.UploadRowsRequest) -> pb.UploadRowsResponse:
             try:
-                with self._budget.hold(message.ByteSize()):
-                    added = await self._store(call.tenant, message.chunk)
+                added = await self._store(call.tenant, message.chunk)
                 return pb.UploadRowsResponse(seq=message.seq, ack=pb.ChunkAck(num_new_rows=added))
             except Exception as error:
-                public = public_error(error, "UploadRows", call.request_id)
-                return pb.UploadRowsResponse(seq=message.seq, error=messages.error_to_proto(public, call.request_id))
+                return refuse(message, error)
 
+        def refuse(message: pb.UploadRowsRequest, error: Exception) -> pb.UploadRowsResponse:
+            public = public_error(error, "UploadRows", call.request_id)
+            return pb.UploadRowsResponse(seq=message.seq, error=messages.error_to_proto(public, call.request_id))
+
+        room = Room(lambda message: reserve(self._budget, call, message), refuse)
         count = 0
-        async for reply in pipelined(request_iterator, handle, window=UPLOAD_WINDOW):
+        replies = pipelined(request_iterator, handle, window=UPLOAD_WINDOW, draining=call.draining, room=room)
+        async for reply in replies:
             count += 1
             yield reply
         yield pb.UploadRowsResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))

@@ -7,26 +7,28 @@ from collections.abc import AsyncIterator, Mapping
 import grpc
 import numpy as np
 from trunkline_wire import codecs, messages
+from trunkline_wire.bulk import Apart
 from trunkline_wire.errors import WireError
 from trunkline_wire.heads import CLASSIFICATION
-from trunkline_wire.v1 import error_pb2, inference_pb2_grpc
+from trunkline_wire.v1 import error_pb2
 from trunkline_wire.v1 import inference_pb2 as pb
 
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.bottlenecks import find_bottleneck
 from trunkline_worker.serving.boundary import current_call, public_error
-from trunkline_worker.serving.budget import ByteBudget
+from trunkline_worker.serving.budget import ByteBudget, size_of
 from trunkline_worker.serving.fusion import more_columns
 from trunkline_worker.serving.models import ModelLookup
 from trunkline_worker.serving.replies import check_embedding_size
-from trunkline_worker.serving.streams import pipelined
+from trunkline_worker.serving.streams import Room, pipelined
+from trunkline_worker.serving.turns import Turn, reserve
 
 STREAM_WINDOW = 8
 """Batches of one stream that are worked on at a time."""
 
 
-class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """See ``InferenceService`` in inference.proto."""
+class InferenceServicer:
+    """See ``InferenceService`` in inference.proto. For ``bulk_rpc.add_inference_servicer``: tensors come apart."""
 
     def __init__(self, backends: Backends, budget: ByteBudget) -> None:
         """Keep what the servicer stands on."""
@@ -34,74 +36,85 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._budget = budget
         self._models = ModelLookup(backends.metadata)
 
-    async def Predict(self, request: pb.PredictRequest, context: grpc.aio.ServicerContext) -> pb.PredictResponse:
+    async def Predict(self, request: Apart[pb.PredictRequest], context: grpc.aio.ServicerContext) -> pb.PredictResponse:
         """Run trunk and head on one batch."""
-        return await self._predict(request)
+        with self._budget.hold(size_of(request), current_call().caller):
+            return await self._predict(request.message, request.data)
 
-    async def Extract(self, request: pb.ExtractRequest, context: grpc.aio.ServicerContext) -> pb.ExtractResponse:
+    async def Extract(
+        self, request: Apart[pb.ExtractRequest], context: grpc.aio.ServicerContext
+    ) -> Apart[pb.ExtractResponse]:
         """Run the trunk on one batch."""
-        return await self._extract(request)
+        with self._budget.hold(size_of(request), current_call().caller):
+            return await self._extract(request.message, request.data)
 
     async def StreamPredict(
-        self, request_iterator: AsyncIterator[pb.StreamPredictRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[Apart[pb.StreamPredictRequest]], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.StreamPredictResponse]:
         """Predict batch after batch. A batch that fails is answered with its error; the stream goes on."""
+        call = current_call()
 
-        async def handle(message: pb.StreamPredictRequest) -> pb.StreamPredictResponse:
+        async def handle(request: Apart[pb.StreamPredictRequest]) -> pb.StreamPredictResponse:
             try:
-                return pb.StreamPredictResponse(seq=message.seq, result=await self._predict(message.predict))
+                result = await self._predict(request.message.predict, request.data, wait=True)
             except Exception as error:
-                return pb.StreamPredictResponse(seq=message.seq, error=_error(error, "StreamPredict"))
+                return refuse(request, error)
+            return pb.StreamPredictResponse(seq=request.seq, result=result)
 
+        def refuse(request: Apart[pb.StreamPredictRequest], error: Exception) -> pb.StreamPredictResponse:
+            return pb.StreamPredictResponse(seq=request.seq, error=_error(error, "StreamPredict"))
+
+        room = Room(lambda request: reserve(self._budget, call, request, request.message.predict), refuse)
         count = 0
-        async for reply in pipelined(request_iterator, handle, window=STREAM_WINDOW):
+        replies = pipelined(request_iterator, handle, window=STREAM_WINDOW, draining=call.draining, room=room)
+        async for reply in replies:
             count += 1
             yield reply
         yield pb.StreamPredictResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
 
     async def StreamExtract(
-        self, request_iterator: AsyncIterator[pb.StreamExtractRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.StreamExtractResponse]:
+        self, request_iterator: AsyncIterator[Apart[pb.StreamExtractRequest]], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Apart[pb.StreamExtractResponse]]:
         """Extract batch after batch. A batch that fails is answered with its error; the stream goes on."""
+        call = current_call()
 
-        async def handle(message: pb.StreamExtractRequest) -> pb.StreamExtractResponse:
+        async def handle(request: Apart[pb.StreamExtractRequest]) -> Apart[pb.StreamExtractResponse]:
             try:
-                return pb.StreamExtractResponse(seq=message.seq, result=await self._extract(message.extract))
+                result = await self._extract(request.message.extract, request.data, wait=True)
             except Exception as error:
-                return pb.StreamExtractResponse(seq=message.seq, error=_error(error, "StreamExtract"))
+                return refuse(request, error)
+            return Apart(pb.StreamExtractResponse(seq=request.seq, result=result.message), result.data)
 
+        def refuse(request: Apart[pb.StreamExtractRequest], error: Exception) -> Apart[pb.StreamExtractResponse]:
+            return Apart(pb.StreamExtractResponse(seq=request.seq, error=_error(error, "StreamExtract")))
+
+        room = Room(lambda request: reserve(self._budget, call, request, request.message.extract), refuse)
         count = 0
-        async for reply in pipelined(request_iterator, handle, window=STREAM_WINDOW):
+        replies = pipelined(request_iterator, handle, window=STREAM_WINDOW, draining=call.draining, room=room)
+        async for reply in replies:
             count += 1
             yield reply
-        yield pb.StreamExtractResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
+        yield Apart(pb.StreamExtractResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count)))
 
-    async def _predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
-        with self._budget.hold(request.ByteSize()):
-            return await self._predict_held(request)
-
-    async def _extract(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
-        with self._budget.hold(request.ByteSize()):
-            return await self._extract_held(request)
-
-    async def _predict_held(self, request: pb.PredictRequest) -> pb.PredictResponse:
+    async def _predict(
+        self, request: pb.PredictRequest, data: memoryview | None, *, wait: bool = False
+    ) -> pb.PredictResponse:
+        """Predict. ``wait``: as for ``Engine.predict``, and for engines that are elsewhere too."""
         call = current_call()
-        rows = codecs.decode(request.features)
+        turn = Turn(call, request.timeout_s, wait=wait)
+        rows = codecs.decode(request.features, data)
         space = messages.space_from_proto(request.space)
         model = await self._models.find(call.tenant, request.model)
         engine = self._backends.engine(self._backends.default_backbone if space.is_local else space.backbone)
         if space.bottleneck:
             await find_bottleneck(self._backends, call.tenant, space.bottleneck)
-        more = await more_columns(
-            model,
-            rows,
-            request.more_inputs,
-            self._backends,
-            tenant=call.tenant,
-            timeout_s=call.remaining_s(request.timeout_s),
+        more = await turn.until_room(
+            lambda: more_columns(
+                model, rows, request.more_inputs, self._backends, tenant=call.tenant, **turn.keywords()
+            )
         )
-        prediction = await engine.predict(
-            space, rows, model, more_BE=more.more_BE, timeout_s=call.remaining_s(request.timeout_s)
+        prediction = await turn.until_room(
+            lambda: engine.predict(space, rows, model, more_BE=more.more_BE, **turn.keywords())
         )
         row_errors = {**prediction.row_errors, **more.row_errors}
         outputs_BK = prediction.outputs_BK
@@ -111,7 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         labels: list[str] = []
         if model.task == CLASSIFICATION:
             # A failed row is NaN throughout; argmax of NaN is 0, so it must be told apart.
-            best = np.argmax(outputs_BK, axis=1)
+            best = outputs_BK.argmax(axis=1).tolist()
             labels = ["" if row in row_errors else model.class_names[index] for row, index in enumerate(best)]
         return pb.PredictResponse(
             model=model.reference,
@@ -122,23 +135,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             codec_use=messages.codec_use_to_proto(prediction.codec_use),
         )
 
-    async def _extract_held(self, request: pb.ExtractRequest) -> pb.ExtractResponse:
+    async def _extract(
+        self, request: pb.ExtractRequest, data: memoryview | None, *, wait: bool = False
+    ) -> Apart[pb.ExtractResponse]:
+        """Extract. ``wait``: as for ``_predict``."""
         call = current_call()
-        remaining = call.remaining_s(request.timeout_s)
-        rows = codecs.decode(request.features)
+        turn = Turn(call, request.timeout_s, wait=wait)
+        rows = codecs.decode(request.features, data)
         space = messages.space_from_proto(request.space)
         if space.bottleneck:
             await find_bottleneck(self._backends, call.tenant, space.bottleneck)
         engine = self._backends.engine(space.backbone)
         await check_embedding_size(engine, space, request.slices, len(rows))
-        extraction = await engine.extract(space, rows, tuple(request.slices), timeout_s=remaining)
-        return pb.ExtractResponse(
-            embedding=codecs.encode_array(extraction.embedding_BD),
+        extraction = await turn.until_room(
+            lambda: engine.extract(space, rows, tuple(request.slices), **turn.keywords())
+        )
+        embedding, content = codecs.encode_array_apart(extraction.embedding_BD)
+        response = pb.ExtractResponse(
+            embedding=embedding,
             slices=messages.slices_to_proto(extraction.slices),
             row_errors=_row_errors(extraction.row_errors),
             timings=messages.timings_to_proto(extraction.timings),
             codec_use=messages.codec_use_to_proto(extraction.codec_use),
         )
+        return Apart(response, content)
 
 
 def _row_errors(errors: Mapping[int, WireError]) -> list[error_pb2.RowError]:
