@@ -32,7 +32,7 @@ def _r(name: str, error: float, *speeds: float, refused: str = "") -> RuntimeRes
         # Each by its own best size.
         ([_r("fp32", 0, 10, 11, 12), _r("onnx", 1e-6, 5, 9, 13)], "onnx"),
         # Equal but for three percent: the smaller batch, then the smaller error.
-        ([_r("fp32", 0, 5, 9, 20), _r("onnx", 1e-6, 19.5, 19)], "onnx"),
+        ([_r("fp32", 0, 5, 9, 20), _r("onnx", 1e-6, 19.8, 19)], "onnx"),
         ([_r("fp32", 0, 19.5), _r("onnx", 1e-6, 20)], "fp32"),
         ([_r("fp32", 0, 19.3), _r("onnx", 1e-6, 20)], "onnx"),
     ],
@@ -46,11 +46,12 @@ def test_the_fastest_within_the_bound_is_chosen(results: list[RuntimeResult], ex
     [
         ((10, 20, 30), 32),
         ((10, 29.5, 30), 8),
-        ((29.5, 20, 30), 1),
+        ((29.8, 20, 30), 1),
         ((30, 20, 10), 1),
         ((10,), 1),
         # Rows that take no time: what each batch costs beside them decides.
         ((30_000, 30_000, 30_000), 32),
+        ((300, 303, 303), 8),
     ],
 )
 def test_the_smallest_batch_that_is_about_as_fast_is_used(speeds: tuple[float, ...], expected: int) -> None:

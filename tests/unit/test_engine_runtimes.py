@@ -14,17 +14,21 @@ from small_backbones import small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
-from trunkline_worker.engine import building, openvino_runtime, runtime_names
+from trunkline_worker.engine import building, onnx_runtime, openvino_runtime, runtime_names
 from trunkline_worker.engine.building import Builder, reason_of
 from trunkline_worker.engine.cuda_runtimes import bucket_of
 from trunkline_worker.engine.exports import STEMS, ExportStore
+from trunkline_worker.engine.onnx_runtime import OnnxRowsRuntime
 from trunkline_worker.engine.runtime_names import (
     COMPILE_FP32,
     FROM_ONNX,
     GRAPH_FP16,
     ONNX_FP32,
+    ONNX_FP32_ROWS,
     OPENVINO_BF16,
     OPENVINO_FP32,
+    OPENVINO_FP32_ROWS,
+    ROWWISE,
     RUNTIMES,
     SLOW_TO_MAKE,
     TENSORRT_FP16,
@@ -40,7 +44,7 @@ from trunkline_worker.store.blobs import BlobStore
 
 CPU = torch.device("cpu")
 SIZE = 64
-EXACT = (TORCH_FP32, TORCH_FP32_LAST, ONNX_FP32, OPENVINO_FP32)
+EXACT = (TORCH_FP32, TORCH_FP32_LAST, ONNX_FP32, ONNX_FP32_ROWS, OPENVINO_FP32, OPENVINO_FP32_ROWS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,7 +79,7 @@ def test_rows_of_every_rank_enter_every_runtime(cut: str, blobs: BlobStore) -> N
     spec = small.describe()
     found = spec.cut(cut)
     assert found is not None
-    builder = Builder(small, device=CPU, num_threads=1, most_rows=32)
+    builder = Builder(small, device=CPU, num_threads=2, most_rows=32)
     data = TrunkExports(small, blobs).get(spec, cut)
     images = sample_images(3, SMALL, seed=7)
     with torch.inference_mode():
@@ -169,8 +173,8 @@ def test_runtimes_share_converted_weights_and_leave_those_of_the_backbone_alone(
 
 
 def test_a_processor_has_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    builder = Builder(small_backbone(), device=CPU, num_threads=1, most_rows=32)
-    assert [builder.why_not(one) for one in EXACT] == [""] * 4
+    builder = Builder(small_backbone(), device=CPU, num_threads=2, most_rows=32)
+    assert [builder.why_not(one) for one in EXACT] == [""] * len(EXACT)
     assert "CUDA" in builder.why_not(GRAPH_FP16) and "CUDA" in builder.why_not(TENSORRT_FP16)
     monkeypatch.setattr(building, "has_fast_fp16", lambda _device: False)
     monkeypatch.setattr(building, "has_fast_bf16", lambda _device: False)
@@ -179,9 +183,9 @@ def test_a_processor_has_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BF16" in builder.why_not(OPENVINO_BF16) and not builder.why_not(OPENVINO_FP32)
     monkeypatch.setattr(openvino_runtime.importlib.util, "find_spec", lambda _name: None)
     assert "not installed" in builder.why_not(OPENVINO_FP32)
-    without = Builder(small_backbone(), device=CPU, num_threads=1, most_rows=32, use_onnx=False)
+    without = Builder(small_backbone(), device=CPU, num_threads=2, most_rows=32, use_onnx=False)
     assert all("switched off" in without.why_not(one) for one in FROM_ONNX)
-    on_gpu = Builder(small_backbone(), device=torch.device("cuda"), num_threads=1, most_rows=32)
+    on_gpu = Builder(small_backbone(), device=torch.device("cuda"), num_threads=2, most_rows=32)
     assert "CPU" in on_gpu.why_not(ONNX_FP32) and "torch_tensorrt" in on_gpu.why_not(TENSORRT_FP16)
 
 
@@ -239,3 +243,49 @@ def test_memory_that_runs_out_is_tried_in_halves_then_named() -> None:
     with pytest.raises(WireError) as caught:
         runtime.run(rows)
     assert caught.value.code is ErrorCode.WORKER_OOM
+
+
+@pytest.mark.parametrize("name", [ONNX_FP32_ROWS, OPENVINO_FP32_ROWS])
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_a_row_alone_is_the_row_in_any_batch(name: str, num_threads: int, blobs: BlobStore) -> None:
+    small = place(small_backbone(), CPU)
+    spec = small.describe()
+    found = spec.cut("input")
+    assert found is not None
+    builder = Builder(small, device=CPU, num_threads=num_threads, most_rows=32)
+    runtime = builder.build(name, found, SMALL, onnx=TrunkExports(small, blobs).get(spec, "input"))
+    images = sample_images(17, SMALL, seed=3).numpy()
+    whole = runtime.run(images)
+    assert whole.shape[0] == 17
+    for rows in ([16], [4, 2, 9], [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]):
+        torch.testing.assert_close(runtime.run(images[rows]), whole[rows], rtol=1e-5, atol=1e-5)
+    # Side by side or not: the same bits.
+    assert torch.equal(runtime.run(images[:9]), whole[:9])
+
+
+def test_a_row_that_fails_fails_its_batch(blobs: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = place(small_backbone(), CPU)
+    spec = small.describe()
+    runtime = OnnxRowsRuntime(TrunkExports(small, blobs).get(spec, "input"), num_threads=2)
+    images = sample_images(8, SMALL, seed=3).numpy()
+    expected = runtime.run(images)
+    real = onnx_runtime._embedding
+    for bad in range(8):
+
+        def failing(session: object, features: np.ndarray, bad: int = bad) -> np.ndarray:
+            if np.array_equal(features[0], images[bad]):
+                raise RuntimeError("this row")
+            return real(session, features)
+
+        monkeypatch.setattr(onnx_runtime, "_embedding", failing)
+        with pytest.raises(RuntimeError, match="this row"):
+            runtime.run(images)
+    monkeypatch.undo()
+    assert torch.equal(runtime.run(images), expected)
+
+
+def test_rows_run_side_by_side_on_several_threads_only() -> None:
+    small = place(small_backbone(), CPU)
+    for name in ROWWISE:
+        assert "one thread" in Builder(small, device=CPU, num_threads=1, most_rows=32).why_not(name)
+    assert not Builder(small, device=CPU, num_threads=2, most_rows=32).why_not(ONNX_FP32_ROWS)

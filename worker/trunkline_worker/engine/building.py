@@ -13,8 +13,8 @@ from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.engine import cuda_runtimes, openvino_runtime
 from trunkline_worker.engine import runtime_names as names
 from trunkline_worker.engine.cuda_runtimes import GRAPH_RECIPES, TENSORRT_RECIPES, CudaGraphRuntime
-from trunkline_worker.engine.onnx_runtime import OnnxRuntime
-from trunkline_worker.engine.openvino_runtime import OpenVinoRuntime
+from trunkline_worker.engine.onnx_runtime import OnnxRowsRuntime, OnnxRuntime
+from trunkline_worker.engine.openvino_runtime import OpenVinoRowsRuntime, OpenVinoRuntime
 from trunkline_worker.engine.runtimes import Runtime, has_fast_bf16, has_fast_fp16, rows_at
 from trunkline_worker.engine.torch_runtimes import RECIPES, Recipe, TorchRuntime, Weights, torch_runtime
 
@@ -54,7 +54,9 @@ class Builder:
                 return "it runs on the CPU only"
             if not self._use_onnx:
                 return "runtimes that need an export are switched off"
-            return "" if name == names.ONNX_FP32 else openvino_runtime.why_not(name)
+            if name in names.ROWWISE and self._num_threads == 1:
+                return "there is one thread: rows cannot run side by side"
+            return "" if name in (names.ONNX_FP32, names.ONNX_FP32_ROWS) else openvino_runtime.why_not(name)
         if name in GRAPH_RECIPES or name in TENSORRT_RECIPES:
             if not on_cuda:
                 return "it runs on CUDA only"
@@ -85,7 +87,10 @@ class Builder:
             assert onnx is not None
             if name == names.ONNX_FP32:
                 return OnnxRuntime(onnx, num_threads=self._num_threads)
-            return OpenVinoRuntime(onnx, name, num_threads=self._num_threads)
+            if name == names.ONNX_FP32_ROWS:
+                return OnnxRowsRuntime(onnx, num_threads=self._num_threads)
+            make = OpenVinoRowsRuntime if name in names.ROWWISE else OpenVinoRuntime
+            return make(onnx, name, num_threads=self._num_threads)
         if name in RECIPES:
             return torch_runtime(self._placed, cut, name, self._device, tap=tap, weights=self._weights)
         channels_first = cut.channel_axis == 0

@@ -7,6 +7,9 @@ takes theirs away. So it is a decision and not something to measure.
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trunkline_worker.backbones.export import session_options
-from trunkline_worker.engine.runtime_names import ONNX_FP32
+from trunkline_worker.engine.runtime_names import ONNX_FP32, ONNX_FP32_ROWS
 from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT
 
 # Shape suffix legend: B = rows, D = embedding columns
@@ -27,12 +30,67 @@ class OnnxRuntime:
 
     def __init__(self, data: bytes, *, num_threads: int) -> None:
         """Load a file that ``check_onnx`` has passed."""
-        options = session_options(num_threads)
-        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._session = _session(data, num_threads)
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
-        if features.dtype == np.float16:
-            features = features.astype(np.float32)
-        (embedding_BD,) = self._session.run([TRUNK_OUTPUT], {TRUNK_INPUT: np.ascontiguousarray(features)})
-        return torch.from_numpy(embedding_BD)
+        return torch.from_numpy(_embedding(self._session, _entering(features)))
+
+
+class OnnxRowsRuntime:
+    """The same file, each row by itself on one thread, as many rows side by side as there are threads.
+
+    A row's answer does not depend on what else is in its batch, to the bit.
+    """
+
+    name = ONNX_FP32_ROWS
+
+    def __init__(self, data: bytes, *, num_threads: int) -> None:
+        """Load a file that ``check_onnx`` has passed."""
+        self._num_threads = num_threads
+        self._rowwise = _session(data, 1)
+        # Where few rows would leave most threads idle, they run as one batch on all of them.
+        self._whole = _session(data, num_threads) if num_threads > 2 else None
+        self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="trunkline-rows")
+
+    def run(self, features: npt.NDArray[np.generic]) -> Tensor:
+        """Return the embedding of a batch. See ``Runtime``."""
+        features = _entering(features)
+        num_rows = len(features)
+        if self._whole is not None and 2 * num_rows <= self._num_threads:
+            return torch.from_numpy(_embedding(self._whole, features))
+        if num_rows == 1:
+            return torch.from_numpy(_embedding(self._rowwise, features))
+        rows: list[npt.NDArray[np.float32] | None] = [None] * num_rows
+        left = itertools.count()
+
+        def work() -> None:
+            while (row := next(left)) < num_rows:
+                rows[row] = _embedding(self._rowwise, features[row : row + 1])
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._num_threads, num_rows) - 1)]
+        try:
+            work()
+        finally:
+            errors = [one.exception() for one in helpers]
+        for error in errors:
+            if error is not None:
+                raise error
+        return torch.from_numpy(np.concatenate([one for one in rows if one is not None]))
+
+    def __del__(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False)
+
+
+def _session(data: bytes, num_threads: int) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(data, session_options(num_threads), providers=["CPUExecutionProvider"])
+
+
+def _entering(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
+
+
+def _embedding(session: onnxruntime.InferenceSession, features: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    (embedding_BD,) = session.run([TRUNK_OUTPUT], {TRUNK_INPUT: features})
+    return embedding_BD

@@ -17,15 +17,21 @@ from trunkline_worker.engine.runtimes import TRUNK_INPUT
 
 # Shape suffix legend: B = rows, D = embedding columns
 
-_HINTS = {names.OPENVINO_FP32: "f32", names.OPENVINO_BF16: "bf16", names.OPENVINO_FP16: "f16"}
-_CAPABILITIES = {names.OPENVINO_FP32: "FP32", names.OPENVINO_BF16: "BF16", names.OPENVINO_FP16: "FP16"}
+_HINTS = {
+    names.OPENVINO_FP32: "f32",
+    names.OPENVINO_BF16: "bf16",
+    names.OPENVINO_FP16: "f16",
+    names.OPENVINO_FP32_ROWS: "f32",
+    names.OPENVINO_BF16_ROWS: "bf16",
+}
+_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
 def why_not(name: str) -> str:
     """Return why a runtime cannot be had on this machine; empty where it can."""
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed"
-    capability = _CAPABILITIES[name]
+    capability = _CAPABILITIES[_HINTS[name]]
     return "" if capability in _capabilities() else f"OpenVINO does not compute in {capability} on this processor"
 
 
@@ -47,26 +53,56 @@ class OpenVinoRuntime:
     def __init__(self, data: bytes, name: str, *, num_threads: int) -> None:
         """Load a file that ``check_onnx`` has passed."""
         self.name = name
-        core = _core()
-        options = {
-            # Said aloud: left to itself it takes bfloat16 where the processor has it.
-            "INFERENCE_PRECISION_HINT": _HINTS[name],
-            "EXECUTION_MODE_HINT": "ACCURACY" if name == names.OPENVINO_FP32 else "PERFORMANCE",
-            # One batch at a time on all threads: batches are made before they come here.
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": num_threads,
-            # Two replicas that pin their threads would pin them to the same cores.
-            "ENABLE_CPU_PINNING": False,
-        }
-        self._request = core.compile_model(core.read_model(io.BytesIO(data)), "CPU", options).create_infer_request()
+        # One batch at a time on all threads: batches are made before they come here.
+        self._request = _compiled(data, name, num_threads=num_threads, num_streams=1).create_infer_request()
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
-        if features.dtype == np.float16:
-            features = features.astype(np.float32)
         # Results are copied: the request writes the next ones to the same place.
-        results = self._request.infer(
-            {TRUNK_INPUT: np.ascontiguousarray(features)}, share_inputs=True, share_outputs=False
-        )
+        results = self._request.infer({TRUNK_INPUT: _entering(features)}, share_inputs=True, share_outputs=False)
         return torch.from_numpy(results[0])
+
+
+class OpenVinoRowsRuntime:
+    """The same, each row by itself on one thread, as many rows side by side as there are threads."""
+
+    def __init__(self, data: bytes, name: str, *, num_threads: int) -> None:
+        """Load a file that ``check_onnx`` has passed."""
+        import openvino
+
+        self.name = name
+        compiled = _compiled(data, name, num_threads=num_threads, num_streams=num_threads)
+        self._queue = openvino.AsyncInferQueue(compiled, num_threads)
+
+    def run(self, features: npt.NDArray[np.generic]) -> Tensor:
+        """Return the embedding of a batch. See ``Runtime``."""
+        features = _entering(features)
+        rows: list[npt.NDArray[np.float32] | None] = [None] * len(features)
+
+        def keep(request: Any, row: int) -> None:
+            rows[row] = request.get_output_tensor(0).data.copy()
+
+        self._queue.set_callback(keep)
+        for row in range(len(features)):
+            self._queue.start_async({TRUNK_INPUT: features[row : row + 1]}, row, share_inputs=True)
+        self._queue.wait_all()
+        return torch.from_numpy(np.concatenate([one for one in rows if one is not None]))
+
+
+def _entering(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
+
+
+def _compiled(data: bytes, name: str, *, num_threads: int, num_streams: int) -> Any:
+    options = {
+        # Said aloud: left to itself it takes bfloat16 where the processor has it.
+        "INFERENCE_PRECISION_HINT": _HINTS[name],
+        "EXECUTION_MODE_HINT": "ACCURACY" if _HINTS[name] == "f32" else "PERFORMANCE",
+        "PERFORMANCE_HINT": "LATENCY" if num_streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": num_streams,
+        "INFERENCE_NUM_THREADS": num_threads,
+        # Two replicas that pin their threads would pin them to the same cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+    core = _core()
+    return core.compile_model(core.read_model(io.BytesIO(data)), "CPU", options)
