@@ -246,7 +246,7 @@ def test_memory_that_runs_out_is_tried_in_halves_then_named() -> None:
 
 
 @pytest.mark.parametrize("name", [ONNX_FP32_ROWS, OPENVINO_FP32_ROWS])
-@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("num_threads", [2, 5, 12])
 def test_a_row_alone_is_the_row_in_any_batch(name: str, num_threads: int, blobs: BlobStore) -> None:
     small = place(small_backbone(), CPU)
     spec = small.describe()

@@ -164,7 +164,7 @@ class LocalEngine:
             max_queued_rows=max_queued_rows,
             max_queued_bytes=max_queued_bytes,
             # A GPU gets its next batch while it computes: what goes before, on the CPU, costs it no time then.
-            depth=2 if self._device.type == "cuda" else 1,
+            depth=2,
         )
         self._differentiator = Differentiator(
             placed,

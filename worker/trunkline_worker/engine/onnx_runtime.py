@@ -23,6 +23,10 @@ from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT
 # Shape suffix legend: B = rows, D = embedding columns
 
 
+_FEW = 4
+"""Threads for each row from which on a row is run by all of them."""
+
+
 class OnnxRuntime:
     """A trunk that ``export_module`` wrote."""
 
@@ -40,7 +44,8 @@ class OnnxRuntime:
 class OnnxRowsRuntime:
     """The same file, each row by itself on one thread, as many rows side by side as there are threads.
 
-    A row's answer does not depend on what else is in its batch, to the bit.
+    Far fewer rows than that run as one batch on all threads: sooner, though at a higher cost. With few threads that would
+    be no sooner: the threads wait for each other, and for those that serve.
     """
 
     name = ONNX_FP32_ROWS
@@ -49,15 +54,14 @@ class OnnxRowsRuntime:
         """Load a file that ``check_onnx`` has passed."""
         self._num_threads = num_threads
         self._rowwise = _session(data, 1)
-        # Where few rows would leave most threads idle, they run as one batch on all of them.
-        self._whole = _session(data, num_threads) if num_threads > 2 else None
+        self._whole = _session(data, num_threads) if num_threads >= _FEW else None
         self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="trunkline-rows")
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
         features = _entering(features)
         num_rows = len(features)
-        if self._whole is not None and 2 * num_rows <= self._num_threads:
+        if self._whole is not None and _FEW * num_rows <= self._num_threads:
             return torch.from_numpy(_embedding(self._whole, features))
         if num_rows == 1:
             return torch.from_numpy(_embedding(self._rowwise, features))

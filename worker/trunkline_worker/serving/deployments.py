@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ DEFAULT_TIMEOUT_S = 60.0
 PREPARE_TIMEOUT_S = 600.0
 """How long a call may take whose answer is made the first time it is asked for, in seconds: stems are exported and
 quantised, what a cut costs and which runtime is the fastest is measured."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread of a replica keeps Python to itself where another one wants it, in seconds: a thread that comes back
+from the device waits for the event loop, and the device for it."""
 
 RETRY_S = 0.1
 """Pause before a call is sent again after the replica that had it died, in seconds."""
@@ -118,6 +123,7 @@ class Backbone:
         from trunkline_worker.engine.local import LocalEngine
 
         keep_freed_memory()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         backbone = await asyncio.to_thread(
             load_backbone,
             config.name,
