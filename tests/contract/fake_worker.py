@@ -78,6 +78,7 @@ class Faults:
     raise_internally: bool = False
     job_error: WireError | None = None
     hold_jobs: threading.Event | None = None
+    watched: threading.Event = field(default_factory=threading.Event)
     wire_version: int = WIRE_VERSION
     clock_offset_s: float = 0.0
     storage_shared: bool = True
@@ -500,6 +501,7 @@ class _Training(training_pb2_grpc.TrainingServiceServicer):
     def WatchJob(self, request, context):
         job = self.worker.job(context.tenant, request.id)
         faults, after, count = self.worker.faults, request.after_seq, 0
+        faults.watched.set()
         while True:
             with job.changed:
                 while len(job.events) <= after and job.message.state not in ENDED:

@@ -274,11 +274,16 @@ class TestJobs:
         fake.faults.hold_jobs = threading.Event()
         job = fake_client.train(fake_client.upload(*pictures(6), name="d"), name="m")
         main = threading.main_thread().ident
-        timer = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
+
+        def interrupt():
+            assert fake.faults.watched.wait(20)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
         with pytest.raises(KeyboardInterrupt):
             job.result(20)
-        timer.join()
+        interrupting.join()
         said = capsys.readouterr().err
         assert "goes on" in said and f"client.job({job.id!r})" in said
         fake.faults.hold_jobs.set()

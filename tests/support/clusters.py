@@ -18,9 +18,15 @@ def trunkline_command(*arguments):
 
 
 class EmbeddedCluster:
-    """A cluster of its own: state folder, cache, port."""
+    """A cluster of its own: state folder, cache, port.
+
+    Its runtime is fixed to an exact one, unless ``runtimes`` says otherwise: tests compare answers with PyTorch's, and need
+    not wait while runtimes are measured.
+    """
 
     def __init__(self, folder, **settings):
+        if "backbones" not in settings:
+            settings.setdefault("runtimes", '{"efficientnet_lite0": "onnxruntime-fp32"}')
         self.folder = Path(folder)
         self.state_dir = self.folder / "state"
         self.environment = {
@@ -33,9 +39,12 @@ class EmbeddedCluster:
 
     def run(self, *arguments, check=True, timeout=240):
         """Run a ``trunkline`` command against this cluster."""
+        environment = dict(self.environment)
+        if "--backbone" in arguments:  # the runtime may be fixed for another one
+            environment.pop("TRUNKLINE_CLUSTER_RUNTIMES", None)
         return subprocess.run(
             trunkline_command(*arguments),
-            env=self.environment,
+            env=environment,
             capture_output=True,
             text=True,
             check=check,

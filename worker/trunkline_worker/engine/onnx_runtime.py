@@ -44,8 +44,8 @@ class OnnxRuntime:
 class OnnxRowsRuntime:
     """The same file, each row by itself on one thread, as many rows side by side as there are threads.
 
-    Far fewer rows than that run as one batch on all threads: sooner, though at a higher cost. With few threads that would
-    be no sooner: the threads wait for each other, and for those that serve.
+    Far fewer rows than that run as one batch on all threads: sooner, though at a higher cost. With few threads that
+    would be no sooner: the threads wait for each other, and for those that serve.
     """
 
     name = ONNX_FP32_ROWS

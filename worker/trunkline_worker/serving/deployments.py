@@ -57,8 +57,8 @@ PREPARE_TIMEOUT_S = 600.0
 quantised, what a cut costs and which runtime is the fastest is measured."""
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread of a replica keeps Python to itself where another one wants it, in seconds: a thread that comes back
-from the device waits for the event loop, and the device for it."""
+"""How long a thread of a replica keeps Python to itself where another one wants it, in seconds: a thread that comes
+back from the device waits for the event loop, and the device for it."""
 
 RETRY_S = 0.1
 """Pause before a call is sent again after the replica that had it died, in seconds."""
