@@ -20,8 +20,8 @@ def trunkline_command(*arguments):
 class EmbeddedCluster:
     """A cluster of its own: state folder, cache, port.
 
-    Its runtime is fixed to an exact one, unless ``runtimes`` says otherwise: tests compare answers with PyTorch's, and need
-    not wait while runtimes are measured.
+    Its runtime is fixed to an exact one, unless ``runtimes`` says otherwise: tests compare answers with PyTorch's, and
+    need not wait while runtimes are measured.
     """
 
     def __init__(self, folder, **settings):
