@@ -7,7 +7,6 @@ for the address found beside it: naming another address never sends it there.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from trunkline_wire import hosts
 from trunkline_wire.local import LocalCluster, cluster_file, read_local_cluster
 
 from trunkline.errors import ConfigError, ServiceUnavailableError
@@ -269,13 +269,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 def is_loopback(address: str) -> bool:
     """Whether the address is this machine."""
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return hosts.is_loopback(split_address(address)[0])
 
 
 def _read_profile(name: str | None) -> tuple[str, dict[str, Any]]:

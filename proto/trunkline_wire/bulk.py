@@ -79,6 +79,11 @@ _PATHS: dict[type[Message], tuple[str, ...]] = {
 """Where the large tensor's bytes lie."""
 
 
+def has_large_tensor(kind: type[Message]) -> bool:
+    """Whether there is a writer and a reader for messages of a type."""
+    return kind in _PATHS
+
+
 def writer(kind: type[M]) -> Callable[[Apart[M] | M], bytes]:
     """Return the serializer of a message, which takes it whole or apart.
 
@@ -126,7 +131,7 @@ def reader(kind: type[M]) -> Callable[[bytes], Apart[M]]:
 
 
 def _numbers(kind: type[Message]) -> tuple[int, ...]:
-    if kind not in _PATHS:
+    if not has_large_tensor(kind):
         raise ValueError(f"{kind.__name__} has no large tensor")
     numbers, descriptor = [], kind.DESCRIPTOR
     for name in _PATHS[kind]:

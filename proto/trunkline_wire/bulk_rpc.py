@@ -22,8 +22,13 @@ REQUESTS: dict[str, Any] = {
 }
 """Method to the type of its requests, all of which have a large tensor."""
 
-_BULKY_RESPONSES: dict[str, Any] = {"Extract": pb.ExtractResponse, "StreamExtract": pb.StreamExtractResponse}
-_OTHER_RESPONSES: dict[str, Any] = {"Predict": pb.PredictResponse, "StreamPredict": pb.StreamPredictResponse}
+RESPONSES: dict[str, Any] = {
+    "Predict": pb.PredictResponse,
+    "StreamPredict": pb.StreamPredictResponse,
+    "Extract": pb.ExtractResponse,
+    "StreamExtract": pb.StreamExtractResponse,
+}
+"""Method to the type of its responses."""
 
 
 class InferenceServiceStub:
@@ -38,9 +43,8 @@ class InferenceServiceStub:
         """Make the callables of a channel, ``grpc`` or ``grpc.aio``."""
         for name, request in REQUESTS.items():
             make = channel.stream_stream if name.startswith("Stream") else channel.unary_unary
-            read = (
-                bulk.reader(_BULKY_RESPONSES[name]) if name in _BULKY_RESPONSES else _OTHER_RESPONSES[name].FromString
-            )
+            kind = RESPONSES[name]
+            read = bulk.reader(kind) if bulk.has_large_tensor(kind) else kind.FromString
             path = f"/{SERVICE.full_name}/{name}"
             setattr(
                 self,
@@ -58,11 +62,8 @@ def add_inference_servicer(servicer: Any, server: Any) -> None:
         make = (
             grpc.stream_stream_rpc_method_handler if name.startswith("Stream") else grpc.unary_unary_rpc_method_handler
         )
-        write = (
-            bulk.writer(_BULKY_RESPONSES[name])
-            if name in _BULKY_RESPONSES
-            else _OTHER_RESPONSES[name].SerializeToString
-        )
+        kind = RESPONSES[name]
+        write = bulk.writer(kind) if bulk.has_large_tensor(kind) else kind.SerializeToString
         handlers[name] = make(
             getattr(servicer, name), request_deserializer=bulk.reader(request), response_serializer=write
         )

@@ -54,7 +54,7 @@ def encode_rows(rows: Array | PackedRows, *, compress: bool = False) -> pb.Tenso
     Raises:
         WireError: As ``encode_array``; and as ``quantise.check_packed``.
     """
-    return _whole(*encode_rows_apart(rows, compress=compress))
+    return whole(*encode_rows_apart(rows, compress=compress))
 
 
 def encode_rows_apart(rows: Array | PackedRows, *, compress: bool = False) -> tuple[pb.Tensor, memoryview]:
@@ -91,7 +91,7 @@ def encode_array(array: Array, *, compress: bool = False) -> pb.Tensor:
     Raises:
         WireError: DTYPE_MISMATCH, SHAPE_MISMATCH or PAYLOAD_TOO_LARGE.
     """
-    return _whole(*encode_array_apart(array, compress=compress))
+    return whole(*encode_array_apart(array, compress=compress))
 
 
 def encode_array_apart(array: Array, *, compress: bool = False) -> tuple[pb.Tensor, memoryview]:
@@ -114,7 +114,8 @@ def encode_array_apart(array: Array, *, compress: bool = False) -> tuple[pb.Tens
     return tensor, data
 
 
-def _whole(tensor: pb.Tensor, data: memoryview) -> pb.Tensor:
+def whole(tensor: pb.Tensor, data: memoryview) -> pb.Tensor:
+    """Put the data back into its message."""
     tensor.data = data.tobytes()
     return tensor
 

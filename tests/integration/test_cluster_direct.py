@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from direct_calls import EXTRACT, ByHand
 from direct_fakes import Caller
-from trunkline_worker.serving.addresses import is_loopback
+from trunkline_wire.hosts import is_loopback
 
 pytestmark = pytest.mark.ray
 

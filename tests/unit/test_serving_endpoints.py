@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 from direct_fakes import LocalDirectory
+from trunkline_wire.hosts import is_loopback
 from trunkline_wire.specs import Endpoint, Endpoints
 from trunkline_worker.serving import endpoints as module
-from trunkline_worker.serving.addresses import Place, find_place, host_port, is_loopback, parse_ports
+from trunkline_worker.serving.addresses import Place, find_place, host_port, parse_ports
 from trunkline_worker.serving.auth import Principal, Role
 from trunkline_worker.serving.direct import Announcer
 from trunkline_worker.serving.endpoints import FORGET_S, LIST_TTL_S, Announcement, Directory, EndpointBook

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.bulk import Apart
 from trunkline_wire.bulk_rpc import InferenceServiceStub
-from trunkline_wire.codecs import DTYPES, encode_images, encode_rows, encode_rows_apart
+from trunkline_wire.codecs import DTYPES, encode_images, encode_rows_apart, whole
 from trunkline_wire.errors import WireError
 from trunkline_wire.messages import codec_use_from_proto, space_to_proto, timings_from_proto
 from trunkline_wire.quantise import PackedRows
@@ -181,20 +181,16 @@ def rows_to_tensor(rows: Rows, compress: bool) -> tensor_pb2.Tensor:
     Raises:
         TrunklineError: A row has a type that cannot be sent, or all of it is over the limit.
     """
-    try:
-        if isinstance(rows, (np.ndarray, PackedRows)):
-            return encode_rows(rows, compress=compress)
-        return encode_images(rows)
-    except WireError as error:
-        raise from_wire(error) from None
+    tensor, data = _rows_apart(rows, compress)
+    return tensor if data is None else whole(tensor, data)
 
 
 def _rows_apart(rows: Rows, compress: bool) -> tuple[tensor_pb2.Tensor, memoryview | None]:
-    """Return the message of rows without their data, and the data. See ``rows_to_tensor``."""
-    if not isinstance(rows, (np.ndarray, PackedRows)):
-        return rows_to_tensor(rows, compress), None
+    """Return the message of rows without their data, and the data; images stay in it. See ``rows_to_tensor``."""
     try:
-        return encode_rows_apart(rows, compress=compress)
+        if isinstance(rows, (np.ndarray, PackedRows)):
+            return encode_rows_apart(rows, compress=compress)
+        return encode_images(rows), None
     except WireError as error:
         raise from_wire(error) from None
 

@@ -11,19 +11,14 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.engine.admission import Admission, CallLater, Monotonic, Timer, call_later
-from trunkline_worker.engine.pacing import Pace
-
-Context = TypeVar("Context")
+from trunkline_worker.engine.line import MANY_LANES, NO_ROWS, BatchResult, Context, Line, PartResult, Request, Rows
 
 MAX_QUEUED_BYTES = 2**30
 """Bytes of rows that may wait, unless told otherwise."""
@@ -35,39 +30,10 @@ _MIN_RETRY_S, _MAX_RETRY_S = 0.05, 30.0
 _KNOWN_GROUPS = 256
 """Groups without rows whose costs are remembered."""
 
-_MANY_LANES = 64
-"""Lanes, or deadlines, up to which nobody asks whether they are still needed."""
-
 _GROUPS_ASKED = 16
 """Groups that are asked in turn whether a batch of theirs should run now."""
 
 __all__ = ["Batcher", "BatchResult", "Hold", "Monotonic", "Part", "PartResult", "Rows", "expired"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What enters for some rows.
-
-    Attributes:
-        features: (rows, ...).
-        more_BE: Columns that go past the trunk to the head, (rows, E). None: there are none.
-    """
-
-    features: npt.NDArray[np.generic]
-    more_BE: npt.NDArray[np.float32] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.features)
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all of them."""
-        return self.features.nbytes + (0 if self.more_BE is None else self.more_BE.nbytes)
-
-    def take(self, index: slice) -> Rows:
-        """Return some of the rows, in the same memory."""
-        return Rows(self.features[index], None if self.more_BE is None else self.more_BE[index])
 
 
 class Part(NamedTuple, Generic[Context]):
@@ -75,24 +41,6 @@ class Part(NamedTuple, Generic[Context]):
 
     rows: Rows
     context: Context
-
-
-class PartResult(NamedTuple):
-    """What came of a part: ``values``, one per row; or ``error``, which fails this part's request only."""
-
-    values: npt.NDArray[np.float32] | None
-    error: WireError | None = None
-    trunk_s: float = 0.0
-    head_s: float = 0.0
-
-
-class BatchResult(NamedTuple):
-    """What came of a request: one value per row, and where the time went, in seconds."""
-
-    values: npt.NDArray[np.float32]
-    queue_s: float
-    trunk_s: float
-    head_s: float
 
 
 Run = Callable[[Hashable, Sequence[Part[Context]]], Awaitable[Sequence[PartResult]]]
@@ -120,175 +68,10 @@ class Hold:
         self._give_up(self)
 
 
-_NO_ROWS = Rows(np.empty((0,), np.uint8))
-
-
-class _Request(Generic[Context]):
-    """A request. Rows from ``next_row`` on are in the line; ``num_done`` of the others are back."""
-
-    __slots__ = (
-        "arrival",
-        "context",
-        "deadline",
-        "future",
-        "lane",
-        "left_bytes",
-        "next_row",
-        "num_done",
-        "num_rows",
-        "queue_s",
-        "results",
-        "rows",
-    )
-
-    def __init__(
-        self, rows: Rows, num_bytes: int, context: Context, deadline: float | None, arrival: float, lane: _Lane[Context]
-    ) -> None:
-        self.rows = rows
-        self.num_rows = len(rows.features)
-        self.left_bytes = num_bytes
-        self.context = context
-        self.deadline = deadline
-        self.arrival = arrival
-        self.lane = lane
-        self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
-        self.next_row = 0
-        self.num_done = 0
-        self.queue_s = 0.0
-        self.results: list[tuple[int, PartResult]] = []
-
-
-class _Lane(Generic[Context]):
-    """The requests of one caller in one group. ``served`` is virtual: it says who has had least of the device."""
-
-    __slots__ = ("caller", "is_in_order", "line", "num_rows", "requests", "served", "tenant")
-
-    def __init__(self, caller: str, line: _Line[Context]) -> None:
-        self.caller = caller
-        self.tenant = caller.partition("/")[0]
-        self.line = line
-        # May hold requests that have ended: they are passed over when their turn comes.
-        self.requests: deque[_Request[Context]] = deque()
-        self.num_rows = 0
-        self.served = 0.0
-        self.is_in_order = False
-
-
-class _Line(Generic[Context]):
-    """The requests of one group: start-time fair queueing over its callers.
-
-    Whoever has been served least goes next. A caller who comes, or comes back, starts where the others are: nobody
-    saves up time. Served rows of a caller count as often as its tenant has callers in the line, so that tenants share
-    equally, whatever the number of their connections.
-    """
-
-    __slots__ = ("_lanes", "_max_lanes", "_order", "_served", "_tenants", "_turns", "key", "num_rows", "pace")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.pace = Pace()
-        self.num_rows = 0
-        self._lanes: dict[str, _Lane[Context]] = {}
-        self._max_lanes = _MANY_LANES
-        # (served, turn, lane). Lanes that have lost their rows meanwhile are passed over.
-        self._order: list[tuple[float, int, _Lane[Context]]] = []
-        self._tenants: dict[str, int] = {}
-        self._turns = 0
-        self._served = 0.0
-
-    def lane(self, caller: str) -> _Lane[Context]:
-        """Return the lane of a caller."""
-        lane = self._lanes.get(caller)
-        if lane is None:
-            if len(self._lanes) >= self._max_lanes:
-                self._forget_lanes()
-            lane = self._lanes[caller] = _Lane(caller, self)
-        return lane
-
-    def add(self, request: _Request[Context]) -> None:
-        """Put a request into its lane."""
-        lane = request.lane
-        lane.requests.append(request)
-        if not lane.num_rows:
-            self._tenants[lane.tenant] = self._tenants.get(lane.tenant, 0) + 1
-            lane.served = max(lane.served, self._served)
-            if not lane.is_in_order:
-                self._line_up(lane)
-        lane.num_rows += request.num_rows
-        self.num_rows += request.num_rows
-
-    def drop(self, request: _Request[Context]) -> int:
-        """Take what is left of a request out of the line, and return its number of rows."""
-        num_rows = request.num_rows - request.next_row
-        request.next_row = request.num_rows
-        if num_rows:
-            self._leave(request.lane, num_rows)
-        return num_rows
-
-    def take(self, room: int) -> list[tuple[_Request[Context], int, int]]:
-        """Take rows out of the line, a batch's worth at most: requests with the first row and the one behind the last.
-
-        Requests stay whole where they can: two callers of 32 rows get a batch each, not half of two.
-        """
-        taken: list[tuple[_Request[Context], int, int]] = []
-        while room and self.num_rows:
-            lane = heapq.heappop(self._order)[2]
-            lane.is_in_order = False
-            if not lane.num_rows:
-                continue
-            weight = self._tenants[lane.tenant]
-            least = self._order[0][0] if self._order else math.inf
-            while room and lane.num_rows and lane.served <= least:
-                request = lane.requests.popleft()
-                start = request.next_row
-                if start == request.num_rows:
-                    continue  # it has ended
-                stop = min(start + room, request.num_rows)
-                request.next_row = stop
-                if stop < request.num_rows:  # behind the caller's others, which need not wait for all of it
-                    lane.requests.append(request)
-                taken.append((request, start, stop))
-                room -= stop - start
-                self._served = max(self._served, lane.served)
-                lane.served += (stop - start) * weight
-                self._leave(lane, stop - start)
-            if lane.num_rows:
-                self._line_up(lane)
-        return taken
-
-    def _line_up(self, lane: _Lane[Context]) -> None:
-        self._turns += 1
-        lane.is_in_order = True
-        heapq.heappush(self._order, (lane.served, self._turns, lane))
-
-    def _leave(self, lane: _Lane[Context], num_rows: int) -> None:
-        self.num_rows -= num_rows
-        lane.num_rows -= num_rows
-        if lane.num_rows:
-            return
-        lane.requests.clear()
-        others = self._tenants[lane.tenant] - 1
-        if others:
-            self._tenants[lane.tenant] = others
-        else:
-            del self._tenants[lane.tenant]
-        if not self.num_rows:  # nobody is owed anything any more
-            self._lanes.clear()
-            self._order.clear()
-            self._served = 0.0
-
-    def _forget_lanes(self) -> None:
-        """Forget lanes without rows that are not behind: they start where the others are in any case."""
-        for lane in list(self._lanes.values()):
-            if not (lane.num_rows or lane.is_in_order or lane.served > self._served):
-                del self._lanes[lane.caller]
-        self._max_lanes = 2 * len(self._lanes) + _MANY_LANES
-
-
 class Batcher(Generic[Context]):
     """Coalesces requests that share a group key, and runs one batch at a time, or a few.
 
-    Groups with rows take turns. Within a batch the callers of the group share equally, see ``_Line``. A request that is
+    Groups with rows take turns. Within a batch the callers of the group share equally, see ``Line``. A request that is
     larger than a batch runs in slices. A batch that is not full may wait for rows that are about to come, see
     ``pacing``.
     """
@@ -323,10 +106,10 @@ class Batcher(Generic[Context]):
         self._later = later
         self._room = Admission(max_queued_rows, max_queued_bytes, clock=clock, later=later)
         # Groups with rows, the one whose turn it is first; and those without, of which the costs are remembered.
-        self._active: dict[Hashable, _Line[Context]] = {}
-        self._idle: dict[Hashable, _Line[Context]] = {}
+        self._active: dict[Hashable, Line[Context]] = {}
+        self._idle: dict[Hashable, Line[Context]] = {}
         self._num_requests = 0
-        self._deadlines: list[tuple[float, int, _Request[Context]]] = []
+        self._deadlines: list[tuple[float, int, Request[Context]]] = []
         self._count = itertools.count()
         self._rows_per_s = 0.0
         self._running = 0
@@ -431,8 +214,8 @@ class Batcher(Generic[Context]):
         line = self._active.get(key)
         if line is None:
             known = self._idle.pop(key, None)
-            line = self._active[key] = _Line(key) if known is None else known
-        request = _Request(rows, num_bytes, context, deadline, now, line.lane(caller))
+            line = self._active[key] = Line(key) if known is None else known
+        request = Request(rows, num_bytes, context, deadline, now, line.lane(caller))
         line.add(request)
         line.pace.arrived(num_rows, now)
         self._num_requests += 1
@@ -477,9 +260,9 @@ class Batcher(Generic[Context]):
         if self._empty is not None and not self._empty.done() and not (self._room.num_rows or self._running):
             self._empty.set_result(None)
 
-    def _note_deadline(self, deadline: float, request: _Request[Context]) -> None:
+    def _note_deadline(self, deadline: float, request: Request[Context]) -> None:
         heapq.heappush(self._deadlines, (deadline, next(self._count), request))
-        if len(self._deadlines) > 2 * self._num_requests + _MANY_LANES:  # most are of requests that have left the line
+        if len(self._deadlines) > 2 * self._num_requests + MANY_LANES:  # most are of requests that have left the line
             self._deadlines = [one for one in self._deadlines if one[2].next_row < one[2].num_rows]
             heapq.heapify(self._deadlines)
 
@@ -490,25 +273,25 @@ class Batcher(Generic[Context]):
             if request.next_row < request.num_rows:
                 self._fail(request, expired(now - deadline))
 
-    def _drop(self, request: _Request[Context]) -> None:
+    def _drop(self, request: Request[Context]) -> None:
         """Take a request out of the line, if it still stands there."""
         line = request.lane.line
         num_rows = line.drop(request)
         if not num_rows:
             return
-        request.rows = _NO_ROWS  # the request itself may stay in its lane for a while
+        request.rows = NO_ROWS  # the request itself may stay in its lane for a while
         self._num_requests -= 1
         if not line.num_rows:
             self._to_idle(line)
         self._room.leave(request.lane.caller, num_rows, request.left_bytes)
         self._tell_if_empty()
 
-    def _fail(self, request: _Request[Context], error: Exception) -> None:
+    def _fail(self, request: Request[Context], error: Exception) -> None:
         self._drop(request)
         if not request.future.done():
             request.future.set_exception(error)
 
-    def _to_idle(self, line: _Line[Context]) -> None:
+    def _to_idle(self, line: Line[Context]) -> None:
         del self._active[line.key]
         self._idle[line.key] = line
         if len(self._idle) > _KNOWN_GROUPS:
@@ -543,7 +326,7 @@ class Batcher(Generic[Context]):
                 self._timer = None
             self._launch(line, room, now)
 
-    def _next(self, now: float, only_full: bool) -> tuple[_Line[Context], int] | None:
+    def _next(self, now: float, only_full: bool) -> tuple[Line[Context], int] | None:
         """Return the group whose turn it is, and the most rows that it may run; None: nothing runs now."""
         shortest_s = math.inf
         for line in itertools.islice(self._active.values(), _GROUPS_ASKED):
@@ -561,7 +344,7 @@ class Batcher(Generic[Context]):
             self._timer = self._later(shortest_s, self._on_timer)
         return None
 
-    def _launch(self, line: _Line[Context], room: int, now: float) -> None:
+    def _launch(self, line: Line[Context], room: int, now: float) -> None:
         taken = line.take(room)
         del self._active[line.key]
         self._active[line.key] = line  # behind the other groups
@@ -589,9 +372,9 @@ class Batcher(Generic[Context]):
 
     async def _run_batch(
         self,
-        line: _Line[Context],
+        line: Line[Context],
         parts: list[Part[Context]],
-        taken: list[tuple[_Request[Context], int, int]],
+        taken: list[tuple[Request[Context], int, int]],
         start: float,
     ) -> None:
         try:
@@ -616,7 +399,7 @@ class Batcher(Generic[Context]):
         if self._active and not self._pump_ordered:
             self._order_pump()
 
-    def _note_speed(self, line: _Line[Context], num_rows: int, start: float) -> None:
+    def _note_speed(self, line: Line[Context], num_rows: int, start: float) -> None:
         now = self._clock.monotonic()
         # A batch that was handed over early began when the one before it ended.
         elapsed_s = now - max(start, self._last_end)
@@ -626,7 +409,7 @@ class Batcher(Generic[Context]):
             rate = num_rows / elapsed_s
             self._rows_per_s += (_SMOOTHING if self._rows_per_s else 1.0) * (rate - self._rows_per_s)
 
-    def _deliver(self, request: _Request[Context], first: int, last: int, result: PartResult) -> None:
+    def _deliver(self, request: Request[Context], first: int, last: int, result: PartResult) -> None:
         if request.future.done():
             return
         if result.error is not None or result.values is None:

@@ -163,7 +163,7 @@ class LocalEngine:
             max_rows=self._max_rows,
             max_queued_rows=max_queued_rows,
             max_queued_bytes=max_queued_bytes,
-            # A GPU gets its next batch while it computes: what goes before, on the CPU, costs it no time then.
+            # The next batch is there when one ends, whatever the event loop is doing then.
             depth=2,
         )
         self._differentiator = Differentiator(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trunkline_worker.backbones.export import session_options
 from trunkline_worker.engine.runtime_names import ONNX_FP32, ONNX_FP32_ROWS
-from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT
+from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT, to_dense
 
 # Shape suffix legend: B = rows, D = embedding columns
 
@@ -38,7 +38,7 @@ class OnnxRuntime:
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
-        return torch.from_numpy(_embedding(self._session, _entering(features)))
+        return torch.from_numpy(_embedding(self._session, to_dense(features)))
 
 
 class OnnxRowsRuntime:
@@ -59,7 +59,7 @@ class OnnxRowsRuntime:
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
-        features = _entering(features)
+        features = to_dense(features)
         num_rows = len(features)
         if self._whole is not None and _FEW * num_rows <= self._num_threads:
             return torch.from_numpy(_embedding(self._whole, features))
@@ -89,10 +89,6 @@ class OnnxRowsRuntime:
 
 def _session(data: bytes, num_threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(data, session_options(num_threads), providers=["CPUExecutionProvider"])
-
-
-def _entering(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
 
 
 def _embedding(session: onnxruntime.InferenceSession, features: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trunkline_worker.engine import runtime_names as names
-from trunkline_worker.engine.runtimes import TRUNK_INPUT
+from trunkline_worker.engine.runtimes import TRUNK_INPUT, to_dense
 
 # Shape suffix legend: B = rows, D = embedding columns
 
@@ -59,7 +59,7 @@ class OpenVinoRuntime:
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
         # Results are copied: the request writes the next ones to the same place.
-        results = self._request.infer({TRUNK_INPUT: _entering(features)}, share_inputs=True, share_outputs=False)
+        results = self._request.infer({TRUNK_INPUT: to_dense(features)}, share_inputs=True, share_outputs=False)
         return torch.from_numpy(results[0])
 
 
@@ -76,7 +76,7 @@ class OpenVinoRowsRuntime:
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
-        features = _entering(features)
+        features = to_dense(features)
         rows: list[npt.NDArray[np.float32] | None] = [None] * len(features)
 
         def keep(request: Any, row: int) -> None:
@@ -87,10 +87,6 @@ class OpenVinoRowsRuntime:
             self._queue.start_async({TRUNK_INPUT: features[row : row + 1]}, row, share_inputs=True)
         self._queue.wait_all()
         return torch.from_numpy(np.concatenate([one for one in rows if one is not None]))
-
-
-def _entering(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
 
 
 def _compiled(data: bytes, name: str, *, num_threads: int, num_streams: int) -> Any:

@@ -49,6 +49,11 @@ def to_torch(features: npt.NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(features)
 
 
+def to_dense(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Return rows as exported trunks take them: side by side in memory, float32 in place of float16."""
+    return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
+
+
 def find_device(name: str) -> torch.device:
     """Return a device by name; ``auto`` is a GPU where there is one.
 

@@ -1,21 +1,14 @@
-"""Addresses: which are loopback, how they are written, and where a replica listens itself."""
+"""Addresses: how they are written, and where a replica listens itself."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trunkline_wire.hosts import is_loopback
+
 _UNSPECIFIED = ("", "0.0.0.0", "::", "[::]")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only the machine itself reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def host_port(host: str, port: int | str) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from trunkline_wire.hosts import is_loopback
 from trunkline_wire.specs import Endpoint, Endpoints
 
-from trunkline_worker.serving.addresses import is_loopback
 from trunkline_worker.serving.auth import Principal
 from trunkline_worker.serving.tickets import SECRET_BYTES, VALID_S, Ticket, holder_key, make_ticket
 from trunkline_worker.store.clock import Clock

@@ -12,9 +12,10 @@ import grpc
 from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from trunkline_wire.hosts import is_loopback
 from trunkline_wire.limits import MAX_CONCURRENT_STREAMS, MAX_MESSAGE_BYTES
 
-from trunkline_worker.serving.addresses import host_port, is_loopback
+from trunkline_worker.serving.addresses import host_port
 from trunkline_worker.serving.auth import Authorise
 from trunkline_worker.serving.boundary import Boundary
 from trunkline_worker.serving.draining import Draining

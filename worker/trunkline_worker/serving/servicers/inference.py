@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
 
 import grpc
 import numpy as np
@@ -48,53 +49,53 @@ class InferenceServicer:
         with self._budget.hold(size_of(request), current_call().caller):
             return await self._extract(request.message, request.data)
 
-    async def StreamPredict(
+    def StreamPredict(
         self, request_iterator: AsyncIterator[Apart[pb.StreamPredictRequest]], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.StreamPredictResponse]:
         """Predict batch after batch. A batch that fails is answered with its error; the stream goes on."""
-        call = current_call()
 
-        async def handle(request: Apart[pb.StreamPredictRequest]) -> pb.StreamPredictResponse:
-            try:
-                result = await self._predict(request.message.predict, request.data, wait=True)
-            except Exception as error:
-                return refuse(request, error)
+        async def answer(request: Apart[pb.StreamPredictRequest]) -> pb.StreamPredictResponse:
+            result = await self._predict(request.message.predict, request.data, wait=True)
             return pb.StreamPredictResponse(seq=request.seq, result=result)
 
-        def refuse(request: Apart[pb.StreamPredictRequest], error: Exception) -> pb.StreamPredictResponse:
-            return pb.StreamPredictResponse(seq=request.seq, error=_error(error, "StreamPredict"))
+        return self._replies(request_iterator, "predict", answer, pb.StreamPredictResponse)
 
-        room = Room(lambda request: reserve(self._budget, call, request, request.message.predict), refuse)
-        count = 0
-        replies = pipelined(request_iterator, handle, window=STREAM_WINDOW, draining=call.draining, room=room)
-        async for reply in replies:
-            count += 1
-            yield reply
-        yield pb.StreamPredictResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count))
-
-    async def StreamExtract(
+    def StreamExtract(
         self, request_iterator: AsyncIterator[Apart[pb.StreamExtractRequest]], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Apart[pb.StreamExtractResponse]]:
+    ) -> AsyncIterator[Apart[pb.StreamExtractResponse] | pb.StreamExtractResponse]:
         """Extract batch after batch. A batch that fails is answered with its error; the stream goes on."""
-        call = current_call()
 
-        async def handle(request: Apart[pb.StreamExtractRequest]) -> Apart[pb.StreamExtractResponse]:
-            try:
-                result = await self._extract(request.message.extract, request.data, wait=True)
-            except Exception as error:
-                return refuse(request, error)
+        async def answer(request: Apart[pb.StreamExtractRequest]) -> Apart[pb.StreamExtractResponse]:
+            result = await self._extract(request.message.extract, request.data, wait=True)
             return Apart(pb.StreamExtractResponse(seq=request.seq, result=result.message), result.data)
 
-        def refuse(request: Apart[pb.StreamExtractRequest], error: Exception) -> Apart[pb.StreamExtractResponse]:
-            return Apart(pb.StreamExtractResponse(seq=request.seq, error=_error(error, "StreamExtract")))
+        return self._replies(request_iterator, "extract", answer, pb.StreamExtractResponse)
 
-        room = Room(lambda request: reserve(self._budget, call, request, request.message.extract), refuse)
+    async def _replies(
+        self,
+        requests: AsyncIterator[Apart[Any]],
+        kind: str,
+        answer: Callable[[Apart[Any]], Awaitable[Any]],
+        response: type[Any],
+    ) -> AsyncIterator[Any]:
+        """Answer a stream: ``kind`` names the field of its messages, ``response`` is the type of errors and the end."""
+        call = current_call()
+
+        async def handle(request: Apart[Any]) -> Any:
+            try:
+                return await answer(request)
+            except Exception as error:
+                return refuse(request, error)
+
+        def refuse(request: Apart[Any], error: Exception) -> Any:
+            return response(seq=request.seq, error=_error(error, f"Stream{kind.title()}"))
+
+        room = Room(lambda request: reserve(self._budget, call, request, getattr(request.message, kind)), refuse)
         count = 0
-        replies = pipelined(request_iterator, handle, window=STREAM_WINDOW, draining=call.draining, room=room)
-        async for reply in replies:
+        async for reply in pipelined(requests, handle, window=STREAM_WINDOW, draining=call.draining, room=room):
             count += 1
             yield reply
-        yield Apart(pb.StreamExtractResponse(seq=count, end=error_pb2.EndOfStream(num_messages=count)))
+        yield response(seq=count, end=error_pb2.EndOfStream(num_messages=count))
 
     async def _predict(
         self, request: pb.PredictRequest, data: memoryview | None, *, wait: bool = False
