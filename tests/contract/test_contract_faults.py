@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import grpc
 import numpy as np
 import pytest
 import trunkline
@@ -333,3 +334,46 @@ def test_forked_child_has_a_channel_of_its_own(fake, fake_client):
     # connect, parent | child | parent: the child must not write into the parent's socket.
     *parent, of_child, again = fake.peers
     assert set(parent) == {again} and of_child != again
+
+
+def test_a_stream_that_the_gateway_cancels_goes_on_over_another(fake, fake_client, monkeypatch):
+    """A gateway that is stopped without any grace cancels what it is at."""
+    caller = fake_client._calls.caller
+    monkeypatch.setattr(caller, "sleep", lambda seconds: None)
+    real, cancelled = caller.connection.stub, []
+
+    class Cancelled(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode.CANCELLED
+
+        def details(self):
+            return "CANCELLED"
+
+        def trailing_metadata(self):
+            return ()
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise self
+
+        def cancel(self):
+            pass
+
+    class Stub:
+        def __init__(self, stub):
+            self.stub = stub
+
+        def __getattr__(self, name):
+            if name != "StreamExtract" or cancelled:
+                return getattr(self.stub, name)
+            cancelled.append(name)
+            return lambda requests, **_: Cancelled()
+
+    monkeypatch.setattr(caller.connection, "stub", lambda kind: Stub(real(kind)))
+    spec = fake_client.describe("fake_net")
+    cut = spec.cuts[-1]
+    rows = np.ones((6, *cut.feature_shape), np.float32)
+    embedding = fake_client.extract_features(rows, space=spec.space(cut), batch_size=2)
+    assert cancelled == ["StreamExtract"] and len(embedding) == 6

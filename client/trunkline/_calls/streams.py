@@ -18,7 +18,14 @@ from trunkline._calls.failures import error_from_message, new_request_id, note_f
 from trunkline._deadline import Deadline, retry_delay
 from trunkline._direct import Metadata, Pool, Replica
 from trunkline._status import is_retryable
-from trunkline.errors import InternalError, OverloadedError, ServiceUnavailableError, TrunklineError, from_wire
+from trunkline.errors import (
+    CallCancelledError,
+    InternalError,
+    OverloadedError,
+    ServiceUnavailableError,
+    TrunklineError,
+    from_wire,
+)
 
 if TYPE_CHECKING:
     from trunkline._calls.core import Caller
@@ -286,7 +293,8 @@ class Streams(Generic[T]):
         if link.is_given_up:
             return True
         if link.replica is None or self._pool is None:
-            return is_retryable(error)
+            # Nobody here has cancelled it: a gateway that ends at once cancels what it is at.
+            return is_retryable(error) or isinstance(error, CallCancelledError)
         if isinstance(error, OverloadedError):
             self._pool.lost(link.replica)
             return True
