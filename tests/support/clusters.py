@@ -17,6 +17,10 @@ def trunkline_command(*arguments):
     return [sys.executable, "-c", "from trunkline.cli import main; main()", *arguments]
 
 
+FIXED = "efficientnet_lite0"
+"""The backbone whose runtime is fixed."""
+
+
 class EmbeddedCluster:
     """A cluster of its own: state folder, cache, port.
 
@@ -26,7 +30,7 @@ class EmbeddedCluster:
 
     def __init__(self, folder, **settings):
         if "backbones" not in settings:
-            settings.setdefault("runtimes", '{"efficientnet_lite0": "onnxruntime-fp32"}')
+            settings.setdefault("runtimes", json.dumps({FIXED: "onnxruntime-fp32"}))
         self.folder = Path(folder)
         self.state_dir = self.folder / "state"
         self.environment = {
@@ -40,7 +44,7 @@ class EmbeddedCluster:
     def run(self, *arguments, check=True, timeout=240):
         """Run a ``trunkline`` command against this cluster."""
         environment = dict(self.environment)
-        if "--backbone" in arguments:  # the runtime may be fixed for another one
+        if "--backbone" in arguments and FIXED not in arguments:  # a runtime cannot be fixed for what is not served
             environment.pop("TRUNKLINE_CLUSTER_RUNTIMES", None)
         return subprocess.run(
             trunkline_command(*arguments),
