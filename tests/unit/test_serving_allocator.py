@@ -1,4 +1,4 @@
-"""Memory that is freed is used again without asking the system for it."""
+"""Memory that is freed is used again without asking the system for it; what stays is not looked through for cycles."""
 
 from __future__ import annotations
 
@@ -32,3 +32,32 @@ def test_large_messages_do_not_ask_for_fresh_pages() -> None:
 
     assert page_faults("leave") > 10_000  # two copies of 1,172 pages each, 20 times over
     assert page_faults("keep") < 1_000
+
+
+COLLECTOR_PROGRAM = """
+import gc, weakref
+from trunkline_worker.serving.allocator import spare_long_lived
+class Node:
+    pass
+def cycle():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+gc.disable()
+before = cycle()
+stays = [Node() for _ in range(1000)]
+spare_long_lived()
+assert before() is None
+assert gc.get_freeze_count() > 1000
+assert not any(isinstance(one, Node) for one in gc.get_objects())
+after = cycle()
+gc.collect()
+assert after() is None
+assert gc.get_threshold()[0] == 10_000
+print("done")
+"""
+
+
+def test_what_stays_is_spared_and_later_cycles_are_found() -> None:
+    done = subprocess.run([sys.executable, "-c", COLLECTOR_PROGRAM], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr

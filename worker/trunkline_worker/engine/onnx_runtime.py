@@ -18,13 +18,9 @@ from torch import Tensor
 
 from trunkline_worker.backbones.export import session_options
 from trunkline_worker.engine.runtime_names import ONNX_FP32, ONNX_FP32_ROWS
-from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT, to_dense
+from trunkline_worker.engine.runtimes import TRUNK_INPUT, TRUNK_OUTPUT, are_few, to_dense
 
 # Shape suffix legend: B = rows, D = embedding columns
-
-
-_FEW = 4
-"""Threads for each row from which on a row is run by all of them."""
 
 
 class OnnxRuntime:
@@ -44,8 +40,8 @@ class OnnxRuntime:
 class OnnxRowsRuntime:
     """The same file, each row by itself on one thread, as many rows side by side as there are threads.
 
-    Far fewer rows than that run as one batch on all threads: sooner, though at a higher cost. With few threads that
-    would be no sooner: the threads wait for each other, and for those that serve.
+    So few rows that half of the threads would idle run as one batch on all of them: that is over sooner, though it
+    costs more, and nothing else waits when batches are that small.
     """
 
     name = ONNX_FP32_ROWS
@@ -54,17 +50,15 @@ class OnnxRowsRuntime:
         """Load a file that ``check_onnx`` has passed."""
         self._num_threads = num_threads
         self._rowwise = _session(data, 1)
-        self._whole = _session(data, num_threads) if num_threads >= _FEW else None
+        self._whole = _session(data, num_threads)
         self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="trunkline-rows")
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
         features = to_dense(features)
         num_rows = len(features)
-        if self._whole is not None and _FEW * num_rows <= self._num_threads:
+        if are_few(num_rows, self._num_threads):
             return torch.from_numpy(_embedding(self._whole, features))
-        if num_rows == 1:
-            return torch.from_numpy(_embedding(self._rowwise, features))
         rows: list[npt.NDArray[np.float32] | None] = [None] * num_rows
         left = itertools.count()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trunkline_worker.engine import runtime_names as names
-from trunkline_worker.engine.runtimes import TRUNK_INPUT, to_dense
+from trunkline_worker.engine.runtimes import TRUNK_INPUT, are_few, to_dense
 
 # Shape suffix legend: B = rows, D = embedding columns
 
@@ -64,7 +64,10 @@ class OpenVinoRuntime:
 
 
 class OpenVinoRowsRuntime:
-    """The same, each row by itself on one thread, as many rows side by side as there are threads."""
+    """The same, each row by itself on one thread, as many rows side by side as there are threads.
+
+    Few rows run as one batch: see ``OnnxRowsRuntime``.
+    """
 
     def __init__(self, data: bytes, name: str, *, num_threads: int) -> None:
         """Load a file that ``check_onnx`` has passed."""
@@ -73,10 +76,14 @@ class OpenVinoRowsRuntime:
         self.name = name
         compiled = _compiled(data, name, num_threads=num_threads, num_streams=num_threads)
         self._queue = openvino.AsyncInferQueue(compiled, num_threads)
+        self._num_threads = num_threads
+        self._whole = OpenVinoRuntime(data, name, num_threads=num_threads)
 
     def run(self, features: npt.NDArray[np.generic]) -> Tensor:
         """Return the embedding of a batch. See ``Runtime``."""
         features = to_dense(features)
+        if are_few(len(features), self._num_threads):
+            return self._whole.run(features)
         rows: list[npt.NDArray[np.float32] | None] = [None] * len(features)
 
         def keep(request: Any, row: int) -> None:

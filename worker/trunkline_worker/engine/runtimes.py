@@ -54,6 +54,11 @@ def to_dense(features: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return np.ascontiguousarray(features.astype(np.float32) if features.dtype == np.float16 else features)
 
 
+def are_few(num_rows: int, num_threads: int) -> bool:
+    """Whether rows, each on one thread, would leave half of the threads or more without work."""
+    return 2 * num_rows <= num_threads
+
+
 def find_device(name: str) -> torch.device:
     """Return a device by name; ``auto`` is a GPU where there is one.
 

@@ -32,7 +32,7 @@ from trunkline_worker.engine.api import (
     TrunkOutputs,
 )
 from trunkline_worker.serving.addresses import find_place, outward_host
-from trunkline_worker.serving.allocator import keep_freed_memory
+from trunkline_worker.serving.allocator import keep_freed_memory, spare_long_lived
 from trunkline_worker.serving.backends import Backends, Metadata
 from trunkline_worker.serving.bottlenecks import load_bottleneck
 from trunkline_worker.serving.direct import DirectConfig, DirectEndpoint, EndpointBackends, open_endpoint
@@ -147,6 +147,7 @@ class Backbone:
             runtime=config.runtime,
         )
         await self._engine.start()
+        spare_long_lived()
         self._endpoint = None
         if config.direct is not None:
             # Their own engine first: a head on local features alone runs anywhere, so it runs here.
@@ -445,6 +446,7 @@ class Gateway:
                 needs_tls=config.listener.is_tls,
             ),
         )
+        spare_long_lived()
         self._server = GatewayServer(config.listener, backends)
         self._port = await self._server.start()
 
