@@ -1,7 +1,8 @@
 """What the batcher adds to one row on an idle server: everything but the batch itself.
 
-A batcher whose batches take no time at all, and an engine that runs one row of the built-in backbone after another. Of
-the engine the time in the line is what its answers say of themselves; what else it adds is the call less trunk and head.
+A batcher whose batches take no time at all, and an engine that runs one row of the built-in backbone after another.
+Of the engine the time in the line is what its answers say of themselves; what else it adds is the call less trunk and
+head.
 """
 
 from __future__ import annotations

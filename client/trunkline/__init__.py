@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from trunkline.heads import MLP, Conv, Linear, Prototype
     from trunkline.local_models import LocalModel, local_model
     from trunkline.local_vectors import LocalFeatures, local_features
+    from trunkline.losses import Loss, Optimiser
     from trunkline.models import Model
     from trunkline.own_stems import OwnStem
     from trunkline.predictions import Prediction, RowPrediction
@@ -88,12 +89,14 @@ __all__ = [
     "Linear",
     "LocalFeatures",
     "LocalModel",
+    "Loss",
     "MLP",
     "MissingExtraError",
     "Model",
     "MultiLabelReport",
     "NotFiniteError",
     "NotFoundError",
+    "Optimiser",
     "OverloadedError",
     "OwnStem",
     "PayloadTooLargeError",
@@ -129,9 +132,11 @@ _MODULES = {
     "Linear": "trunkline.heads",
     "LocalFeatures": "trunkline.local_vectors",
     "LocalModel": "trunkline.local_models",
+    "Loss": "trunkline.losses",
     "MLP": "trunkline.heads",
     "Model": "trunkline.models",
     "MultiLabelReport": "trunkline.reports",
+    "Optimiser": "trunkline.losses",
     "OwnStem": "trunkline.own_stems",
     "Prediction": "trunkline.predictions",
     "Prototype": "trunkline.heads",

@@ -32,6 +32,7 @@ from trunkline.errors import (
     InvalidArgumentError,
 )
 from trunkline.heads import Head
+from trunkline.losses import ClassWeights, Loss, Optimiser, loss_config, needs_classes, optimiser_config, sweep_config
 from trunkline.models import Model
 from trunkline.predictions import Prediction
 from trunkline.progress import show_progress
@@ -370,14 +371,19 @@ class Client:
         embedding: str | Sequence[str] = "auto",
         head: str | Head = "linear",
         solver: str = "auto",
-        loss: str = "mse",
-        huber_delta: float = 1.0,
+        loss: str | Loss = "auto",
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
+        ordinal: bool | Sequence[str] = False,
+        select_by: str = "",
+        optimiser: Optimiser | None = None,
         epochs: int = 0,
         batch_size: int = 0,
         learning_rate: float = 0.0,
         l2: float | None = None,
         validation: float = 0.2,
         refit: bool = True,
+        calibrate: bool = True,
         seed: int = 0,
         timeout_s: float | None = None,
     ) -> Job:
@@ -395,15 +401,25 @@ class Client:
                 slices: ``SLICE`` of the first backbone, ``BACKBONE:SLICE`` of any.
             head: ``linear``, ``mlp``, ``conv`` or ``prototype``, or one such as
                 ``trunkline.MLP(hidden=(256,), fuse="add")``.
-            solver: ``lbfgs`` (linear heads on inputs side by side, to convergence), ``adam``, or ``auto``.
-            loss: For numbers: ``mse``, or ``huber``, on which a few wild targets have little effect.
-            huber_delta: From where on ``huber`` is linear, in standard deviations of a target.
-            epochs: Of ``adam``. 0: the cluster's default.
-            batch_size: Of ``adam``. 0: the cluster's default.
-            learning_rate: Of ``adam``. 0: the cluster's default.
-            l2: Strength of the L2 penalty on the standardised embedding. None: chosen by cross-validation.
+            solver: ``lbfgs`` (linear heads on inputs side by side, to convergence), ``adamw``, or ``auto``.
+            loss: What is minimised: ``cross_entropy`` or ``focal`` for classes; ``mse``, ``huber`` or ``quantile`` for
+                numbers; or one such as ``trunkline.Loss("quantile", quantile=0.9)``.
+            label_smoothing: Share of each row's label that is spread over all classes.
+            class_weights: ``balanced`` has each class count the same in all; or how much the rows of each class count.
+            ordinal: Whether the classes have an order, which is then learnt: theirs in the dataset, or this one, from
+                the lowest to the highest.
+            select_by: The metric by which strengths and epochs are chosen, such as ``balanced_accuracy``, ``roc_auc``
+                or ``rmse``. Empty: the loss.
+            optimiser: How ``adamw`` goes about it.
+            epochs: Of ``adamw``. 0: the cluster's default.
+            batch_size: Of ``adamw``. 0: the cluster's default.
+            learning_rate: Of ``adamw``. 0: the cluster's default.
+            l2: Strength of the L2 penalty on the standardised embedding (scikit-learn's 1 / C); for heads with layers
+                of their own AdamW's weight decay. None: chosen by cross-validation, or by the cluster.
             validation: Fraction of the rows held out to measure the model. 0: none, and no score.
             refit: Whether to train once more on every row after measuring.
+            calibrate: Whether to scale the outputs so that probabilities come true as often as they say, by the rows
+                held out.
             seed: Of everything random.
             timeout_s: Deadline of submitting, not of the job.
 
@@ -413,6 +429,8 @@ class Client:
             UnsupportedError: The cluster is too old for such a head, loss, or for several backbones.
         """
         backbones = [backbone] if isinstance(backbone, str) else list(backbone or ())
+        if isinstance(data, str) and needs_classes(class_weights, ordinal):
+            data = self.dataset(data, timeout_s=timeout_s)
         if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
             input_size = data.input_size
         spec = make_spec(
@@ -423,8 +441,16 @@ class Client:
             embedding=embedding,
             head=head,
             solver=solver,
-            loss=loss,
-            huber_delta=huber_delta,
+            loss=loss_config(
+                loss,
+                label_smoothing=label_smoothing,
+                class_weights=class_weights,
+                ordinal=ordinal,
+                class_names=data.class_names if isinstance(data, Dataset) else None,
+            ),
+            optimiser=optimiser_config(optimiser),
+            select_by=select_by,
+            calibrate=calibrate,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -432,6 +458,89 @@ class Client:
             validation=validation,
             refit=refit,
             seed=seed,
+        )
+        if isinstance(data, Dataset):
+            check_spec_of(spec, data)
+        return Job(self, submit(self._calls.training, spec, self.info, self._deadline(timeout_s)))
+
+    def sweep(
+        self,
+        data: Dataset | str,
+        *,
+        name: str,
+        l2: Sequence[float] = (),
+        hidden: Sequence[Sequence[int]] = (),
+        learning_rate: Sequence[float] = (),
+        dropout: Sequence[float] = (),
+        embeddings: Sequence[Sequence[str]] = (),
+        folds: int = 5,
+        backbone: str | Sequence[str] | None = None,
+        input_size: int | None = None,
+        embedding: str | Sequence[str] = "auto",
+        select_by: str = "",
+        epochs: int = 0,
+        batch_size: int = 0,
+        validation: float = 0.2,
+        refit: bool = True,
+        calibrate: bool = True,
+        seed: int = 0,
+        timeout_s: float | None = None,
+    ) -> Job:
+        """Try many heads by cross-validation, all at once, and train the winner. ``Model.trials`` has all of them.
+
+        Every value is tried with every other. The winner is the simplest configuration within one standard error of the
+        best; it is trained as by ``train``, and measured on rows that took no part in the search.
+
+        Args:
+            data: As in ``train``.
+            name: Of the model.
+            l2: Strengths of the penalty; with hidden layers AdamW's weight decay. None: a grid for linear heads, the
+                cluster's default for others.
+            hidden: Widths of hidden layers: ``[(), (64,), (256, 64)]`` tries a linear head and two MLPs. None: linear.
+            learning_rate: Of heads with hidden layers.
+            dropout: Of heads with hidden layers.
+            embeddings: Sets of slices to try, for data of a single input. None: what ``embedding`` says.
+            folds: Of the cross-validation.
+            backbone: As in ``train``.
+            input_size: As in ``train``.
+            embedding: As in ``train``.
+            select_by: The metric to win by. Empty: the cross-entropy, or r2 where numbers are predicted.
+            epochs: Of heads with hidden layers. 0: the cluster's default.
+            batch_size: Of heads with hidden layers. 0: the cluster's default.
+            validation: As in ``train``. The rows held out take no part in the search.
+            refit: As in ``train``.
+            calibrate: As in ``train``.
+            seed: Of everything random.
+            timeout_s: Deadline of submitting, not of the job.
+
+        Raises:
+            NotFoundError: There is no such dataset, backbone or slice.
+            InvalidArgumentError: Something is out of range, or there is nothing to try.
+            UnsupportedError: The cluster is too old to search.
+        """
+        backbones = [backbone] if isinstance(backbone, str) else list(backbone or ())
+        if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
+            input_size = data.input_size
+        spec = make_spec(
+            model=name,
+            dataset=data if isinstance(data, str) else data.reference,
+            backbones=backbones,
+            input_size=input_size or 0,
+            embedding=embedding,
+            head="linear",
+            solver="auto",
+            loss=loss_config("auto"),
+            optimiser=optimiser_config(None),
+            select_by=select_by,
+            calibrate=calibrate,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=0.0,
+            l2=None,
+            validation=validation,
+            refit=refit,
+            seed=seed,
+            sweep=sweep_config(l2, hidden, learning_rate, dropout, embeddings, folds),
         )
         if isinstance(data, Dataset):
             check_spec_of(spec, data)

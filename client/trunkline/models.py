@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from trunkline.heads import head_summary
 from trunkline.labels import Targets, encode_labels, encode_memberships, label_names
 from trunkline.predictions import Prediction, label_sets
 from trunkline.progress import show_progress
-from trunkline.records import Candidate, DatasetSource, ModelInput, ModelRecord
+from trunkline.records import Candidate, DatasetSource, ModelInput, ModelRecord, Trial
 from trunkline.reports import Report, classification_report, multi_label_report, regression_report
+from trunkline.scores import all_scores
 from trunkline.stems import Stem
 
 if TYPE_CHECKING:
@@ -74,8 +76,13 @@ class Model:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Held-out scores and the like, measured while training."""
+        """Held-out scores and the like, measured while training. ``NAME_low`` to ``NAME_high`` is a 95 % interval."""
         return self.record.metrics
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its maker should know before trusting it: copies of training rows among those held out, and the like."""
+        return self.record.warnings
 
     @property
     def space(self) -> FeatureSpace:
@@ -118,10 +125,18 @@ class Model:
 
         A model out of a list asks the cluster once for them.
         """
+        return self._whole().candidates
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """What a sweep tried, in its order. Empty unless there was one."""
+        return self._whole().trials
+
+    def _whole(self) -> ModelRecord:
         if not self._is_whole:
             self.record = self._client._calls.registry.get(self.reference, self._client._deadline(None))
             self._is_whole = True
-        return self.record.candidates
+        return self.record
 
     def stem(
         self,
@@ -327,6 +342,40 @@ class Model:
             report = classification_report(self.reference, self.class_names, truth[good], outputs, num_failed=failed)
         return replace(report, codec_use=prediction.codec_use, candidates=self.candidates)
 
+    def report(self, path: str | Path | None = None, *, images: Any = None, timeout_s: float | None = None) -> Path:
+        """Write a report: one HTML file that needs nothing else, with what the cluster kept of the training.
+
+        What an older cluster did not keep is missing, and the report says so.
+
+        Args:
+            path: Where to. A file that is there already is replaced. None: ``NAME-VERSION.html`` in the current folder.
+            images: What was uploaded, in any form that ``Client.upload`` takes. Held-out rows and mistakes are shown as
+                pictures then, by their places in the dataset.
+            timeout_s: Deadline for everything that is asked. None: the setting's.
+
+        Returns:
+            Where it was written.
+
+        Raises:
+            InvalidArgumentError: The file cannot be written, or the images cannot be pictures.
+        """
+        from trunkline._report.report import write_report
+
+        return write_report(self, path, images, self._client._deadline(timeout_s))
+
+    def card(self, path: str | Path | None = None) -> str:
+        """Return a model card for the Hugging Face Hub: Markdown with YAML in front.
+
+        Args:
+            path: Where to write it too. A file that is there already is replaced.
+
+        Raises:
+            InvalidArgumentError: The file cannot be written.
+        """
+        from trunkline._report.card import write_card
+
+        return write_card(self, path, self._client._deadline(None))
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
         record = self.record
@@ -346,6 +395,8 @@ class Model:
             "codec": record.codec,
             "codec_error": record.codec_error,
             "candidates": [asdict(one) for one in record.candidates],
+            "trials": [asdict(one) for one in record.trials],
+            "warnings": list(record.warnings),
             "head_sha256": record.head_sha256,
             "more_inputs": [
                 {
@@ -393,7 +444,8 @@ class Model:
                 ("classes", ", ".join(self.class_names[:20]) + (" ..." if len(self.class_names) > 20 else "")),
                 *self.facts(),
                 ("dataset", record.dataset),
-                *((name, f"{value:.4g}") for name, value in sorted(record.metrics.items())),
+                *all_scores(record.metrics).items(),
+                *(("warning", one) for one in record.warnings),
             ],
         ) + _html.candidates(record.candidates)
 
@@ -454,6 +506,7 @@ class Model:
             wall_s=time.monotonic() - started,
             codec_use=found.codec_use,
             task=self.task,
+            conformal=self._whole().conformal,
         )
 
     def _truth(self, labels: Any, num_rows: int) -> Any:

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire import conformal
+from trunkline_wire.errors import WireError
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 from trunkline_wire.specs import CodecUse, Timings
 
 from trunkline import _html
-from trunkline.errors import TrunklineError, UnsupportedError
+from trunkline.errors import TrunklineError, UnsupportedError, from_wire
+from trunkline.records import Conformal
 
 # Shape suffix legend: N = rows, K = classes or outputs
 
@@ -58,7 +61,8 @@ class Prediction:
         wall_s: Seconds the call took here.
         codec_use: How the rows were made and sent, what that does to the embedding, and what the model was trained on.
             Its ``codec`` is empty if the cluster is too old to say.
-        task: ``classification``, ``multi_label`` or ``regression``.
+        task: ``classification``, ``multi_label``, ``ordinal`` or ``regression``.
+        conformal: What ``sets`` and ``intervals`` go by. None if the model has nothing of the kind.
     """
 
     model: str
@@ -70,6 +74,7 @@ class Prediction:
     wall_s: float
     codec_use: CodecUse = field(default_factory=CodecUse)
     task: str = CLASSIFICATION
+    conformal: Conformal | None = None
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
@@ -114,6 +119,70 @@ class Prediction:
         if self.task != MULTI_LABEL:
             raise UnsupportedError(f"{self.model} finds one class in a row, or numbers", hint="Use .labels or .values")
         return label_sets(self.outputs_NK, self.class_names, threshold)
+
+    def sets(self, coverage: float = 0.9) -> list[tuple[str, ...] | None]:
+        """Return the classes that each row may be of, the likeliest first, so that the true one is among them.
+
+        It is for at least the share ``coverage`` of new rows, if they come from where the held-out rows came from,
+        however good the model is: a poor one has large sets. Where too few rows were held out to promise as much, all
+        classes are in.
+
+        Args:
+            coverage: Above 0 and below 1.
+
+        Raises:
+            UnsupportedError: No rows were held out, a row may be of several classes, or numbers are predicted.
+            InvalidArgumentError: The coverage is out of range.
+        """
+        if not self.class_names or self.task == MULTI_LABEL:
+            raise UnsupportedError(f"{self.model} does not find one class in a row", hint="Use .intervals or .labels")
+        known = self._known_rows()
+        inside_NK = np.zeros((len(self), len(self.class_names)), dtype=bool)
+        inside_NK[known] = conformal.sets(self.outputs_NK[known], self._threshold(coverage))
+        order_NK = np.argsort(-self.outputs_NK, axis=1, kind="stable")
+        return [
+            tuple(self.class_names[index] for index in order_K if inside_K[index]) if row_is_known else None
+            for order_K, inside_K, row_is_known in zip(order_NK, inside_NK, known, strict=True)
+        ]
+
+    def intervals(self, coverage: float = 0.9) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the lowest and the highest values, (N, K) each, so that the true ones lie between them.
+
+        They do for at least the share ``coverage`` of new rows, as for ``sets``; all values of a row at once. Where too
+        few rows were held out to promise as much, they are endless. NaN in rows that failed.
+
+        Args:
+            coverage: Above 0 and below 1.
+
+        Raises:
+            UnsupportedError: No rows were held out, or classes are predicted.
+            InvalidArgumentError: The coverage is out of range.
+        """
+        if self.class_names:
+            raise UnsupportedError(f"{self.model} predicts classes, not numbers", hint="Use .sets")
+        threshold, known = self._threshold(coverage), self._known_rows()
+        assert self.conformal is not None
+        low_NK = np.full(self.outputs_NK.shape, np.nan)
+        high_NK = low_NK.copy()
+        low_NK[known], high_NK[known] = conformal.intervals(
+            self.outputs_NK[known], threshold, np.array(self.conformal.scales)
+        )
+        return low_NK, high_NK
+
+    def _threshold(self, coverage: float) -> float:
+        if self.conformal is None:
+            raise UnsupportedError(
+                f"{self.model} was trained without rows held out, or by an older cluster",
+                hint="Train again with validation= above 0",
+            )
+        try:
+            return conformal.threshold(self.conformal.scores, self.conformal.num_rows, coverage)
+        except WireError as error:
+            raise from_wire(error) from None
+
+    def _known_rows(self) -> npt.NDArray[np.bool_]:
+        known: npt.NDArray[np.bool_] = np.array([row not in self.errors for row in range(len(self))], dtype=bool)
+        return known
 
     def raise_for_errors(self) -> None:
         """Raise the error of the first row that failed, if any did."""

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import numpy as np
+import numpy.typing as npt
+from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
@@ -92,7 +95,7 @@ class JobState(enum.Enum):
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a head is trained. See ``Client.train``."""
+    """How a head is trained. See ``Client.train``. ``loss`` is None if it is one that this version does not know."""
 
     solver: str
     epochs: int
@@ -102,8 +105,10 @@ class FitConfig:
     validation_fraction: float
     refit: bool
     seed: int
-    loss: str = "mse"
-    huber_delta: float = 1.0
+    loss: LossConfig | None = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig | None = field(default_factory=OptimiserConfig)
+    select_by: str = ""
+    calibrate: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class JobSpec:
         embedding: ``pooled``, ``auto`` or ``slices``.
         head: What the head is made of. None if it is of a kind that this version does not know.
         more_backbones: Who reads a dataset of images beside ``backbone``.
+        sweep: What is tried. None: nothing is.
     """
 
     model: str
@@ -133,6 +139,7 @@ class JobSpec:
     head: HeadConfig | None
     fit: FitConfig
     more_backbones: tuple[BackboneChoice, ...] = ()
+    sweep: SweepConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -210,17 +217,104 @@ class ModelInput:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A configuration that a sweep tried, and how well it did in cross-validation on the training rows.
+
+    Attributes:
+        slices: Of the embedding.
+        l2: Strength of the penalty; with hidden layers AdamW's weight decay.
+        hidden: Widths of the hidden layers; none in a linear head.
+        learning_rate: With hidden layers; 0 for the cluster's default.
+        dropout: With hidden layers.
+        scores: One a fold, higher is better. Empty if it failed.
+        score: Their mean.
+        error: Why it failed.
+        seconds: Its share of the time of those that were computed together.
+        won: Whether it is the one that was trained on everything.
+    """
+
+    slices: tuple[str, ...]
+    l2: float
+    hidden: tuple[int, ...]
+    learning_rate: float
+    dropout: float
+    scores: tuple[float, ...]
+    score: float
+    error: str
+    seconds: float
+    won: bool
+
+
+@dataclass(frozen=True)
+class LabelSuspect:
+    """A row whose label looks wrong.
+
+    Attributes:
+        row: Its place in the dataset.
+        given: The class that it was given, by its place in ``class_names``.
+        suggested: The class that it is more likely of.
+        margin: By how much: a difference of probabilities.
+    """
+
+    row: int
+    given: int
+    suggested: int
+    margin: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the cluster keeps of a training for its report.
+
+    Attributes:
+        rows: Held-out rows, by their places in the dataset, ascending; a sample where they are many.
+        num_held_out: Of so many.
+        classes_N: The true class of each; None unless each is of one.
+        targets_NK: What each should be; None where there are classes.
+        answers_NK: Probabilities or values, as the model that was measured says them.
+        curves: By epoch, or by step: ``loss``, ``validation_loss`` ...
+        suspects: Rows whose label looks wrong, the most doubtful first.
+    """
+
+    rows: npt.NDArray[np.int64]
+    num_held_out: int
+    classes_N: npt.NDArray[np.int64] | None
+    targets_NK: npt.NDArray[np.float32] | None
+    answers_NK: npt.NDArray[np.float32]
+    curves: Mapping[str, tuple[float, ...]]
+    suspects: tuple[LabelSuspect, ...]
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """What gives sets and intervals of predictions their coverage: how unlike the truth held-out rows were.
+
+    Attributes:
+        scores: Ascending, thinned so that sets only grow by it.
+        num_rows: Held-out rows that they stand for.
+        scales: Of each output, for numbers: what a score of 1 is worth.
+    """
+
+    scores: tuple[float, ...]
+    num_rows: int
+    scales: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """A trained model: immutable.
 
     Attributes:
-        task: ``classification``, ``multi_label`` or ``regression``.
+        task: ``classification``, ``multi_label``, ``ordinal`` or ``regression``.
         codec: How the rows that it was trained on were made and sent: ``float16``, ``int8@int8``, ``images`` ...
         codec_error: What that does to the embedding.
         candidates: Sets of slices that were tried, best first. Empty unless they were chosen automatically, and in
             lists of models.
         more_inputs: What it needs beside its first input, in the order of the head's columns.
         head: What its head is made of. None if the cluster does not say, or this version does not know the kind.
+        conformal: What gives sets and intervals their coverage. None where no rows were held out, and in lists.
+        warnings: What its maker should know before trusting it.
+        trials: What a sweep tried, in its order. Empty in lists.
     """
 
     name: str
@@ -243,6 +337,9 @@ class ModelRecord:
     candidates: tuple[Candidate, ...] = ()
     more_inputs: tuple[ModelInput, ...] = ()
     head: HeadConfig | None = None
+    conformal: Conformal | None = None
+    warnings: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     @property
     def reference(self) -> str:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from trunkline_wire.heads import CONCAT, CONV, HUBER, LINEAR, LOSSES, PROTOTYPE, REGRESSION, HeadConfig
+from trunkline_wire.errors import WireError
+from trunkline_wire.fits import (
+    AUTO,
+    CROSS_ENTROPY,
+    MSE,
+    LossConfig,
+    OptimiserConfig,
+    SweepConfig,
+    check_metric,
+    is_metric,
+)
+from trunkline_wire.heads import (
+    CLASSIFICATION,
+    CONCAT,
+    CONV,
+    LINEAR,
+    ORDINAL,
+    PROTOTYPE,
+    HeadConfig,
+)
 
 from trunkline import _html
 from trunkline._deadline import Deadline
@@ -22,6 +41,7 @@ from trunkline.errors import (
     JobFailedError,
     TrunklineError,
     UnsupportedError,
+    from_wire,
 )
 from trunkline.heads import Head, head_config, head_summary
 from trunkline.progress import Progress, show_progress
@@ -41,10 +61,10 @@ if TYPE_CHECKING:
     from trunkline.datasets import Dataset
     from trunkline.models import Model
 
-SOLVERS = ("auto", "lbfgs", "adam")
-"""How weights are found. ``auto``: ``lbfgs`` where that finds the one solution there is, else ``adam``."""
+logger = logging.getLogger(__name__)
 
-"""What is minimised where numbers are predicted."""
+SOLVERS = ("auto", "lbfgs", "adamw")
+"""How weights are found. ``auto``: ``lbfgs`` where that finds the one solution there is, else ``adamw``."""
 
 
 class Job:
@@ -108,7 +128,10 @@ class Job:
             self._wait(timeout_s, progress)
         status = self._last
         if status.state is JobState.SUCCEEDED:
-            return self._client.model(status.model)
+            model = self._client.model(status.model)
+            for one in model.warnings:
+                logger.warning("%s: %s", model.reference, one)
+            return model
         if status.state is JobState.CANCELLED:
             raise JobCancelledError(f"job {self.id} was cancelled", job_id=self.id, hint="Train once more")
         error = status.error or InternalError("no reason given")
@@ -179,7 +202,9 @@ def job_to_dict(status: JobStatus) -> dict[str, Any]:
         "slices": list(spec.slices),
         "more_backbones": [vars(one) for one in spec.more_backbones],
         "head": None if spec.head is None else asdict(spec.head),
-        "loss": spec.fit.loss,
+        "loss": None if spec.fit.loss is None else asdict(spec.fit.loss),
+        "select_by": spec.fit.select_by,
+        "sweep": None if spec.sweep is None else asdict(spec.sweep),
         "seed": spec.fit.seed,
         "num_restarts": status.num_restarts,
         "error": None
@@ -210,8 +235,10 @@ def make_spec(
     embedding: str | Sequence[str],
     head: str | Head,
     solver: str,
-    loss: str,
-    huber_delta: float,
+    loss: LossConfig,
+    optimiser: OptimiserConfig,
+    select_by: str,
+    calibrate: bool,
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -219,6 +246,7 @@ def make_spec(
     validation: float,
     refit: bool,
     seed: int,
+    sweep: SweepConfig | None = None,
 ) -> JobSpec:
     """Check what was asked for. Arguments are those of ``Client.train``.
 
@@ -233,10 +261,8 @@ def make_spec(
             "a convolutional head reads the features at its tap, not slices of the embedding",
             hint="Leave embedding= out, and name a cut with Conv(tap=...)",
         )
-    if loss not in LOSSES:
-        raise InvalidArgumentError(f"loss is {loss!r}; expected one of {', '.join(LOSSES)}")
-    if not 0.0 < huber_delta < math.inf:
-        raise InvalidArgumentError(f"huber_delta is {huber_delta}; expected a number above 0")
+    if select_by and not is_metric(select_by):
+        raise InvalidArgumentError(f"there is no metric {select_by[:40]!r} to select by")
     if len(set(backbones)) < len(backbones):
         raise InvalidArgumentError(f"a backbone is named twice: {', '.join(backbones)}")
     if not 0.0 <= validation < 1.0:
@@ -258,11 +284,13 @@ def make_spec(
         refit=refit,
         seed=seed,
         loss=loss,
-        huber_delta=huber_delta,
+        optimiser=optimiser,
+        select_by=select_by,
+        calibrate=calibrate,
     )
     first, *more = backbones or ("",)
     others = tuple(BackboneChoice(one, input_size) for one in more)
-    return JobSpec(model, dataset, first, input_size, mode, slices, config, fit, others)
+    return JobSpec(model, dataset, first, input_size, mode, slices, config, fit, others, sweep)
 
 
 def check_spec_of(spec: JobSpec, data: Dataset) -> None:
@@ -283,10 +311,13 @@ def check_spec_of(spec: JobSpec, data: Dataset) -> None:
             f"{data.reference} holds local features alone, which no backbone reads",
             hint="Leave backbone= and input_size= out",
         )
-    if spec.fit.loss == HUBER and data.task != REGRESSION:
-        raise InvalidArgumentError(
-            f"the labels of {data.reference} are classes; loss 'huber' is for numbers", hint="Leave loss= out"
-        )
+    assert spec.fit.loss is not None
+    task = ORDINAL if spec.fit.loss.class_order and data.task == CLASSIFICATION else data.task
+    try:
+        spec.fit.loss.kind_for(task)
+        check_metric(spec.fit.select_by, task)
+    except WireError as error:
+        raise from_wire(error) from None
 
 
 def submit(calls: TrainingCalls, spec: JobSpec, info: ServerInfo, deadline: Deadline) -> JobStatus:
@@ -318,23 +349,30 @@ def _ignored(asked: JobSpec, taken: JobSpec) -> str:
         if taken.head != replace(asked.head, tap=tap):
             return f"the head ({head_summary(asked.head)})"
     if asked.fit.loss != taken.fit.loss:
-        return f"the loss {asked.fit.loss!r}"
+        return f"the loss ({asked.fit.loss})"
+    if asked.fit.solver == "adamw" and asked.fit.optimiser != taken.fit.optimiser:
+        return f"the optimiser ({asked.fit.optimiser})"
+    if asked.sweep != taken.sweep:
+        return "sweeps"
+    if asked.fit.select_by != taken.fit.select_by:
+        return f"choosing by {asked.fit.select_by}"
     return ""
 
 
-def _solver(solver: str, head: HeadConfig, loss: str) -> str:
+def _solver(solver: str, head: HeadConfig, loss: LossConfig) -> str:
     """Return the solver; ``auto`` is chosen by what there is to solve."""
     if solver not in SOLVERS:
         raise InvalidArgumentError(f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}")
     has_one_solution = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT)
+    is_solved = loss.kind in (AUTO, CROSS_ENTROPY, MSE)
     if solver == "auto":
-        return "lbfgs" if head.kind == PROTOTYPE or (has_one_solution and loss == "mse") else "adam"
+        return "lbfgs" if head.kind == PROTOTYPE or (has_one_solution and is_solved) else "adamw"
     if solver == "lbfgs" and not has_one_solution:
         raise InvalidArgumentError(
-            "solver 'lbfgs' fits linear heads on inputs side by side only", hint="Use solver='adam'"
+            "solver 'lbfgs' fits linear heads on inputs side by side only", hint="Use solver='adamw'"
         )
-    if solver == "adam" and head.kind == PROTOTYPE:
-        raise InvalidArgumentError("a prototype head has nothing that 'adam' could train", hint="Leave solver= out")
+    if solver == "adamw" and head.kind == PROTOTYPE:
+        raise InvalidArgumentError("a prototype head has nothing that 'adamw' could train", hint="Leave solver= out")
     return solver
 
 

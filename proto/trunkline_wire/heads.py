@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from trunkline_wire.errors import ErrorCode, WireError
 
-CLASSIFICATION, REGRESSION, MULTI_LABEL = TASKS = ("classification", "regression", "multi_label")
-"""What a head is trained to say: one of the classes, numbers, or any of the classes."""
-
-MSE, HUBER = LOSSES = ("mse", "huber")
-"""What a regression can minimise."""
+CLASSIFICATION, REGRESSION, MULTI_LABEL, ORDINAL = TASKS = ("classification", "regression", "multi_label", "ordinal")
+"""What a head is trained to say: one of the classes, numbers, any of the classes, or one of classes in order."""
 
 LINEAR, MLP, CONV, PROTOTYPE = HEAD_KINDS = ("linear", "mlp", "conv", "prototype")
 RELU, GELU = ACTIVATIONS = ("relu", "gelu")

@@ -195,8 +195,9 @@ def _known_to_old(spec):
         raise WireError(ErrorCode.UNSUPPORTED, f"head kind {known.head.kind} is not known here")
     for name in ("activation", "batch_norm", "channels", "tap", "fuse", "fuse_width"):
         known.head.ClearField(name)
-    for name in ("loss", "huber_delta"):
-        known.fit.ClearField(name)
+    for name in known.fit.DESCRIPTOR.fields_by_name:
+        if known.fit.DESCRIPTOR.fields_by_name[name].number > 8:
+            known.fit.ClearField(name)
     known.ClearField("more_backbones")
     return known
 

@@ -428,13 +428,14 @@ class TestHeads:
     def test_huber(self, client, stem, pictures, unique):
         images, labels = pictures(30)
         data = client.upload(images, labels.astype(np.float32), name=unique("d"), stem=stem)
-        job = client.train(data, name=unique("m"), loss="huber", huber_delta=2.0, embedding="pooled")
+        job = client.train(data, name=unique("m"), loss=trunkline.Loss("huber", huber_delta=2.0), embedding="pooled")
         assert job.result(120).task == "regression"
-        assert (job.status().spec.fit.loss, job.status().spec.fit.huber_delta) == ("huber", 2.0)
+        taken = job.status().spec.fit.loss
+        assert (taken.kind, taken.huber_delta) == ("huber", 2.0)
 
     def test_huber_is_for_numbers(self, client, stem, pictures, unique):
         data = client.upload(*pictures(6), name=unique("d"), stem=stem)
-        with pytest.raises(trunkline.InvalidArgumentError, match="'huber' is for numbers"):
+        with pytest.raises(trunkline.InvalidArgumentError, match="'huber' is not one for classes"):
             client.train(data, name=unique("m"), loss="huber")
 
     def test_local_features_alone_have_no_backbone(self, client, server, local, pictures, unique):

@@ -231,7 +231,7 @@ def test_training_through_a_replica_that_dies_ends_with_the_same_loss(client, se
     assert served.pid_of("ray::ServeReplica:trunkline-backbone-resnet18") not in killed
 
 
-@pytest.mark.parametrize("page", ["fusion.md", "remote-trunk.md"])
+@pytest.mark.parametrize("page", ["fusion.md", "remote-trunk.md", "training.md"])
 def test_the_code_of_a_page_runs(served, page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks

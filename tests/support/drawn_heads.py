@@ -10,7 +10,10 @@ POOLED = HeadInput(("pooled",), (37,))
 
 
 def drawn_head(config=None, inputs=(POOLED,), num_outputs=4, task="classification", seed=0):
-    """Return a head whose every number is drawn: means, scales and statistics of normalisations too."""
+    """Return a head whose every number is drawn: means, scales and statistics of normalisations too.
+
+    Of classes in order there is one more than outputs.
+    """
     head = Head(config or HeadConfig(), inputs, num_outputs)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -25,5 +28,6 @@ def drawn_head(config=None, inputs=(POOLED,), num_outputs=4, task="classificatio
                 module.running_var.copy_(0.1 + torch.rand(module.running_var.shape, generator=draw))
         head.mean.copy_(torch.randn(head.mean.shape, generator=draw))
         head.scale.copy_(0.5 + torch.rand(head.scale.shape, generator=draw))
-    names = () if task == "regression" else tuple(f"class {index}" for index in range(num_outputs))
+    num_classes = num_outputs + (task == "ordinal")
+    names = () if task == "regression" else tuple(f"class {index}" for index in range(num_classes))
     return TrainedHead(head.eval(), task, names)

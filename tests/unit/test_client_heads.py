@@ -9,7 +9,9 @@ from trunkline import errors
 from trunkline._calls.heads import head_from_message, head_to_message
 from trunkline._calls.training import _spec_from_message, _spec_to_message
 from trunkline.heads import head_config, head_of_kind, head_summary
+from trunkline.losses import loss_config
 from trunkline.training import _ignored, make_spec
+from trunkline_wire.fits import OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.v1 import training_pb2 as pb
 
@@ -39,8 +41,10 @@ def spec(**keywords):
         "embedding": "auto",
         "head": "linear",
         "solver": "auto",
-        "loss": "mse",
-        "huber_delta": 1.0,
+        "loss": "auto",
+        "optimiser": OptimiserConfig(),
+        "select_by": "",
+        "calibrate": True,
         "epochs": 0,
         "batch_size": 0,
         "learning_rate": 0.0,
@@ -49,7 +53,8 @@ def spec(**keywords):
         "refit": True,
         "seed": 0,
     }
-    return make_spec(**{**values, **keywords})
+    values |= keywords
+    return make_spec(**{**values, "loss": loss_config(values["loss"])})
 
 
 @pytest.mark.parametrize(("head", "config"), HEADS.values(), ids=HEADS)
@@ -115,11 +120,11 @@ def test_head_that_this_version_does_not_know(message):
     ("head", "loss", "solver"),
     [
         ("linear", "mse", "lbfgs"),
-        ("linear", "huber", "adam"),
-        (trunkline.Linear(fuse="add"), "mse", "adam"),
+        ("linear", "huber", "adamw"),
+        (trunkline.Linear(fuse="add"), "mse", "adamw"),
         ("prototype", "mse", "lbfgs"),
-        ("mlp", "mse", "adam"),
-        ("conv", "huber", "adam"),
+        ("mlp", "mse", "adamw"),
+        ("conv", "huber", "adamw"),
     ],
 )
 def test_solver_that_is_chosen(head, loss, solver):
@@ -132,11 +137,15 @@ def test_solver_that_is_chosen(head, loss, solver):
         ({"head": "mlp", "solver": "lbfgs"}, "linear heads on inputs side by side"),
         ({"head": "conv", "solver": "lbfgs"}, "linear heads"),
         ({"head": trunkline.Linear(fuse="gate"), "solver": "lbfgs"}, "side by side"),
-        ({"head": "prototype", "solver": "adam"}, "nothing that 'adam' could train"),
+        ({"head": "prototype", "solver": "adamw"}, "nothing that 'adamw' could train"),
         ({"head": "conv", "embedding": ["a"]}, "not slices of the embedding"),
-        ({"loss": "l1"}, "expected one of mse, huber"),
-        ({"huber_delta": 0.0}, "huber_delta is 0"),
-        ({"huber_delta": float("inf")}, "huber_delta is inf"),
+        ({"loss": "l1"}, "one of auto, cross_entropy, focal, mse, huber, quantile"),
+        ({"loss": trunkline.Loss("huber", huber_delta=0.0)}, "above 0"),
+        ({"loss": trunkline.Loss("huber", huber_delta=float("inf"))}, "above 0"),
+        ({"loss": trunkline.Loss("quantile", quantile=1.0)}, "below 1"),
+        ({"loss": trunkline.Loss("focal", focal_gamma="much")}, "wrong type"),
+        ({"loss": 3}, "expected one of"),
+        ({"select_by": "luck"}, "no metric 'luck'"),
         ({"backbones": ["a", "b", "a"]}, "named twice"),
     ],
     ids=str,
@@ -147,7 +156,7 @@ def test_what_cannot_be_asked_for(keywords, said):
 
 
 def test_job_there_and_back():
-    asked = spec(backbones=["a", "b", "c"], input_size=64, head="conv", loss="huber", huber_delta=2.0)
+    asked = spec(backbones=["a", "b", "c"], input_size=64, head="conv", loss=trunkline.Loss("huber", huber_delta=2.0))
     assert [(one.backbone, one.input_size) for one in asked.more_backbones] == [("b", 64), ("c", 64)]
     assert asked.backbone == "a"
     assert _spec_from_message(_spec_to_message(asked)) == asked
@@ -175,7 +184,9 @@ def test_what_a_cluster_fills_in_is_not_ignored():
         ),
         (spec(head=trunkline.MLP((8,), activation="gelu")), "activation", "gelu"),
         (spec(head=trunkline.Linear(fuse="add")), "fuse", "fused by add"),
-        (spec(loss="huber"), "loss", "the loss 'huber'"),
+        (spec(loss="huber"), "loss", r"the loss \(LossConfig\(kind='huber'"),
+        (spec(head="mlp", optimiser=OptimiserConfig(ema=0.5)), "ema", "the optimiser"),
+        (spec(select_by="roc_auc"), "select_by", "choosing by roc_auc"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

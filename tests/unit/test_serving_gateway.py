@@ -692,7 +692,7 @@ def test_an_embedding_that_would_not_fit_a_message_is_refused_before_it_is_compu
         ({"head": training_pb2.HeadConfig(fuse=99)}, "not known here"),
         ({"head": training_pb2.HeadConfig(kind=training_pb2.HEAD_KIND_CONV, channels=[4])}, "a head of another kind"),
         ({"head": training_pb2.HeadConfig(kind=training_pb2.HEAD_KIND_CONV)}, "1 to 8 convolutions"),
-        ({"fit": training_pb2.FitConfig(loss=training_pb2.LOSS_HUBER)}, "'huber' is for labels that are numbers"),
+        ({"fit": training_pb2.FitConfig(loss=training_pb2.LOSS_HUBER)}, "'huber' is not one for classes"),
         ({"more_backbones": [training_pb2.BackboneChoice(backbone="other")]}, "no other backbone can read"),
         ({"embedding": training_pb2.EMBEDDING_MODE_SLICES, "slices": ["other:pooled"]}, "no backbone 'other'"),
     ],

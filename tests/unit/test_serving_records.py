@@ -4,6 +4,7 @@ import pytest
 from google.protobuf.message import Message
 from trunkline_wire import messages
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig, OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import IMAGES, FeatureSpace, local_space
 from trunkline_wire.v1 import registry_pb2
@@ -76,7 +77,7 @@ def test_a_job_survives_the_wire() -> None:
         embedding="slices",
         slices=("pooled", "second:pooled"),
         head=HEADS[2],
-        solver="adam",
+        solver="adamw",
         epochs=3,
         batch_size=16,
         learning_rate=0.5,
@@ -84,8 +85,10 @@ def test_a_job_survives_the_wire() -> None:
         validation_fraction=0.125,
         refit=False,
         seed=-7,
-        loss="huber",
-        huber_delta=1.5,
+        loss=LossConfig("huber", 1.5, 0.25, 0.0, 0.125, (1.0, 2.0), class_order=()),
+        optimiser=OptimiserConfig(0.25, 0.0, 0.5, "bfloat16", 7),
+        select_by="rmse",
+        calibrate=False,
         more_backbones=(BackboneChoice("second", 16), BackboneChoice("third")),
     )
     assert records.spec_from_proto(through_bytes(records.spec_to_proto(spec))) == spec
@@ -93,7 +96,8 @@ def test_a_job_survives_the_wire() -> None:
 
 def test_what_a_job_does_not_say() -> None:
     spec = records.spec_from_proto(pb.JobSpec())
-    assert (spec.embedding, spec.loss, spec.huber_delta, spec.more_backbones) == ("auto", "mse", 1.0, ())
+    assert (spec.embedding, spec.loss, spec.optimiser) == ("auto", LossConfig(), OptimiserConfig())
+    assert (spec.select_by, spec.calibrate, spec.more_backbones) == ("", True, ())
     with pytest.raises(WireError) as error:
         records.spec_from_proto(pb.JobSpec(fit=pb.FitConfig(loss=99)))
     assert error.value.code is ErrorCode.UNSUPPORTED
@@ -105,13 +109,13 @@ def test_what_a_job_does_not_say() -> None:
         (pb.HeadConfig(), pb.FitConfig(), "lbfgs"),
         (pb.HeadConfig(fuse=pb.FUSION_CONCAT), pb.FitConfig(loss=pb.LOSS_MSE), "lbfgs"),
         (pb.HeadConfig(kind=pb.HEAD_KIND_PROTOTYPE), pb.FitConfig(), "lbfgs"),
-        (pb.HeadConfig(fuse=pb.FUSION_ADD), pb.FitConfig(), "adam"),
-        (pb.HeadConfig(fuse=pb.FUSION_GATE), pb.FitConfig(), "adam"),
-        (pb.HeadConfig(), HUBER, "adam"),
-        (pb.HeadConfig(kind=pb.HEAD_KIND_MLP), pb.FitConfig(), "adam"),
-        (pb.HeadConfig(kind=pb.HEAD_KIND_CONV, channels=[8]), pb.FitConfig(), "adam"),
+        (pb.HeadConfig(fuse=pb.FUSION_ADD), pb.FitConfig(), "adamw"),
+        (pb.HeadConfig(fuse=pb.FUSION_GATE), pb.FitConfig(), "adamw"),
+        (pb.HeadConfig(), HUBER, "adamw"),
+        (pb.HeadConfig(kind=pb.HEAD_KIND_MLP), pb.FitConfig(), "adamw"),
+        (pb.HeadConfig(kind=pb.HEAD_KIND_CONV, channels=[8]), pb.FitConfig(), "adamw"),
         (pb.HeadConfig(fuse=pb.FUSION_ADD), pb.FitConfig(solver=pb.SOLVER_LBFGS), "lbfgs"),
-        (pb.HeadConfig(), pb.FitConfig(solver=pb.SOLVER_ADAM), "adam"),
+        (pb.HeadConfig(), pb.FitConfig(solver=pb.SOLVER_ADAM), "adamw"),
     ],
 )
 def test_the_solver_follows_from_the_head_unless_it_is_named(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import (
     IMAGES,
@@ -167,7 +168,7 @@ def test_local_features_alone_need_no_backbone() -> None:
         ({"backbone": "second"}, "no backbone can read them"),
         ({"input_size": 16}, "no backbone can read them"),
         ({"more_backbones": (BackboneChoice("second"),)}, "no backbone can read them"),
-        ({"head": CONV, "solver": "adam"}, "needs a map"),
+        ({"head": CONV, "solver": "adamw"}, "needs a map"),
         ({"embedding": "slices", "slices": ("sensor",)}, "no slices to name"),
     ],
 )
@@ -184,9 +185,14 @@ MANY = tuple(DatasetSource(local_space(f"m{number}", "5" * 64)) for number in ra
     ("record", "changes", "code", "what"),
     [
         (dataset(IMAGES, class_names=()), {}, ErrorCode.BAD_LABELS, "no labels"),
-        (dataset(IMAGES), {"loss": "huber", "solver": "adam"}, ErrorCode.INVALID_ARGUMENT, "'huber'"),
-        (dataset(SENSOR), {"loss": "huber", "solver": "adam"}, ErrorCode.INVALID_ARGUMENT, "'huber'"),
-        (dataset(IMAGES, num_targets=2), {"loss": "huber", "solver": "adam"}, ErrorCode.INVALID_ARGUMENT, "'huber'"),
+        (dataset(IMAGES), {"loss": LossConfig("huber"), "solver": "adamw"}, ErrorCode.INVALID_ARGUMENT, "'huber'"),
+        (dataset(SENSOR), {"loss": LossConfig("huber"), "solver": "adamw"}, ErrorCode.INVALID_ARGUMENT, "'huber'"),
+        (
+            dataset(IMAGES, num_targets=2),
+            {"loss": LossConfig("huber"), "solver": "adamw"},
+            ErrorCode.INVALID_ARGUMENT,
+            "'huber'",
+        ),
         (dataset(IMAGES), {"backbone": "nobody"}, ErrorCode.NOT_FOUND, "no backbone 'nobody'"),
         (dataset(IMAGES), {"more_backbones": (BackboneChoice("nobody"),)}, ErrorCode.NOT_FOUND, "'nobody'"),
         (dataset(IMAGES), {"more_backbones": (BackboneChoice(""),)}, ErrorCode.NOT_FOUND, "no backbone ''"),
@@ -237,7 +243,7 @@ def test_what_cannot_be_read(record: DatasetRecord, changes: dict[str, Any], cod
 
 def test_huber_is_for_numbers() -> None:
     record = dataset(IMAGES, class_names=(), num_targets=2)
-    assert run(record, loss="huber", solver="adam").loss == "huber"
+    assert run(record, loss=LossConfig("huber"), solver="adamw").loss.kind == "huber"
 
 
 def test_a_slice_is_of_the_first_backbone_or_of_the_one_named() -> None:
@@ -285,7 +291,7 @@ def test_slices_that_are_not_there(slices: tuple[str, ...], code: ErrorCode, wha
 def test_a_convolutional_head_reads_the_last_map_or_the_one_named(
     first: FeatureSpace, tap: str, expected: str, embedding: str
 ) -> None:
-    job = run(dataset(first, SENSOR), head=replace(CONV, tap=tap), solver="adam", embedding=embedding)
+    job = run(dataset(first, SENSOR), head=replace(CONV, tap=tap), solver="adamw", embedding=embedding)
     assert job.head == replace(CONV, tap=expected)
     assert (job.embedding, job.slices) == ("slices", (f"{expected}.map",))
 
@@ -303,18 +309,18 @@ def test_a_convolutional_head_reads_the_last_map_or_the_one_named(
 )
 def test_taps_that_are_no_map(first: FeatureSpace, tap: str, code: ErrorCode, what: str) -> None:
     with pytest.raises(WireError, match=what) as error:
-        run(dataset(first), head=replace(CONV, tap=tap), solver="adam")
+        run(dataset(first), head=replace(CONV, tap=tap), solver="adamw")
     assert error.value.code is code
 
 
 def test_beside_a_map_stands_the_last_layer_of_every_other_backbone() -> None:
-    conv: dict[str, Any] = {"head": CONV, "solver": "adam"}
+    conv: dict[str, Any] = {"head": CONV, "solver": "adamw"}
     job = run(dataset(IMAGES, space("third"), SENSOR), more_backbones=(BackboneChoice("second"),), **conv)
     assert job.slices == ("two.map", "second:pooled", "third:pooled")
     assert run(dataset(space("second"), space("third")), **conv).slices == ("two.map", "third:pooled")
 
 
 def test_a_convolutional_head_takes_no_slices() -> None:
-    code, message = refused(dataset(IMAGES), head=CONV, solver="adam", embedding="slices", slices=("pooled",))
+    code, message = refused(dataset(IMAGES), head=CONV, solver="adamw", embedding="slices", slices=("pooled",))
     assert code is ErrorCode.INVALID_ARGUMENT
     assert "no slices" in message

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig, OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace, local_space
 from trunkline_worker.store.clock import ManualClock
@@ -42,11 +43,13 @@ SPEC = JobSpec(
     input_size=96,
     slices=("a", "b"),
     head=HEAD,
-    solver="adam",
+    solver="adamw",
     l2=0.5,
     seed=7,
-    loss="huber",
-    huber_delta=1.5,
+    loss=LossConfig("huber", huber_delta=1.5, class_weights=(1.0, 2.0)),
+    optimiser=OptimiserConfig(ema=0.5, precision="bfloat16"),
+    select_by="rmse",
+    calibrate=False,
     more_backbones=(BackboneChoice("library/net", 224), BackboneChoice("third")),
 )
 MODEL = ModelRecord(

@@ -392,7 +392,7 @@ def test_what_was_there_is_read_back_and_old_models_count_as_exact(url: str) -> 
     assert [event.phase for event in store.jobs.events("t", "job1")] == ["queued", "end"]
     linear = JobSpec("head", "halves@1", "net", 96, slices=("pooled",), seed=7)
     assert [store.jobs.get("t", job).spec for job in ("job1", "job2")] == [linear, linear]
-    mlp = replace(linear, head=HeadConfig("mlp", (256,), dropout=0.25), solver="adam")
+    mlp = replace(linear, head=HeadConfig("mlp", (256,), dropout=0.25), solver="adamw")
     assert store.jobs.get("t", "job3").spec == mlp, "an MLP whose layers were not named had one of 256"
     with pytest.raises(WireError, match="no bottleneck"):
         store.bottlenecks.check("t", "b" * 64)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.artefact import head_from_bytes, head_to_bytes
@@ -55,7 +56,7 @@ def test_a_hundred_classes_that_neither_input_knows_alone() -> None:
     left, local_x = codes(3000, 10, 16, seed=0)
     right, remote_x = codes(3000, 10, 24, seed=1)
     labels = Labels(tuple(map(str, range(100))), (10 * left + right).astype(np.int64))
-    spec = replace(SPEC, head=ADDED, solver="adam", epochs=8, refit=False)
+    spec = replace(SPEC, head=ADDED, solver="adamw", epochs=8, refit=False)
     fused = train([backbone(remote_x), local(local_x)], labels, spec).metrics["accuracy"]
     alone = [train([one], labels, spec).metrics["accuracy"] for one in (backbone(remote_x), local(local_x))]
     assert fused > 0.95
@@ -67,7 +68,7 @@ def test_inputs_that_tell_nothing_alone_tell_all_together() -> None:
     left, local_x = codes(2500, 10, 16, seed=2)
     right, remote_x = codes(2500, 10, 24, seed=3)
     labels = Labels(tuple("0123456789"), ((left + right) % 10).astype(np.int64))
-    spec = replace(SPEC, head=ADDED, solver="adam", epochs=12, refit=False)
+    spec = replace(SPEC, head=ADDED, solver="adamw", epochs=12, refit=False)
     fused = train([backbone(remote_x), local(local_x)], labels, spec).metrics["accuracy"]
     alone = [train([one], labels, spec).metrics["accuracy"] for one in (backbone(remote_x), local(local_x))]
     assert fused > 0.95
@@ -79,7 +80,7 @@ def test_one_dense_output_adds_what_each_input_knows() -> None:
     local_x, remote_x = draw.normal(size=(600, 8)), draw.normal(size=(600, 12))
     targets = 30 + local_x @ draw.normal(size=(8, 1)) + remote_x @ draw.normal(size=(12, 1))
     labels = Labels((), None, targets.astype(np.float32))
-    spec = replace(SPEC, head=HeadConfig("linear", fuse="add"), solver="adam", l2=0.0, epochs=60, refit=False)
+    spec = replace(SPEC, head=HeadConfig("linear", fuse="add"), solver="adamw", l2=0.0, epochs=60, refit=False)
     fused = train([backbone(remote_x), local(local_x)], labels, spec).metrics["r2"]
     alone = [train([one], labels, spec).metrics["r2"] for one in (backbone(remote_x), local(local_x))]
     assert fused > 0.99
@@ -134,7 +135,7 @@ def test_every_head_learns_every_task(kind: str, task: str) -> None:
     sources, classes = map_rows() if config.kind == "conv" else rows()
     closed = config.kind == "prototype" or kind == "linear"
     repeated = kind in ("mlp gate", "conv add") and task == "multi_label"
-    solver, epochs = ("lbfgs", 0) if closed else ("adam", 40)
+    solver, epochs = ("lbfgs", 0) if closed else ("adamw", 40)
     spec = replace(SPEC, head=config, solver=solver, epochs=epochs, refit=closed or repeated)
     if config.kind == "conv":
         spec = replace(spec, embedding="slices", slices=("t.map",))
@@ -203,7 +204,7 @@ def test_a_map_is_standardised_by_channel_and_what_is_beside_it_by_column() -> N
 def test_wide_maps_go_through_a_head_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sources, classes = map_rows(40)
     config = HeadConfig("conv", channels=(64,), tap="t")
-    spec = replace(SPEC, head=config, solver="adam", epochs=1, embedding="slices", slices=("t.map",))
+    spec = replace(SPEC, head=config, solver="adamw", epochs=1, embedding="slices", slices=("t.map",))
     seen: list[int] = []
     forward = Head.forward_standardised
 
@@ -254,7 +255,7 @@ def test_several_labels_a_row_are_what_scikit_learn_finds() -> None:
     assert result.metrics["converged"] == 1.0
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "adam"])
+@pytest.mark.parametrize("solver", ["lbfgs", "adamw"])
 def test_a_few_wild_targets_do_not_impress_hubers_loss(solver: str) -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=(300, 5)).astype(np.float32)
@@ -265,21 +266,27 @@ def test_a_few_wild_targets_do_not_impress_hubers_loss(solver: str) -> None:
     off = {}
     for loss in ("mse", "huber"):
         spec = replace(
-            SPEC, solver=solver, loss=loss, huber_delta=0.05, l2=0.1, epochs=150, validation_fraction=0.0, seed=1
+            SPEC,
+            solver=solver,
+            loss=LossConfig(loss, huber_delta=0.05),
+            l2=0.1,
+            epochs=150,
+            validation_fraction=0.0,
+            seed=1,
         )
         off[loss] = np.abs(train([backbone(x)], labels, spec).head.predict(torch.from_numpy(x)).numpy() - clean).mean()
     assert off["mse"] > 5
     assert off["huber"] < 0.3 * off["mse"]
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "adam"])
+@pytest.mark.parametrize("solver", ["lbfgs", "adamw"])
 def test_nor_do_they_decide_how_strong_the_penalty_is(solver: str) -> None:
     draw = np.random.default_rng(0)
     x = draw.normal(size=(300, 5)).astype(np.float32)
     clean = x @ draw.normal(size=(5, 2)) + 7
     wild = clean.copy()
     wild[::20] += 200
-    spec = replace(SPEC, solver=solver, loss="huber", huber_delta=0.05, epochs=150, validation_fraction=0.0)
+    spec = replace(SPEC, solver=solver, loss=LossConfig("huber", huber_delta=0.05), epochs=150, validation_fraction=0.0)
     head = train([backbone(x)], Labels((), None, wild.astype(np.float32)), spec).head
     assert np.abs(head.predict(torch.from_numpy(x)).numpy() - clean).mean() < 0.15 * clean.std()
 
@@ -340,7 +347,7 @@ def test_a_rare_label_stays_on_the_training_side() -> None:
     truth[7, 1] = 1
     x = np.random.default_rng(0).normal(size=(60, 4))
     for seed in range(8):
-        spec = replace(SPEC, seed=seed, validation_fraction=0.5, l2=1.0, refit=False)
+        spec = replace(SPEC, seed=seed, validation_fraction=0.5, l2=1.0, refit=False, calibrate=False)
         result = train([backbone(x)], Labels(("a", "rare"), None, truth), spec)
         assert result.metrics["num_train_rows"] in (30, 31)
         # Without its row the intercept would say that it is ten times rarer.
@@ -372,7 +379,7 @@ def test_a_label_of_a_single_row_does_not_make_a_prototype_of_rounding() -> None
 
 def test_batch_normalisation_on_a_single_row_is_refused() -> None:
     spec = replace(
-        SPEC, head=HeadConfig("mlp", (8,), batch_norm=True), solver="adam", epochs=2, validation_fraction=0.9
+        SPEC, head=HeadConfig("mlp", (8,), batch_norm=True), solver="adamw", epochs=2, validation_fraction=0.9
     )
     labels = Labels((), None, np.arange(3, dtype=np.float32)[:, None])
     with pytest.raises(WireError, match="single row") as caught:
@@ -383,7 +390,7 @@ def test_batch_normalisation_on_a_single_row_is_refused() -> None:
 def test_a_last_batch_of_one_row_is_joined_to_the_one_before() -> None:
     sources, classes = rows(65)
     spec = replace(
-        SPEC, head=HeadConfig("mlp", (8,), batch_norm=True), solver="adam", batch_size=16, epochs=3, refit=False
+        SPEC, head=HeadConfig("mlp", (8,), batch_norm=True), solver="adamw", batch_size=16, epochs=3, refit=False
     )
     result = train(sources, labels_of("classification", classes), replace(spec, validation_fraction=0.0))
     assert np.isfinite(result.metrics["train_cross_entropy"])

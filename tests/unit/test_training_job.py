@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import hashlib
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import serving_fakes as fakes
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig, OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.rows import row_id
@@ -30,6 +32,7 @@ from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
+from trunkline_worker.store.evaluations import evaluation_from_bytes, evaluation_path
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
 from trunkline_worker.store.records import BackboneChoice, JobSpec, JobState, ModelInput
@@ -472,7 +475,7 @@ def fused(tmp_path):
 
 def test_local_features_stand_beside_the_embedding_and_in_the_manifest(fused):
     fused.commit("both", fused.space, fused.feature_ids, more=[(fused.edge, fused.own_ids)])
-    fused.submit(dataset="both", head=HeadConfig("mlp", (16,), fuse="add"), solver="adam", epochs=15, **QUICK)
+    fused.submit(dataset="both", head=HeadConfig("mlp", (16,), fuse="add"), solver="adamw", epochs=15, **QUICK)
     job = fused.run()
     assert job.state is JobState.SUCCEEDED, job.error_message
     model = fused.store.models.get("default", "head")
@@ -560,7 +563,7 @@ def test_a_convolutional_head_reads_the_map_at_its_tap(fused):
         "head": HeadConfig("conv", channels=(8,), tap="mid"),
         "embedding": "slices",
         "slices": ("mid.map",),
-        "solver": "adam",
+        "solver": "adamw",
         "epochs": 25,
         **QUICK,
     }
@@ -691,6 +694,9 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
                 }
             ],
             "head": head,
+            "conformal": json.loads(json.dumps(asdict(model.conformal))),
+            "warnings": list(model.warnings),
+            "evaluation_sha256": model.evaluation_sha256,
         },
         "job": {
             "model": "head",
@@ -708,9 +714,12 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
             "validation_fraction": 0.2,
             "refit": False,
             "seed": 0,
-            "loss": "mse",
-            "huber_delta": 1.0,
+            "loss": asdict(LossConfig()) | {"class_weights": [], "class_order": []},
+            "optimiser": asdict(OptimiserConfig()),
+            "select_by": "",
+            "calibrate": True,
             "more_backbones": [],
+            "sweep": None,
         },
         "backbones": [
             {
@@ -728,7 +737,15 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
             }
         ],
         "candidates": [],
+        "trials": [],
     }
+    assert model.conformal.num_rows == model.metrics["num_validation_rows"]
+    evaluation = evaluation_from_bytes(
+        fused.blobs.get_checked(evaluation_path(model.evaluation_sha256), model.evaluation_sha256)
+    )
+    assert evaluation.num_held_out == model.metrics["num_validation_rows"]
+    assert evaluation.answers.shape == (len(evaluation.rows), 3)
+    assert evaluation.curves["loss"]
 
 
 def test_local_features_of_two_widths_fail_the_job(fused):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.bulk import Apart
 from trunkline_wire.bulk_rpc import InferenceServiceStub
-from trunkline_wire.codecs import DTYPES, encode_images, encode_rows_apart, whole
+from trunkline_wire.codecs import encode_images, encode_rows_apart, whole
 from trunkline_wire.errors import WireError
 from trunkline_wire.messages import codec_use_from_proto, space_to_proto, timings_from_proto
 from trunkline_wire.quantise import PackedRows
@@ -21,8 +20,9 @@ from trunkline_wire.v1 import inference_pb2 as pb
 
 from trunkline._calls.core import Caller, Method, error_from_message
 from trunkline._calls.exchange import Exchange
+from trunkline._calls.matrices import decode_matrix
 from trunkline._deadline import Deadline
-from trunkline.errors import InternalError, TrunklineError, from_wire
+from trunkline.errors import TrunklineError, from_wire
 
 # Shape suffix legend: B = rows, D = embedding width, K = classes or outputs
 
@@ -233,7 +233,7 @@ def _extract_request(
 def _prediction(answer: pb.PredictResponse) -> RawPrediction:
     return RawPrediction(
         model=answer.model,
-        outputs_BK=_matrix(answer.outputs),
+        outputs_BK=decode_matrix(answer.outputs),
         labels=tuple(answer.labels),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
@@ -244,32 +244,12 @@ def _prediction(answer: pb.PredictResponse) -> RawPrediction:
 def _embedding(apart: Apart[pb.ExtractResponse]) -> RawEmbedding:
     answer = apart.message
     return RawEmbedding(
-        embedding_BD=_matrix(answer.embedding, apart.data),
+        embedding_BD=decode_matrix(answer.embedding, apart.data),
         slices=tuple(SliceSpec(one.name, one.start, one.stop) for one in answer.slices),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
         codec_use=codec_use_from_proto(answer.codec_use),
     )
-
-
-def _matrix(tensor: tensor_pb2.Tensor, apart: memoryview | None = None) -> npt.NDArray[np.float32]:
-    """Decode an answer's matrix. Not ``codecs.decode``: rows that failed are NaN here, and rightly so."""
-    shape = tuple(tensor.shape)
-    data = memoryview(tensor.data) if apart is None else apart
-    whole = (
-        len(shape) == 2
-        and tensor.data_type == tensor_pb2.DATA_TYPE_FLOAT32
-        and tensor.codec == tensor_pb2.CODEC_RAW
-        and tensor.compression in (tensor_pb2.COMPRESSION_UNSPECIFIED, tensor_pb2.COMPRESSION_NONE)
-        and min(shape) >= 0
-        and data.nbytes == 4 * math.prod(shape)
-    )
-    if not whole:
-        raise InternalError(f"the cluster answered with something else than a float32 matrix (shape {shape})")
-    matrix: npt.NDArray[np.float32] = (
-        np.frombuffer(data, dtype=DTYPES[tensor_pb2.DATA_TYPE_FLOAT32]).reshape(shape).astype(np.float32)
-    )
-    return matrix
 
 
 def _row_errors(errors: Any) -> dict[int, TrunklineError]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
+import numpy as np
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION
 from trunkline_wire.messages import space_from_proto
 from trunkline_wire.v1 import registry_pb2 as pb
 from trunkline_wire.v1.registry_pb2_grpc import RegistryServiceStub
 
 from trunkline._calls.core import Caller
 from trunkline._calls.heads import head_from_message
+from trunkline._calls.matrices import decode_matrix
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
-from trunkline.records import Candidate, ModelInput, ModelRecord
+from trunkline.records import Candidate, Conformal, Evaluation, LabelSuspect, ModelInput, ModelRecord, Trial
 
-_TASKS = {pb.TASK_REGRESSION: REGRESSION, pb.TASK_MULTI_LABEL: MULTI_LABEL}
+_TASKS = {pb.TASK_REGRESSION: REGRESSION, pb.TASK_MULTI_LABEL: MULTI_LABEL, pb.TASK_ORDINAL: ORDINAL}
 
 
 class RegistryCalls:
@@ -29,6 +31,14 @@ class RegistryCalls:
             RegistryServiceStub, "GetModel", pb.GetModelRequest(model=reference), deadline
         )
         return _model(answer.model)
+
+    def evaluation(self, reference: str, deadline: Deadline) -> Evaluation | None:
+        """Return what the cluster keeps of a training; None if it is too old to keep any, or the model is."""
+        request = pb.GetModelEvaluationRequest(model=reference)
+        answer: pb.GetModelEvaluationResponse = self._caller.unary(
+            RegistryServiceStub, "GetModelEvaluation", request, deadline
+        )
+        return _evaluation(answer.evaluation) if answer.HasField("evaluation") else None
 
     def list(self, deadline: Deadline) -> list[ModelRecord]:
         """Return every model, without its candidates."""
@@ -60,7 +70,44 @@ def _model(message: pb.Model) -> ModelRecord:
         candidates=tuple(_candidate(one) for one in message.candidates),
         more_inputs=tuple(_input(one) for one in message.more_inputs),
         head=head_from_message(message.head),
+        conformal=_conformal(message),
+        warnings=tuple(message.warnings),
+        trials=tuple(_trial(one) for one in message.trials),
     )
+
+
+def _evaluation(message: pb.Evaluation) -> Evaluation:
+    return Evaluation(
+        rows=np.array(message.rows, dtype=np.int64),
+        num_held_out=message.num_held_out,
+        classes_N=None if message.HasField("targets") else np.array(message.classes, dtype=np.int64),
+        targets_NK=decode_matrix(message.targets) if message.HasField("targets") else None,
+        answers_NK=decode_matrix(message.answers) if message.rows else np.zeros((0, 0), dtype=np.float32),
+        curves={one.name: tuple(one.values) for one in message.curves},
+        suspects=tuple(LabelSuspect(one.row, one.given, one.suggested, one.margin) for one in message.suspects),
+    )
+
+
+def _trial(message: pb.Trial) -> Trial:
+    return Trial(
+        slices=tuple(message.slices),
+        l2=message.l2,
+        hidden=tuple(message.hidden),
+        learning_rate=message.learning_rate,
+        dropout=message.dropout,
+        scores=tuple(message.scores),
+        score=message.score,
+        error=message.error,
+        seconds=message.seconds,
+        won=message.won,
+    )
+
+
+def _conformal(message: pb.Model) -> Conformal | None:
+    if not message.HasField("conformal"):
+        return None
+    one = message.conformal
+    return Conformal(tuple(one.scores), one.num_rows, tuple(one.scales))
 
 
 def _input(message: pb.ModelInput) -> ModelInput:

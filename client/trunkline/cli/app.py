@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trunkline.cli import bench, catalogue, data, doctor_command, inference, jobs, tuning
+from trunkline.cli import bench, catalogue, data, doctor_command, inference, jobs, report, tuning
 from trunkline.cli.plugins import PluginGroup
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("models")(inference.models)
 app.command("predict")(inference.predict)
 app.command("evaluate")(inference.evaluate)
 app.command("extract")(inference.extract)
+app.command("report")(report.report)
 app.command("doctor")(doctor_command.doctor)
 app.add_typer(bench.app, name="bench")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from trunkline_wire.heads import CLASSIFICATION, REGRESSION
+from trunkline_wire.heads import CLASSIFICATION, ORDINAL, REGRESSION
 
 from trunkline.cli.data import Images
 from trunkline.cli.options import (
@@ -49,7 +49,7 @@ def models(
     with session.connect() as client:
         if name is not None:
             one = client.model(name)
-            text = _detail(one) + _candidates(one)
+            text = _detail(one) + _trials(one) + _candidates(one)
             session.emit(one.to_dict(), text, hint=f"trunkline predict {one.reference} IMAGE ...")
             return
         found = client.models()
@@ -133,7 +133,7 @@ def evaluate(
     local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
-        if min_accuracy is not None and chosen.task != CLASSIFICATION:
+        if min_accuracy is not None and chosen.task not in (CLASSIFICATION, ORDINAL):
             raise InvalidArgumentError(
                 f"--min-accuracy fits models that find one class in a row; {chosen.reference} is of task {chosen.task}"
             )
@@ -215,10 +215,14 @@ def _predictions(found: Prediction, paths: list[Path]) -> str:
 
 
 def _metrics(model: Model) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in sorted(model.metrics.items())[:2]) or "-"
+    from trunkline.scores import held_out_scores
+
+    return ", ".join(f"{name} {model.metrics[name]:.3f}" for name in list(held_out_scores(model.metrics))[:2]) or "-"
 
 
 def _detail(model: Model) -> str:
+    from trunkline.scores import all_scores
+
     record = model.record
     return facts(
         [
@@ -226,7 +230,8 @@ def _detail(model: Model) -> str:
             ("task", model.task),
             ("classes", ", ".join(model.class_names)),
             ("outputs", None if model.class_names else record.num_outputs),
-            *((name, f"{value:.4f}") for name, value in sorted(record.metrics.items())),
+            *all_scores(record.metrics).items(),
+            *(("warning", one) for one in model.warnings),
             *model.facts(),
             ("dataset", record.dataset),
             ("job", record.job_id),
@@ -234,6 +239,33 @@ def _detail(model: Model) -> str:
             ("created", record.create_time),
         ]
     )
+
+
+def _short(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def _trials(model: Model) -> str:
+    """Return the configurations that a sweep tried, the best first."""
+    tried = sorted(model.trials, key=lambda one: (bool(one.error), -one.score))
+    if not tried:
+        return ""
+    shown = tried[:SHOWN_CANDIDATES]
+    rows = [
+        (
+            "*" if one.won else "",
+            "failed" if one.error else f"{one.score:.4f}",
+            f"{one.l2:.3g}",
+            "-".join(map(str, one.hidden)) or "linear",
+            f"{one.learning_rate:g}" if one.learning_rate else "",
+            f"{one.dropout:g}" if one.dropout else "",
+            _short(one.error) if one.error else ", ".join(one.slices),
+        )
+        for one in shown
+    ]
+    which = f"the best {len(shown)} of {len(tried)}" if len(tried) > len(shown) else f"all {len(tried)}"
+    table = columns(("", "SCORE", "L2", "HIDDEN", "RATE", "DROPOUT", "SLICES"), rows)
+    return f"\n\nconfigurations of the sweep, {which}; * won\n{table}"
 
 
 def _candidates(model: Model) -> str:

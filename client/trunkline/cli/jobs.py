@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 _HEAD = "Head"
+_LOSS = "What is minimised"
+_ADAMW = "How AdamW goes about it"
 
 
 @command(missing="trunkline datasets")
@@ -50,21 +52,56 @@ def train(
         str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)
     ] = None,
     fuse_width: Annotated[int | None, typer.Option(help="Common width of add and gate.", rich_help_panel=_HEAD)] = None,
-    loss: Annotated[str, typer.Option(help="For numbers: mse or huber.")] = "mse",
+    loss: Annotated[
+        str, typer.Option(help="cross_entropy or focal for classes; mse, huber or quantile for numbers.")
+    ] = "auto",
     huber_delta: Annotated[
-        float, typer.Option(help="From where on huber is linear, in standard deviations of a target.")
+        float, typer.Option(help="From where on huber is linear, in standard deviations.", rich_help_panel=_LOSS)
     ] = 1.0,
-    solver: Annotated[str, typer.Option(help="auto, lbfgs or adam.")] = "auto",
-    epochs: Annotated[int, typer.Option(help="Of adam. 0: the default.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Of adam. 0: the default.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of adam. 0: the default.")] = 0.0,
-    l2: Annotated[float | None, typer.Option(help="L2 penalty. Left out: chosen by cross-validation.")] = None,
+    quantile: Annotated[float, typer.Option(help="Which one quantile predicts.", rich_help_panel=_LOSS)] = 0.5,
+    focal_gamma: Annotated[
+        float, typer.Option(help="How little rows count that are right already.", rich_help_panel=_LOSS)
+    ] = 2.0,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of each label that is spread over all classes.", rich_help_panel=_LOSS)
+    ] = 0.0,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Have each class count the same in all.", rich_help_panel=_LOSS)
+    ] = False,
+    class_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=NUMBER", help="What a class counts; may be repeated.", rich_help_panel=_LOSS),
+    ] = None,
+    ordinal: Annotated[
+        bool, typer.Option("--ordinal", help="The classes have an order: the dataset's.", rich_help_panel=_LOSS)
+    ] = False,
+    select_by: Annotated[
+        str, typer.Option(help="Metric to choose strengths and epochs by, such as balanced_accuracy.")
+    ] = "",
+    solver: Annotated[str, typer.Option(help="auto, lbfgs or adamw.")] = "auto",
+    epochs: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0,
+    batch_size: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0,
+    learning_rate: Annotated[float, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which the rate rises.", rich_help_panel=_ADAMW)
+    ] = 0.05,
+    clip_norm: Annotated[float, typer.Option(help="Longest gradient; 0: any.", rich_help_panel=_ADAMW)] = 1.0,
+    ema: Annotated[
+        float, typer.Option(help="Decay of the average of the weights that is kept.", rich_help_panel=_ADAMW)
+    ] = 0.0,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=_ADAMW)] = "float32",
+    patience: Annotated[int, typer.Option(help="Epochs without a better one; 0: all.", rich_help_panel=_ADAMW)] = 0,
+    l2: Annotated[
+        float | None, typer.Option(help="L2 penalty, or weight decay. Left out: chosen by cross-validation.")
+    ] = None,
     validation: Annotated[float, typer.Option(help="Fraction held out to measure.")] = 0.2,
     refit: Annotated[bool, typer.Option(help="Train once more on every row after measuring.")] = True,
+    calibrate: Annotated[bool, typer.Option(help="Scale probabilities by the rows held out.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Train a head on a dataset."""
+    from trunkline.losses import Loss, Optimiser
     from trunkline.training import job_to_dict
 
     chosen = _head(
@@ -87,14 +124,19 @@ def train(
             embedding=slices or embedding,
             head=chosen,
             solver=solver,
-            loss=loss,
-            huber_delta=huber_delta,
+            loss=Loss(loss, huber_delta, quantile, focal_gamma),
+            label_smoothing=label_smoothing,
+            class_weights=_class_weights(class_weight, balanced=balanced),
+            ordinal=ordinal,
+            select_by=select_by,
+            optimiser=Optimiser(warmup, clip_norm, ema, precision, patience),
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
             l2=l2,
             validation=validation,
             refit=refit,
+            calibrate=calibrate,
             seed=seed,
         )
         if not wait:
@@ -104,6 +146,72 @@ def train(
         model = job.result()
     data = {"job": job.id, "model": model.to_dict()}
     session.emit(data, _trained(model), hint=f"trunkline predict {model.reference} IMAGE ...")
+
+
+@command(missing="trunkline datasets")
+def sweep(
+    session: Session,
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="NAME or NAME@VERSION.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the model.")],
+    l2: Annotated[list[float] | None, typer.Option(help="Penalty, or weight decay, to try; may be repeated.")] = None,
+    hidden: Annotated[
+        list[str] | None,
+        typer.Option(help="Widths to try, such as 256-64, or linear; may be repeated."),
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="Of heads with hidden layers, to try; may be repeated.")
+    ] = None,
+    dropout: Annotated[
+        list[float] | None, typer.Option(help="Of heads with hidden layers, to try; may be repeated.")
+    ] = None,
+    slices: Annotated[
+        list[str] | None, typer.Option("--slices", help="Slices to try, with commas between; may be repeated.")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 5,
+    embedding: Annotated[str, typer.Option(help="auto or pooled, where no slices are tried.")] = "auto",
+    select_by: Annotated[str, typer.Option(help="Metric to win by, such as balanced_accuracy.")] = "",
+    epochs: Annotated[int, typer.Option(help="Of heads with hidden layers. 0: the default.")] = 0,
+    validation: Annotated[float, typer.Option(help="Fraction held out to measure the winner.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
+) -> None:
+    """Try many heads by cross-validation, and train the best."""
+    from trunkline.training import job_to_dict
+
+    with session.connect() as client:
+        job = client.sweep(
+            dataset,
+            name=name,
+            l2=l2 or (),
+            hidden=[_widths(one) for one in hidden or ()],
+            learning_rate=learning_rate or (),
+            dropout=dropout or (),
+            embeddings=[one.split(",") for one in slices or ()],
+            folds=folds,
+            embedding=embedding,
+            select_by=select_by,
+            epochs=epochs,
+            validation=validation,
+            seed=seed,
+        )
+        if not wait:
+            session.emit(job_to_dict(job.status()), job.id, hint=f"trunkline jobs {job.id} --wait")
+            return
+        print(f"job {job.id}", file=sys.stderr)
+        model = job.result()
+    data = {"job": job.id, "model": model.to_dict()}
+    session.emit(data, _trained(model), hint=f"trunkline models {model.reference}")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    from trunkline.errors import InvalidArgumentError
+
+    if text == "linear":
+        return ()
+    try:
+        return tuple(int(one) for one in text.split("-"))
+    except ValueError:
+        raise InvalidArgumentError(f"--hidden is {text!r}; expected widths such as 256-64, or linear") from None
 
 
 @command(missing="trunkline jobs")
@@ -156,14 +264,35 @@ def _head(kind: str, **given: Any) -> Head:
 
 
 def _trained(model: Model) -> str:
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(model.metrics.items()))
+    from trunkline.scores import held_out_scores
+
+    metrics = ", ".join(f"{name} {text}" for name, text in list(held_out_scores(model.metrics).items())[:3])
     read = [f"{one.space.source} ({', '.join(slices)})" for one, slices in model.slices_by_input()]
-    return f"{model.reference}: {metrics or 'not measured'}\nreads: {' and '.join(read)}"
+    doubts = "".join(f"\nwarning: {one}" for one in model.warnings)
+    return f"{model.reference}: {metrics or 'not measured'}\nreads: {' and '.join(read)}{doubts}"
+
+
+def _class_weights(given: list[str] | None, *, balanced: bool) -> str | dict[str, float] | None:
+    from trunkline.errors import InvalidArgumentError
+
+    if balanced and given:
+        raise InvalidArgumentError("--balanced and --class-weight exclude each other", hint="Leave one of them out")
+    weights = {}
+    for one in given or ():
+        name, _, number = one.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise InvalidArgumentError(f"--class-weight is {one!r}; expected CLASS=NUMBER, such as cat=2")
+    return "balanced" if balanced else weights or None
 
 
 def _detail(status: JobStatus) -> str:
     from trunkline.heads import head_summary
 
+    loss = status.spec.fit.loss
     return facts(
         [
             ("job", status.id),
@@ -173,7 +302,8 @@ def _detail(status: JobStatus) -> str:
             ("backbones", ", ".join([status.spec.backbone, *(one.backbone for one in status.spec.more_backbones)])),
             ("embedding", ", ".join(status.spec.slices) or status.spec.embedding),
             ("head", head_summary(status.spec.head) if status.spec.head else None),
-            ("loss", status.spec.fit.loss if status.spec.fit.loss != "mse" else None),
+            ("loss", None if loss is None or loss.kind == "auto" else loss.kind),
+            ("selected by", status.spec.fit.select_by or None),
             ("restarts", status.num_restarts or None),
             ("error", status.error.message if status.error else None),
             ("created", status.create_time),

@@ -15,10 +15,12 @@ class Task(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_CLASSIFICATION: _ClassVar[Task]
     TASK_REGRESSION: _ClassVar[Task]
     TASK_MULTI_LABEL: _ClassVar[Task]
+    TASK_ORDINAL: _ClassVar[Task]
 TASK_UNSPECIFIED: Task
 TASK_CLASSIFICATION: Task
 TASK_REGRESSION: Task
 TASK_MULTI_LABEL: Task
+TASK_ORDINAL: Task
 
 class ModelInput(_message.Message):
     __slots__ = ("space", "embedding_fingerprint", "slices", "width", "codec", "codec_error")
@@ -37,7 +39,7 @@ class ModelInput(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., width: _Optional[int] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates", "more_inputs", "head")
+    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates", "more_inputs", "head", "conformal", "warnings", "trials")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +74,9 @@ class Model(_message.Message):
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
+    CONFORMAL_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    TRIALS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     task: Task
@@ -92,7 +97,44 @@ class Model(_message.Message):
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     more_inputs: _containers.RepeatedCompositeFieldContainer[ModelInput]
     head: _training_pb2.HeadConfig
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., more_inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ..., head: _Optional[_Union[_training_pb2.HeadConfig, _Mapping]] = ...) -> None: ...
+    conformal: Conformal
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    trials: _containers.RepeatedCompositeFieldContainer[Trial]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., more_inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ..., head: _Optional[_Union[_training_pb2.HeadConfig, _Mapping]] = ..., conformal: _Optional[_Union[Conformal, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("slices", "l2", "hidden", "learning_rate", "dropout", "scores", "score", "error", "seconds", "won")
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    L2_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WON_FIELD_NUMBER: _ClassVar[int]
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    l2: float
+    hidden: _containers.RepeatedScalarFieldContainer[int]
+    learning_rate: float
+    dropout: float
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    score: float
+    error: str
+    seconds: float
+    won: bool
+    def __init__(self, slices: _Optional[_Iterable[str]] = ..., l2: _Optional[float] = ..., hidden: _Optional[_Iterable[int]] = ..., learning_rate: _Optional[float] = ..., dropout: _Optional[float] = ..., scores: _Optional[_Iterable[float]] = ..., score: _Optional[float] = ..., error: _Optional[str] = ..., seconds: _Optional[float] = ..., won: bool = ...) -> None: ...
+
+class Conformal(_message.Message):
+    __slots__ = ("scores", "num_rows", "scales")
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    num_rows: int
+    scales: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, scores: _Optional[_Iterable[float]] = ..., num_rows: _Optional[int] = ..., scales: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Candidate(_message.Message):
     __slots__ = ("slices", "width", "score", "accuracy")
@@ -105,6 +147,56 @@ class Candidate(_message.Message):
     score: float
     accuracy: float
     def __init__(self, slices: _Optional[_Iterable[str]] = ..., width: _Optional[int] = ..., score: _Optional[float] = ..., accuracy: _Optional[float] = ...) -> None: ...
+
+class Curve(_message.Message):
+    __slots__ = ("name", "values")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class LabelSuspect(_message.Message):
+    __slots__ = ("row", "given", "suggested", "margin")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    SUGGESTED_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    given: int
+    suggested: int
+    margin: float
+    def __init__(self, row: _Optional[int] = ..., given: _Optional[int] = ..., suggested: _Optional[int] = ..., margin: _Optional[float] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("rows", "num_held_out", "classes", "targets", "answers", "curves", "suspects")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    CURVES_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    num_held_out: int
+    classes: _containers.RepeatedScalarFieldContainer[int]
+    targets: _tensor_pb2.Tensor
+    answers: _tensor_pb2.Tensor
+    curves: _containers.RepeatedCompositeFieldContainer[Curve]
+    suspects: _containers.RepeatedCompositeFieldContainer[LabelSuspect]
+    def __init__(self, rows: _Optional[_Iterable[int]] = ..., num_held_out: _Optional[int] = ..., classes: _Optional[_Iterable[int]] = ..., targets: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., answers: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., curves: _Optional[_Iterable[_Union[Curve, _Mapping]]] = ..., suspects: _Optional[_Iterable[_Union[LabelSuspect, _Mapping]]] = ...) -> None: ...
+
+class GetModelEvaluationRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class GetModelEvaluationResponse(_message.Message):
+    __slots__ = ("evaluation",)
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    evaluation: Evaluation
+    def __init__(self, evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)

@@ -45,6 +45,11 @@ class RegistryServiceStub(object):
                 request_serializer=trunkline__wire_dot_v1_dot_registry__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=trunkline__wire_dot_v1_dot_registry__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetModelEvaluation = channel.unary_unary(
+                '/trunkline_wire.v1.RegistryService/GetModelEvaluation',
+                request_serializer=trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationRequest.SerializeToString,
+                response_deserializer=trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer(object):
@@ -63,6 +68,13 @@ class RegistryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModelEvaluation(self, request, context):
+        """What a report shows beside the model itself: answers on held-out rows, and how training went.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=trunkline__wire_dot_v1_dot_registry__pb2.ListModelsRequest.FromString,
                     response_serializer=trunkline__wire_dot_v1_dot_registry__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetModelEvaluation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelEvaluation,
+                    request_deserializer=trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationRequest.FromString,
+                    response_serializer=trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class RegistryService(object):
             '/trunkline_wire.v1.RegistryService/ListModels',
             trunkline__wire_dot_v1_dot_registry__pb2.ListModelsRequest.SerializeToString,
             trunkline__wire_dot_v1_dot_registry__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelEvaluation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trunkline_wire.v1.RegistryService/GetModelEvaluation',
+            trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationRequest.SerializeToString,
+            trunkline__wire_dot_v1_dot_registry__pb2.GetModelEvaluationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,16 @@ class Loss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOSS_UNSPECIFIED: _ClassVar[Loss]
     LOSS_MSE: _ClassVar[Loss]
     LOSS_HUBER: _ClassVar[Loss]
+    LOSS_QUANTILE: _ClassVar[Loss]
+    LOSS_CROSS_ENTROPY: _ClassVar[Loss]
+    LOSS_FOCAL: _ClassVar[Loss]
+
+class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRECISION_UNSPECIFIED: _ClassVar[Precision]
+    PRECISION_FLOAT32: _ClassVar[Precision]
+    PRECISION_BFLOAT16: _ClassVar[Precision]
+    PRECISION_FLOAT16: _ClassVar[Precision]
 
 class EmbeddingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -74,6 +84,13 @@ SOLVER_ADAM: Solver
 LOSS_UNSPECIFIED: Loss
 LOSS_MSE: Loss
 LOSS_HUBER: Loss
+LOSS_QUANTILE: Loss
+LOSS_CROSS_ENTROPY: Loss
+LOSS_FOCAL: Loss
+PRECISION_UNSPECIFIED: Precision
+PRECISION_FLOAT32: Precision
+PRECISION_BFLOAT16: Precision
+PRECISION_FLOAT16: Precision
 EMBEDDING_MODE_UNSPECIFIED: EmbeddingMode
 EMBEDDING_MODE_POOLED: EmbeddingMode
 EMBEDDING_MODE_AUTO: EmbeddingMode
@@ -108,7 +125,7 @@ class HeadConfig(_message.Message):
     def __init__(self, kind: _Optional[_Union[HeadKind, str]] = ..., hidden: _Optional[_Iterable[int]] = ..., dropout: _Optional[float] = ..., activation: _Optional[_Union[Activation, str]] = ..., batch_norm: bool = ..., channels: _Optional[_Iterable[int]] = ..., tap: _Optional[str] = ..., fuse: _Optional[_Union[Fusion, str]] = ..., fuse_width: _Optional[int] = ...) -> None: ...
 
 class FitConfig(_message.Message):
-    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed", "loss", "huber_delta")
+    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed", "loss", "huber_delta", "quantile", "focal_gamma", "label_smoothing", "class_weights", "balanced", "class_order", "select_by", "warmup", "clip_norm", "ema", "precision", "patience", "calibrate")
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +136,19 @@ class FitConfig(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     HUBER_DELTA_FIELD_NUMBER: _ClassVar[int]
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    FOCAL_GAMMA_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    CLASS_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BALANCED_FIELD_NUMBER: _ClassVar[int]
+    CLASS_ORDER_FIELD_NUMBER: _ClassVar[int]
+    SELECT_BY_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    EMA_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATE_FIELD_NUMBER: _ClassVar[int]
     solver: Solver
     epochs: int
     batch_size: int
@@ -129,7 +159,20 @@ class FitConfig(_message.Message):
     seed: int
     loss: Loss
     huber_delta: float
-    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ..., loss: _Optional[_Union[Loss, str]] = ..., huber_delta: _Optional[float] = ...) -> None: ...
+    quantile: float
+    focal_gamma: float
+    label_smoothing: float
+    class_weights: _containers.RepeatedScalarFieldContainer[float]
+    balanced: bool
+    class_order: _containers.RepeatedScalarFieldContainer[str]
+    select_by: str
+    warmup: float
+    clip_norm: float
+    ema: float
+    precision: Precision
+    patience: int
+    calibrate: bool
+    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ..., loss: _Optional[_Union[Loss, str]] = ..., huber_delta: _Optional[float] = ..., quantile: _Optional[float] = ..., focal_gamma: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., class_weights: _Optional[_Iterable[float]] = ..., balanced: bool = ..., class_order: _Optional[_Iterable[str]] = ..., select_by: _Optional[str] = ..., warmup: _Optional[float] = ..., clip_norm: _Optional[float] = ..., ema: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., patience: _Optional[int] = ..., calibrate: bool = ...) -> None: ...
 
 class BackboneChoice(_message.Message):
     __slots__ = ("backbone", "input_size")
@@ -140,7 +183,7 @@ class BackboneChoice(_message.Message):
     def __init__(self, backbone: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit", "more_backbones")
+    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit", "more_backbones", "sweep")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +193,7 @@ class JobSpec(_message.Message):
     HEAD_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     MORE_BACKBONES_FIELD_NUMBER: _ClassVar[int]
+    SWEEP_FIELD_NUMBER: _ClassVar[int]
     model: str
     dataset: str
     backbone: str
@@ -159,7 +203,36 @@ class JobSpec(_message.Message):
     head: HeadConfig
     fit: FitConfig
     more_backbones: _containers.RepeatedCompositeFieldContainer[BackboneChoice]
-    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ..., more_backbones: _Optional[_Iterable[_Union[BackboneChoice, _Mapping]]] = ...) -> None: ...
+    sweep: SweepConfig
+    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ..., more_backbones: _Optional[_Iterable[_Union[BackboneChoice, _Mapping]]] = ..., sweep: _Optional[_Union[SweepConfig, _Mapping]] = ...) -> None: ...
+
+class SweepConfig(_message.Message):
+    __slots__ = ("l2", "learning_rate", "hidden", "dropout", "embeddings", "folds")
+    L2_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    FOLDS_FIELD_NUMBER: _ClassVar[int]
+    l2: _containers.RepeatedScalarFieldContainer[float]
+    learning_rate: _containers.RepeatedScalarFieldContainer[float]
+    hidden: _containers.RepeatedCompositeFieldContainer[Layers]
+    dropout: _containers.RepeatedScalarFieldContainer[float]
+    embeddings: _containers.RepeatedCompositeFieldContainer[SliceSet]
+    folds: int
+    def __init__(self, l2: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., hidden: _Optional[_Iterable[_Union[Layers, _Mapping]]] = ..., dropout: _Optional[_Iterable[float]] = ..., embeddings: _Optional[_Iterable[_Union[SliceSet, _Mapping]]] = ..., folds: _Optional[int] = ...) -> None: ...
+
+class Layers(_message.Message):
+    __slots__ = ("widths",)
+    WIDTHS_FIELD_NUMBER: _ClassVar[int]
+    widths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, widths: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SliceSet(_message.Message):
+    __slots__ = ("slices",)
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, slices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "spec", "error", "model", "num_restarts", "create_time", "start_time", "end_time")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ from trunkline_worker.engine.batcher import Monotonic, Part, PartResult
 from trunkline_worker.engine.choice import Prepared
 from trunkline_worker.engine.memory import is_out_of_memory
 from trunkline_worker.engine.multihead import Columns, Head, HeadRows, run_heads
+from trunkline_worker.engine.pinned import Staged
+from trunkline_worker.engine.torch_runtimes import TorchRuntime
 
 # Shape suffix legend: B = rows, D = embedding columns, K = outputs
 
@@ -38,6 +42,14 @@ class Work:
     head: Head | None = None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """A batch that is on its way to the device."""
+
+    features: npt.NDArray[np.generic]
+    staged: Staged
+
+
 class Compute:
     """Runs batches and counts them. ``run`` is called from one thread; the counters may be read from any."""
 
@@ -48,19 +60,42 @@ class Compute:
         self.head_calls = 0
         self.stacked_calls = 0
 
-    def run(self, parts: Sequence[Part[Work]]) -> list[PartResult]:
-        """Run a batch whose parts share a cut and an input size.
+    def stages_ahead(self, parts: Sequence[Part[Work]]) -> bool:
+        """Whether a batch gains by ``stage``."""
+        prepared = parts[0].context.prepared
+        return prepared is not None and getattr(prepared.runtime, "stages_ahead", False)
+
+    def stage(self, parts: Sequence[Part[Work]]) -> Ahead:
+        """Put a batch together and begin to bring it to the device, while the one before is computed.
+
+        From one thread, which is another than that of ``run``.
 
         Raises:
             WireError: WORKER_OOM.
         """
         features = gather([part.rows.features for part in parts])
+        assert parts[0].context.prepared is not None
+        runtime = cast(TorchRuntime, parts[0].context.prepared.runtime)
+        with _out_of_memory(len(features)):
+            return Ahead(features, runtime.stage(features))
+
+    def run(self, parts: Sequence[Part[Work]], ahead: Ahead | None = None) -> list[PartResult]:
+        """Run a batch whose parts share a cut and an input size.
+
+        Args:
+            parts: The batch.
+            ahead: What ``stage`` returned for it, if it was asked.
+
+        Raises:
+            WireError: WORKER_OOM.
+        """
+        features = gather([part.rows.features for part in parts]) if ahead is None else ahead.features
         start = self._clock.monotonic()
         prepared = parts[0].context.prepared
         if prepared is None:
             embedding_BD = torch.from_numpy(features.copy())  # what a message holds cannot be written to
         else:
-            embedding_BD = _run_trunk(prepared, features)
+            embedding_BD = _run_trunk(prepared, features, ahead)
             self.trunk_calls += 1
             self.trunk_rows += len(features)
         after_trunk = self._clock.monotonic()
@@ -95,14 +130,22 @@ class Compute:
         return [one if one is not None else WireError(ErrorCode.INTERNAL, "not run") for one in results]
 
 
-def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic]) -> Tensor:
+def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic], ahead: Ahead | None) -> Tensor:
+    with _out_of_memory(len(features)):
+        if ahead is None:
+            return prepared.runtime.run(features)
+        return cast(TorchRuntime, prepared.runtime).run(features, ahead.staged)
+
+
+@contextlib.contextmanager
+def _out_of_memory(num_rows: int) -> Iterator[None]:
     try:
-        return prepared.runtime.run(features)
+        yield
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise WireError(
                 ErrorCode.WORKER_OOM,
-                f"a batch of {len(features)} rows does not fit this worker's memory; send fewer rows or use a smaller "
+                f"a batch of {num_rows} rows does not fit this worker's memory; send fewer rows or use a smaller "
                 "input size",
             ) from error
         raise

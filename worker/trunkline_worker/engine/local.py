@@ -480,4 +480,7 @@ class LocalEngine:
         return rows_at(self._max_rows_own, input_size)
 
     async def _run_batch(self, key: Hashable, parts: Sequence[Part[Work]]) -> Sequence[PartResult]:
-        return await self._threads.compute(self._compute.run, parts)
+        ahead = None
+        if self._compute.stages_ahead(parts):
+            ahead = await self._threads.stage(self._compute.stage, parts)
+        return await self._threads.compute(self._compute.run, parts, ahead)

@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class Threads:
-    """One thread computes; exports, which take seconds, and short work do not wait for it nor for each other."""
+    """One thread computes, another brings rows to where that happens.
+
+    Exports, which take seconds, and short work do not wait for them nor for each other.
+    """
 
     def __init__(self, num_threads: int) -> None:
         """Prepare; a thread starts when it is first used.
@@ -27,6 +30,7 @@ class Threads:
         self._compute = ThreadPoolExecutor(
             1, thread_name_prefix="trunkline-trunk", initializer=_set_threads, initargs=(num_threads,)
         )
+        self._stage = ThreadPoolExecutor(1, thread_name_prefix="trunkline-stage")
         self._export = ThreadPoolExecutor(1, thread_name_prefix="trunkline-export")
         self._short = ThreadPoolExecutor(2, thread_name_prefix="trunkline-io")
         self._closed = False
@@ -43,6 +47,14 @@ class Threads:
             WireError: UNAVAILABLE after ``close``.
         """
         return await self._in(self._compute, call, *args)
+
+    async def stage(self, call: Callable[..., T], *args: Any) -> T:
+        """Run on the one thread that brings rows to the device.
+
+        Raises:
+            WireError: UNAVAILABLE after ``close``.
+        """
+        return await self._in(self._stage, call, *args)
 
     async def export(self, call: Callable[..., T], *args: Any) -> T:
         """Run on the one thread that exports.
@@ -64,7 +76,7 @@ class Threads:
         """Take nothing new, finish what runs, end the threads."""
         self._closed = True
         loop = asyncio.get_running_loop()
-        for pool in (self._compute, self._export, self._short):
+        for pool in (self._stage, self._compute, self._export, self._short):
             await loop.run_in_executor(None, functools.partial(pool.shutdown, wait=True, cancel_futures=True))
 
     async def _in(self, pool: Executor, call: Callable[..., T], *args: Any) -> T:

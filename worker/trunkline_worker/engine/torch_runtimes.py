@@ -146,10 +146,20 @@ class TorchRuntime:
         self._trunk: Callable[[Tensor], Tensor] = torch.compile(trunk) if self._recipe.compiled else trunk
         self._staging = Staging(device) if device.type == "cuda" else None
 
-    def run(self, features: npt.NDArray[np.generic]) -> Tensor:
-        """Return the embedding of a batch. See ``Runtime``."""
+    @property
+    def stages_ahead(self) -> bool:
+        """Whether rows travel, so that the next batch's may do so while one is computed."""
+        return self._staging is not None
+
+    def run(self, features: npt.NDArray[np.generic], staged: Staged | None = None) -> Tensor:
+        """Return the embedding of a batch. See ``Runtime``.
+
+        Args:
+            features: The batch.
+            staged: What ``stage`` returned for it; None to stage it now.
+        """
         try:
-            return self.run_staged(self.stage(features))
+            return self.run_staged(self.stage(features) if staged is None else staged)
         except torch.OutOfMemoryError as error:
             out_of_memory = error
         # Outside of the handler, where the traceback no longer holds on to the tensors of the failed attempt.

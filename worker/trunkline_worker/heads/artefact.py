@@ -50,7 +50,7 @@ def head_to_bytes(head: TrainedHead) -> bytes:
         "inputs": [asdict(one) for one in head.inputs],
         "task": head.task,
         "class_names": list(head.class_names),
-        "num_outputs": head.num_outputs,
+        "num_outputs": head.head.output.out_features,
     }
     tensors = {name: one.detach().to("cpu", torch.float32).contiguous() for name, one in head.head.state_dict().items()}
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)

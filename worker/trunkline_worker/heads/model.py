@@ -17,6 +17,7 @@ from trunkline_wire.heads import (
     CONV,
     DEFAULT_FUSE_WIDTH,
     MULTI_LABEL,
+    ORDINAL,
     PROTOTYPE,
     REGRESSION,
     TASKS,
@@ -191,7 +192,7 @@ class TrainedHead:
 
     Attributes:
         head: The module.
-        task: ``classification``, ``multi_label`` or ``regression``.
+        task: One of ``heads.TASKS``.
         class_names: In the order of the output's columns; empty for regression.
 
     Raises:
@@ -211,7 +212,7 @@ class TrainedHead:
             if self.class_names:
                 raise invalid("a regression head has no class names")
             return
-        least = 2 if self.task == CLASSIFICATION else 1
+        least = {CLASSIFICATION: 2, ORDINAL: 3}.get(self.task, 1)
         if len(self.class_names) < least or len(self.class_names) != self.num_outputs:
             raise invalid(f"{len(self.class_names)} class names do not fit {self.num_outputs} outputs")
 
@@ -242,8 +243,8 @@ class TrainedHead:
 
     @property
     def num_outputs(self) -> int:
-        """Columns that come out."""
-        return self.head.output.out_features
+        """Columns of the answer: classes in order are one more than the thresholds between them."""
+        return self.head.output.out_features + (self.task == ORDINAL)
 
     @property
     def size_bytes(self) -> int:
@@ -286,8 +287,18 @@ def check_columns(inputs: Sequence[HeadInput], x_BD: Tensor) -> None:
         )
 
 
+def class_probabilities(outputs: Tensor) -> Tensor:
+    """Return the probabilities of classes in order, (..., T + 1), from the log-odds of lying above each threshold."""
+    above = outputs.sigmoid()
+    one = torch.ones_like(above[..., :1])
+    # Thresholds that cross, by rounding, would give a class less than nothing.
+    return (torch.cat([one, above], dim=-1) - torch.cat([above, torch.zeros_like(one)], dim=-1)).clamp(min=0.0)
+
+
 def answers(outputs: Tensor, task: str) -> Tensor:
     """Return what a head's outputs, (..., K), mean: probabilities, or the values themselves."""
     if task == CLASSIFICATION:
         return outputs.softmax(dim=-1)
+    if task == ORDINAL:
+        return class_probabilities(outputs)
     return outputs.sigmoid() if task == MULTI_LABEL else outputs

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from trunkline_wire.heads import CONV, PROTOTYPE, HeadConfig
+from trunkline_wire.heads import CONV, ORDINAL, PROTOTYPE, HeadConfig
 
 from trunkline_worker.heads.artefact import head_from_bytes
 from trunkline_worker.heads.inputs import HeadInput
@@ -50,7 +50,7 @@ class Structure:
     Attributes:
         config: What the head is made of.
         inputs: What goes in.
-        num_outputs: K.
+        num_outputs: Columns of the output layer.
         task: What the outputs mean.
         places: Where each tensor lies, by its name in the head's state.
         num_features: D.
@@ -84,7 +84,7 @@ class Structure:
 def structure_of(head: TrainedHead) -> Structure:
     """Return the structure of a head; the same object for as long as any head of that structure is there."""
     config = dataclasses.replace(head.config, dropout=0.0)  # matters to training alone
-    key = (config, head.inputs, head.num_outputs, head.task)
+    key = (config, head.inputs, head.head.output.out_features, head.task)
     with _known_lock:
         known = _known.get(key)
         if known is None:
@@ -126,8 +126,8 @@ class PackedHead:
 
     @property
     def num_outputs(self) -> int:
-        """Columns that come out."""
-        return self.structure.num_outputs
+        """Columns of the answer."""
+        return self.structure.num_outputs + (self.structure.task == ORDINAL)
 
     @property
     def size_bytes(self) -> int:

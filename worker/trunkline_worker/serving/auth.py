@@ -77,6 +77,7 @@ ACCESS: dict[str, Role] = {
     f"{_WIRE}TrunkService/GetBottleneck": Role.READER,
     f"{_WIRE}RegistryService/GetModel": Role.READER,
     f"{_WIRE}RegistryService/ListModels": Role.READER,
+    f"{_WIRE}RegistryService/GetModelEvaluation": Role.READER,
 }
 """Who may call what: full method name to the least role."""
 

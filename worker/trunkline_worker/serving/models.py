@@ -36,7 +36,7 @@ class ModelLookup:
         self._known: OrderedDict[tuple[str, str], tuple[float, ModelRecord]] = OrderedDict()
 
     async def find(self, tenant: str, reference: str) -> ModelRecord:
-        """Return the model that ``name`` or ``name@version`` means, without its candidates.
+        """Return the model that ``name`` or ``name@version`` means, without its candidates and the like.
 
         The record goes along with every batch, and no prediction needs them.
 
@@ -57,7 +57,7 @@ class ModelLookup:
             if error.code is ErrorCode.UNAVAILABLE and known is not None:
                 return known[1]
             raise
-        model: ModelRecord = replace(found, candidates=())
+        model: ModelRecord = replace(found, candidates=(), trials=(), conformal=None, warnings=())
         self._known[key] = (self._monotonic(), model)
         while len(self._known) > CAPACITY:
             self._known.popitem(last=False)

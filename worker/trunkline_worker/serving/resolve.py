@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONV, HUBER, invalid
+from trunkline_wire.fits import check_metric
+from trunkline_wire.heads import CLASSIFICATION, CONV, MULTI_LABEL, ORDINAL, REGRESSION, invalid
 from trunkline_wire.limits import MAX_INPUTS
 from trunkline_wire.specs import INPUT_CUT, POOLED, BackboneSpec, CutSpec, FeatureSpace, map_slice
 
@@ -37,8 +38,7 @@ async def resolve(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> 
     """
     if not dataset.class_names and not dataset.num_targets:
         raise WireError(ErrorCode.BAD_LABELS, f"dataset {dataset.reference} has no labels to train on")
-    if dataset.class_names and spec.loss == HUBER:
-        raise invalid(f"the labels of {dataset.reference} are classes; loss 'huber' is for labels that are numbers")
+    _check_loss(spec, dataset)
     if dataset.space.is_local:
         _check_local_job(spec, dataset)
         return spec
@@ -56,6 +56,28 @@ async def resolve(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> 
     if spec.head.kind == CONV:
         return _with_map(spec, readers)
     return replace(spec, slices=_slices(spec.slices, readers))
+
+
+def _check_loss(spec: JobSpec, dataset: DatasetRecord) -> None:
+    """Check that what a job minimises, and chooses by, goes with the dataset's labels."""
+    if not dataset.class_names:
+        task = REGRESSION
+    elif dataset.num_targets:
+        task = MULTI_LABEL
+    else:
+        task = ORDINAL if spec.loss.class_order else CLASSIFICATION
+    spec.loss.kind_for(task)
+    check_metric(spec.select_by, task)
+    names, order, num_weights = dataset.class_names, spec.loss.class_order, len(spec.loss.class_weights)
+    if num_weights not in (0, len(names)):
+        raise invalid(
+            f"{num_weights} class weights for {len(names)} classes of {dataset.reference}; one each is needed"
+        )
+    if order and sorted(order) != sorted(names):
+        raise invalid(
+            f"the order names {', '.join(order)[:80]}; the classes of {dataset.reference} are {', '.join(names)[:80]}: "
+            "name each of them once"
+        )
 
 
 def _check_local_job(spec: JobSpec, dataset: DatasetRecord) -> None:

@@ -77,7 +77,7 @@ class Models:
                 job_id=job_id,
                 create_time=now,
                 manifest=serial.manifest_to_text(published),
-                candidates=serial.candidates_to_text(published.candidates),
+                candidates=serial.tried_to_text(published),
             )
         )
         return published

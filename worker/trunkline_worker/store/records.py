@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
@@ -94,7 +95,7 @@ class BackboneChoice:
 class JobSpec:
     """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``. See ``JobSpec`` in training.proto.
 
-    ``loss`` is ``mse`` or ``huber``, and means nothing for classes.
+    ``select_by`` is the metric by which strengths and epochs are chosen; empty for the loss.
     """
 
     model: str
@@ -112,9 +113,12 @@ class JobSpec:
     validation_fraction: float = 0.2
     refit: bool = True
     seed: int = 0
-    loss: str = "mse"
-    huber_delta: float = 1.0
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    select_by: str = ""
+    calibrate: bool = True
     more_backbones: tuple[BackboneChoice, ...] = ()
+    sweep: SweepConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,31 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class TrialRecord:
+    """A configuration that a sweep tried. See ``Trial`` in registry.proto."""
+
+    slices: tuple[str, ...]
+    l2: float
+    hidden: tuple[int, ...]
+    learning_rate: float
+    dropout: float
+    scores: tuple[float, ...]
+    score: float
+    error: str
+    seconds: float
+    won: bool
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """What gives a model's sets and intervals their coverage. See ``Conformal`` in registry.proto."""
+
+    scores: tuple[float, ...]
+    num_rows: int
+    scales: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelInput:
     """One more tensor that a model needs for each row. See ``ModelInput`` in registry.proto."""
 
@@ -180,7 +209,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A trained model: immutable. ``task`` is ``classification``, ``multi_label`` or ``regression``.
+    """A trained model: immutable. ``task`` is one of ``heads.TASKS``.
 
     ``codec`` and ``codec_error`` say how the rows that it was trained on were made and sent, as ``codec_label`` does,
     and the embedding error of that. An empty codec is not known and counts as exact. ``candidates`` are best first.
@@ -207,6 +236,10 @@ class ModelRecord:
     candidates: tuple[Candidate, ...] = ()
     more_inputs: tuple[ModelInput, ...] = ()
     head: HeadConfig = field(default_factory=HeadConfig)
+    conformal: Conformal | None = None
+    warnings: tuple[str, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    evaluation_sha256: str = ""
 
     @property
     def reference(self) -> str:

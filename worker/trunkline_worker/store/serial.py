@@ -8,16 +8,19 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
+from trunkline_wire.fits import AUTO, MSE, LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import MLP, HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline_worker.store.records import (
     BackboneChoice,
     Candidate,
+    Conformal,
     DatasetSource,
     JobSpec,
     ModelInput,
     ModelRecord,
+    TrialRecord,
 )
 
 _FLAT_HIDDEN = (256,)
@@ -25,6 +28,7 @@ _FLAT_HIDDEN = (256,)
 
 _MODEL_COLUMNS = ("tenant", "name", "version", "job_id", "create_time")
 _CANDIDATES = "candidates"
+_TRIALS = "trials"
 
 
 def dumps(value: Any) -> str:
@@ -67,32 +71,41 @@ def spec_to_text(spec: JobSpec) -> str:
 
 
 def spec_from_text(text: str) -> JobSpec:
-    """Read what ``spec_to_text`` wrote, now or when a head was a kind, hidden layers and dropout beside the rest."""
+    """Read what ``spec_to_text`` wrote: now, or when head and loss were columns beside the rest."""
     values = json.loads(text)
     if "head" not in values:
         kind, hidden, dropout = (values.pop(name) for name in ("head_kind", "hidden", "dropout"))
         values["head"] = {"kind": kind, "hidden": hidden or (_FLAT_HIDDEN if kind == MLP else ()), "dropout": dropout}
     values["head"] = _head(values["head"])
+    values["loss"] = _loss(values.get("loss", {}), values.pop("huber_delta", 1.0))
+    values["optimiser"] = OptimiserConfig(**values.get("optimiser", {}))
+    if values["solver"] == "adam":  # what it was called before
+        values["solver"] = "adamw"
     values["slices"] = tuple(values["slices"])
     values["more_backbones"] = tuple(BackboneChoice(**one) for one in values.get("more_backbones", ()))
+    values["sweep"] = _sweep(values.get("sweep"))
     return JobSpec(**values)
 
 
 def manifest_to_text(model: ModelRecord) -> str:
     """Return as JSON what the columns of the models' table do not say."""
-    names = [one.name for one in fields(model) if one.name not in (*_MODEL_COLUMNS, _CANDIDATES)]
+    names = [one.name for one in fields(model) if one.name not in (*_MODEL_COLUMNS, _CANDIDATES, _TRIALS)]
     values = {name: getattr(model, name) for name in names}
     values["space"] = asdict(model.space)
     values["more_inputs"] = [asdict(one) for one in model.more_inputs]
     values["head"] = asdict(model.head)
+    values["conformal"] = None if model.conformal is None else asdict(model.conformal)
     for name in ("metrics", "versions"):
         values[name] = dict(values[name])
     return dumps(values)
 
 
-def candidates_to_text(candidates: tuple[Candidate, ...]) -> str:
-    """Return sets of slices that were tried as JSON."""
-    return dumps([asdict(one) for one in candidates])
+def tried_to_text(model: ModelRecord) -> str:
+    """Return the sets of slices and the configurations that were tried as JSON."""
+    candidates = [asdict(one) for one in model.candidates]
+    if not model.trials:
+        return dumps(candidates)
+    return dumps({_CANDIDATES: candidates, _TRIALS: [asdict(one) for one in model.trials]})
 
 
 def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
@@ -107,15 +120,46 @@ def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
         values[name] = tuple(values[name])
     values["more_inputs"] = tuple(_model_input(one) for one in values.get("more_inputs", ()))
     values["head"] = _head(values.get("head", {}))
-    candidates = tuple(
-        Candidate(**{**one, "slices": tuple(one["slices"])}) for one in json.loads(columns.get(_CANDIDATES, "[]"))
+    values["conformal"] = _conformal(values.get("conformal"))
+    values["warnings"] = tuple(values.get("warnings", ()))
+    tried = json.loads(columns.get(_CANDIDATES, "[]"))
+    candidates, trials = (tried[_CANDIDATES], tried[_TRIALS]) if isinstance(tried, dict) else (tried, [])
+    return ModelRecord(
+        **values,
+        **{name: columns[name] for name in _MODEL_COLUMNS},
+        candidates=tuple(Candidate(**{**one, "slices": tuple(one["slices"])}) for one in candidates),
+        trials=tuple(_trial(one) for one in trials),
     )
-    return ModelRecord(**values, **{name: columns[name] for name in _MODEL_COLUMNS}, candidates=candidates)
 
 
 def _head(values: Mapping[str, Any]) -> HeadConfig:
     lists = {name: tuple(values[name]) for name in ("hidden", "channels") if name in values}
     return HeadConfig(**{**values, **lists})
+
+
+def _sweep(values: Mapping[str, Any] | None) -> SweepConfig | None:
+    if values is None:
+        return None
+    lists: dict[str, Any] = {name: tuple(values[name]) for name in ("l2", "learning_rate", "dropout")}
+    lists |= {name: tuple(tuple(one) for one in values[name]) for name in ("hidden", "embeddings")}
+    return SweepConfig(**lists, folds=values["folds"])
+
+
+def _trial(values: Mapping[str, Any]) -> TrialRecord:
+    return TrialRecord(**{**values, **{name: tuple(values[name]) for name in ("slices", "hidden", "scores")}})
+
+
+def _conformal(values: Mapping[str, Any] | None) -> Conformal | None:
+    if values is None:
+        return None
+    return Conformal(tuple(values["scores"]), values["num_rows"], tuple(values["scales"]))
+
+
+def _loss(values: Mapping[str, Any] | str, huber_delta: float) -> LossConfig:
+    if isinstance(values, str):  # one of two, and of no use for classes
+        return LossConfig(kind=AUTO if values == MSE else values, huber_delta=huber_delta)
+    lists = {name: tuple(values[name]) for name in ("class_weights", "class_order") if name in values}
+    return LossConfig(**{**values, **lists})
 
 
 def _model_input(values: Mapping[str, Any]) -> ModelInput:

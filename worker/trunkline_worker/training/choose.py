@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CLASSIFICATION, CONV, HUBER, MLP, MULTI_LABEL, PROTOTYPE, REGRESSION
+from trunkline_wire.fits import MSE
+from trunkline_wire.heads import CLASSIFICATION, CONV, MLP, MULTI_LABEL, ORDINAL, PROTOTYPE, REGRESSION
 from trunkline_wire.specs import SliceSpec
 
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training import selection
-from trunkline_worker.training.fit import Rows, target_scale
-from trunkline_worker.training.outputwise import cross_validate_outputwise, huber, log_odds, logistic, medians
+from trunkline_worker.training.fit import Rows, labels_loss, selected_badness, smooth_labels, target_scale
+from trunkline_worker.training.ordinal import cross_validate_ordinal
+from trunkline_worker.training.outputwise import cross_validate_outputwise, huber, log_odds, medians
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.scoring import Candidate, score_sets
 from trunkline_worker.training.softmax import cross_validate_l2
 from trunkline_worker.training.split import FOLDS, SUBSAMPLE, Indices, folds, random_stream, subsample
 from trunkline_worker.training.standardise import standardisation
+from trunkline_worker.training.weighing import row_weights
 
 # Shape suffix legend: N = rows, D = columns of the embedding, M = outputs
 
-MLP_L2 = 0.1
-"""For MLPs, where cross-validating a strength would cost as many trainings."""
+WEIGHT_DECAY = 0.05
+"""For heads with layers of their own, where cross-validating a strength would cost as many trainings."""
 
 _L2_ROWS, _L2_CLASSES, _L2_FOLDS = 512, 256, 5
-_L2_PER_COLUMN = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+L2_PER_COLUMN = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _RIDGE_STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-10, 3))
 
 _NAMED = 6
@@ -71,7 +75,8 @@ def choose_slices(
     if _enough(None if picked_classes_N is None else picked_classes_N[unlike], len(unlike)):
         rows = torch.from_numpy(unlike).to(x_ND.device)
         x_ND, picked_truth = x_ND[rows], picked_truth[rows]
-    if task == CLASSIFICATION:
+    if task in (CLASSIFICATION, ORDINAL):
+        task = CLASSIFICATION  # what classes share with their neighbours no slice has for itself
         _, picked_truth = torch.unique(picked_truth, return_inverse=True)
     else:
         picked_truth = _some(picked_truth, selection.MAX_TARGETS)
@@ -97,7 +102,7 @@ def choose_l2(
     """Choose the L2 strength for a head on the chosen slices. The grid grows with the columns: so does the kernel."""
     kind = spec.head.kind
     if kind in (MLP, CONV):
-        return MLP_L2
+        return WEIGHT_DECAY
     if kind == PROTOTYPE and task != REGRESSION:
         return 0.0
     num_rows, num_columns = training.x_ND.shape
@@ -108,27 +113,59 @@ def choose_l2(
     if kind == PROTOTYPE:
         x_ND = torch.nn.functional.normalize(x_ND, dim=1)
         num_columns = 1  # each row has length 1, as if it had a single column of variance 1
-    if task != REGRESSION or spec.loss == HUBER:
+    if task != REGRESSION or spec.loss.kind_for(task) != MSE or spec.select_by:
         sample_classes_N = None if classes_N is None else classes_N[picked]
         num_folds = min(_L2_FOLDS, len(picked))
         folds_N = torch.from_numpy(folds(sample_classes_N, len(picked), num_folds, random_stream(spec.seed, FOLDS))).to(
             x_ND.device
         )
-        grid = [num_columns * one for one in _L2_PER_COLUMN]
+        grid = [num_columns * one for one in L2_PER_COLUMN]
         check = progress.check
-        if task == CLASSIFICATION:
+
+        def badness(truth: Tensor) -> Callable[[Tensor], float] | None:
+            if not spec.select_by:
+                return None
+            return lambda outputs: selected_badness(spec, task, outputs, truth)
+
+        if task in (CLASSIFICATION, ORDINAL):
             present, dense_N = torch.unique(sample.truth, return_inverse=True)
-            scores = cross_validate_l2(x_ND, dense_N, len(present), folds_N, grid, check=check)
+            weights_N = row_weights(spec.loss, training.truth, int(training.truth.max()) + 1)
+            if weights_N is not None:
+                weights_N = weights_N[torch.from_numpy(picked).to(weights_N.device)]
+            if task == CLASSIFICATION:
+                smoothing = spec.loss.label_smoothing
+                scores = cross_validate_l2(
+                    *(x_ND, dense_N, len(present), folds_N, grid),
+                    weights_N=weights_N,
+                    smoothing=smoothing,
+                    badness=badness(dense_N),
+                    check=check,
+                )
+            else:
+                scores = cross_validate_ordinal(
+                    *(x_ND, dense_N, len(present), folds_N, grid),
+                    weights_N=weights_N,
+                    badness=badness(dense_N),
+                    check=check,
+                )
         elif task == MULTI_LABEL:
-            truth_NM = _some(sample.truth, _L2_CLASSES)
-            scores = cross_validate_outputwise(x_ND, truth_NM, logistic, log_odds, folds_N, grid, check=check)
+            some_NM = _some(sample.truth, _L2_CLASSES)
+            weights_M = spec.loss.class_weights[:: _step(sample.truth, _L2_CLASSES)]
+            loss_spec = replace(spec, loss=replace(spec.loss, class_weights=weights_M))
+            scores = cross_validate_outputwise(
+                *(x_ND, smooth_labels(spec, some_NM), labels_loss(loss_spec, some_NM), log_odds, folds_N, grid),
+                badness=badness(some_NM),
+                check=check,
+            )
         else:
             # Squared errors would be those of the wild targets, which no strength but an endless one can please.
             mean_M, scale_M = target_scale(training.truth)
             targets_NM = _some((sample.truth.double() - mean_M) / scale_M, selection.MAX_TARGETS)
             grid = [num_columns * len(picked) * one for one in _RIDGE_STRENGTHS]
-            loss = huber(spec.huber_delta)
-            scores = cross_validate_outputwise(x_ND, targets_NM, loss, medians, folds_N, grid, check=check)
+            loss = huber(spec.loss.huber_delta)
+            scores = cross_validate_outputwise(
+                x_ND, targets_NM, loss, medians, folds_N, grid, badness=badness(targets_NM), check=check
+            )
         return min(scores, key=lambda one: scores[one])
     name = "all"
     (scored,) = score_sets(
@@ -145,7 +182,11 @@ def choose_l2(
 
 def _some(truth_NM: Tensor, most: int) -> Tensor:
     """Return evenly spaced outputs, at most so many."""
-    return truth_NM[:, :: -(-truth_NM.shape[1] // most)]
+    return truth_NM[:, :: _step(truth_NM, most)]
+
+
+def _step(truth_NM: Tensor, most: int) -> int:
+    return -(-truth_NM.shape[1] // most)
 
 
 def _enough(classes_N: Indices | None, num_rows: int) -> bool:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from trunkline_wire.heads import CLASSIFICATION, HUBER, MULTI_LABEL, PROTOTYPE, REGRESSION
+from trunkline_wire.fits import HUBER, QUANTILE
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, PROTOTYPE, REGRESSION
 
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
-from trunkline_worker.training.metrics import measure
-from trunkline_worker.training.minibatch import Objective, Split, fit_minibatches, run_head, schedule
-from trunkline_worker.training.outputwise import OutputwiseFit, fit_outputwise, huber, log_odds, logistic, medians
+from trunkline_worker.training.metrics import badness
+from trunkline_worker.training.minibatch import Split, fit_minibatches, schedule
+from trunkline_worker.training.objective import Objective
+from trunkline_worker.training.ordinal import fit_ordinal
+from trunkline_worker.training.outputwise import (
+    Loss,
+    OutputwiseFit,
+    fit_outputwise,
+    huber,
+    log_odds,
+    logistic,
+    medians,
+    weighted_logistic,
+)
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.prototype import fit_prototypes
 from trunkline_worker.training.ridge import fit_ridge
 from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare
 from trunkline_worker.training.split import WEIGHTS, random_stream
 from trunkline_worker.training.standardise import input_statistics
+from trunkline_worker.training.weighing import class_weights, label_weights, row_weights
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
 
@@ -52,11 +65,13 @@ class Fit:
         head: Takes raw columns.
         best_epoch: Epoch whose parameters it holds; 0 where there are no epochs.
         details: ``num_iterations``, ``converged`` and the like, for the metrics.
+        curves: The losses of each epoch or step, and what else was told of it, by name.
     """
 
     head: Head
     best_epoch: int
     details: dict[str, float]
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
 
 def fit_head(
@@ -76,8 +91,8 @@ def fit_head(
 
     Args:
         spec: What the head is made of, the solver, its settings and the seed.
-        task: ``classification``, ``multi_label`` or ``regression``.
-        num_outputs: M.
+        task: One of ``heads.TASKS``.
+        num_outputs: M; of classes in order the thresholds between them.
         inputs: What the columns are.
         training: Rows that everything is fitted on.
         validation: Rows that the best epoch is chosen by; of no use to the solvers that run to convergence.
@@ -90,19 +105,23 @@ def fit_head(
     head.mean, head.scale = input_statistics(training.x_ND, inputs)
     start, stop = span
 
+    curves: dict[str, list[float]] = {}
+
     def tell(done: float, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            curves.setdefault(name, []).append(value)
         progress.tell("fit", start + (stop - start) * min(1.0, done), metrics)
 
     progress.tell("fit", start)
     best_epoch = 0
-    if spec.solver == "adam":
+    if spec.solver == "adamw":
         stop_after = before.best_epoch if before else 0
         best_epoch = _fit_epochs(head, spec, task, training, validation, l2, progress, tell, stop_after)
         details = {"best_epoch": float(best_epoch)}
     else:
         x_ND = head.standardise(training.x_ND.float())
         details = _fit_to_convergence(head, spec, task, x_ND, training.truth, l2, progress, tell, before)
-    return Fit(head.eval().requires_grad_(False), best_epoch, details)
+    return Fit(head.eval().requires_grad_(False), best_epoch, details, curves)
 
 
 def _fit_to_convergence(
@@ -128,15 +147,33 @@ def _fit_to_convergence(
         return {}
     if task == CLASSIFICATION:
         start_from = _softmax_start(before, head) if before else None
-        solved = fit_softmax(prepare(x_ND), truth, head.output.out_features, l2, start_from=start_from, on_step=on_step)
+        num_classes = head.output.out_features
+        solved = fit_softmax(
+            prepare(x_ND),
+            truth,
+            num_classes,
+            l2,
+            weights_N=row_weights(spec.loss, truth, num_classes),
+            smoothing=spec.loss.label_smoothing,
+            start_from=start_from,
+            on_step=on_step,
+        )
+        _set_linear(head, solved.weights_DK, solved.bias_K)
+    elif task == ORDINAL:
+        num_classes = head.output.out_features + 1
+        weights_N = row_weights(spec.loss, truth, num_classes)
+        solved = fit_ordinal(prepare(x_ND), truth, num_classes, l2, weights_N=weights_N, on_step=on_step)
         _set_linear(head, solved.weights_DK, solved.bias_K)
     elif task == MULTI_LABEL:
-        solved = fit_outputwise(prepare(x_ND), truth, logistic, l2, log_odds(truth), on_step=on_step)
+        targets_NM = smooth_labels(spec, truth)
+        solved = fit_outputwise(
+            prepare(x_ND), targets_NM, labels_loss(spec, truth), l2, log_odds(truth), on_step=on_step
+        )
         _set_linear(head, solved.weights_DK, solved.bias_K)
-    elif spec.loss == HUBER:
+    elif spec.loss.kind == HUBER:
         mean_M, scale_M = target_scale(truth)
         targets_NM = (truth.double() - mean_M) / scale_M
-        loss = huber(spec.huber_delta)
+        loss = huber(spec.loss.huber_delta)
         solved = fit_outputwise(prepare(x_ND), targets_NM, loss, l2, medians(targets_NM), on_step=on_step)
         _set_linear(head, solved.weights_DK, solved.bias_K)
         _unstandardise_targets(head, mean_M, scale_M)
@@ -169,13 +206,20 @@ def _fit_epochs(
             return Split(rows.x_ND, rows.truth)
         return Split(rows.x_ND, ((rows.truth.double() - scale[0]) / scale[1]).float())
 
+    def bad(outputs: Tensor) -> float:
+        assert validation is not None
+        return selected_badness(
+            spec, task, outputs if scale is None else outputs * scale[1] + scale[0], validation.truth
+        )
+
     best_epoch = fit_minibatches(
         head,
-        Objective(task, spec.huber_delta if spec.loss == HUBER else None),
+        _objective(spec, task, head.output.out_features, training.truth),
         split(training),
         None if validation is None else split(validation),
         plan,
         seed=seed,
+        badness=bad if spec.select_by else None,
         stop_after=stop_after,
         check=progress.check,
         on_epoch=lambda epoch, losses: tell(epoch / planned * 0.95, dict(losses)),
@@ -183,6 +227,37 @@ def _fit_epochs(
     if scale is not None:
         _unstandardise_targets(head, *scale)
     return best_epoch
+
+
+def _objective(spec: JobSpec, task: str, num_outputs: int, truth: Tensor) -> Objective:
+    if task == CLASSIFICATION:
+        return Objective(task, spec.loss, class_weights(spec.loss, truth, num_outputs))
+    if task == MULTI_LABEL:
+        weights = label_weights(spec.loss, truth)
+        return Objective(task, spec.loss) if weights is None else Objective(task, spec.loss, *weights)
+    return Objective(task, spec.loss)
+
+
+def labels_loss(spec: JobSpec, truth_NM: Tensor) -> Loss:
+    """Return what is minimised where a row may be of several classes."""
+    weights = label_weights(spec.loss, truth_NM)
+    return logistic if weights is None else weighted_logistic(*weights)
+
+
+def smooth_labels(spec: JobSpec, truth_NM: Tensor) -> Tensor:
+    """Return what the probabilities of labels should be: not quite 0 and 1 where they are smoothed."""
+    smoothing = spec.loss.label_smoothing
+    return truth_NM * (1.0 - smoothing) + 0.5 * smoothing if smoothing else truth_NM
+
+
+def selected_badness(spec: JobSpec, task: str, outputs: Tensor, truth: Tensor) -> float:
+    """Return the metric that a spec selects by so that lower is better."""
+    return badness(task, spec.select_by, outputs, truth, quantile=quantile_of(spec))
+
+
+def quantile_of(spec: JobSpec) -> float:
+    """Return which quantile a spec predicts; 0: none."""
+    return spec.loss.quantile if spec.loss.kind == QUANTILE else 0.0
 
 
 def target_scale(truth_NM: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,6 +287,8 @@ def _set_linear(head: Head, weights_DM: Tensor, bias_M: Tensor) -> None:
         head.output.bias.copy_(bias_M)
 
 
-def measure_head(head: Head, task: str, rows: Rows) -> dict[str, float]:
-    """Return the metrics of a head on rows."""
-    return measure(task, run_head(head, rows.x_ND), rows.truth) if len(rows) else {}
+def soften(head: Head, temperature: float) -> None:
+    """Divide a head's outputs by a temperature from now on."""
+    with torch.no_grad():
+        head.output.weight.div_(temperature)
+        head.output.bias.div_(temperature)

@@ -12,10 +12,21 @@ from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
-from trunkline_worker.store.records import Candidate, DatasetRecord, Event, JobSpec, Lease, ModelInput, ModelRecord
+from trunkline_worker.store.evaluations import evaluation_path, evaluation_to_bytes
+from trunkline_worker.store.records import (
+    Candidate,
+    DatasetRecord,
+    Event,
+    JobSpec,
+    Lease,
+    ModelInput,
+    ModelRecord,
+    TrialRecord,
+)
 from trunkline_worker.training.embed import ReadInput, Trunk, read_inputs
 from trunkline_worker.training.keeper import LeaseKeeper
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
+from trunkline_worker.training.sweep.plan import Trial
 from trunkline_worker.training.tools import JobTools
 
 __all__ = ["JobTools", "Trunk", "manifest_path", "run_job"]
@@ -64,7 +75,12 @@ def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
     labels = Labels(record.class_names, None if content.targets is not None else content.class_indices, content.targets)
     started = tools.clock.monotonic()
     result = train_head(
-        [one.source for one in read], labels, job.spec, on_event=keeper.report, should_stop=keeper.should_stop
+        [one.source for one in read],
+        labels,
+        job.spec,
+        row_ids=[b"".join(ids) for ids in zip(content.row_ids, *content.more_row_ids, strict=True)],
+        on_event=keeper.report,
+        should_stop=keeper.should_stop,
     )
     result.metrics["train_s"] = tools.clock.monotonic() - started
     keeper.report(Event("publish"))
@@ -79,6 +95,8 @@ def _publish(
     head = result.head
     data = head_to_bytes(head)
     sha256 = hashlib.sha256(data).hexdigest()
+    evaluation = b"" if result.evaluation is None else evaluation_to_bytes(result.evaluation)
+    evaluation_sha256 = hashlib.sha256(evaluation).hexdigest() if evaluation else ""
     first, *others = (_model_input(one, entry) for one, entry in zip(read, head.inputs, strict=True))
     record = ModelRecord(
         tenant=job.tenant,
@@ -101,13 +119,29 @@ def _publish(
         codec_error=first.codec_error,
         candidates=tuple(Candidate(one.slices, one.width, one.score, one.accuracy) for one in result.candidates),
         more_inputs=tuple(others),
-        head=job.spec.head,
+        head=head.config,
+        conformal=result.conformal,
+        warnings=result.warnings,
+        evaluation_sha256=evaluation_sha256,
+        trials=() if result.found is None else tuple(_trial(one, result.found.won) for one in result.found.trials),
     )
     tools.blobs.put(head_path(sha256), data)
+    if evaluation:
+        tools.blobs.put(evaluation_path(evaluation_sha256), evaluation)
     tools.failpoints.hit("job.head_written")
     tools.blobs.put(manifest_path(job.id, lease.fence), _manifest(record, job.spec, read, result))
     tools.failpoints.hit("job.manifest_written")
     return record
+
+
+def _trial(one: Trial, won: Trial) -> TrialRecord:
+    own = one.configuration
+    # JSON has no infinity, which is the score of what failed.
+    score = 0.0 if one.error else one.score
+    return TrialRecord(
+        *(own.slices, own.l2, own.hidden, own.learning_rate, own.dropout, one.scores, score, one.error, one.seconds),
+        won=own == won.configuration,
+    )
 
 
 def _model_input(read: ReadInput, entry: HeadInput) -> ModelInput:
@@ -123,6 +157,7 @@ def manifest_path(job_id: str, fence: int) -> str:
 def _manifest(record: ModelRecord, job: JobSpec, read: Sequence[ReadInput], result: TrainingResult) -> bytes:
     model = {**asdict(record), "version": None}
     del model["candidates"]  # they stand below, and say more there
+    del model["trials"]
     specs = [one.spec for one in read if one.spec is not None]
     backbones = [
         {
@@ -140,5 +175,6 @@ def _manifest(record: ModelRecord, job: JobSpec, read: Sequence[ReadInput], resu
         "job": asdict(job),
         "backbones": backbones,
         "candidates": [asdict(candidate) for candidate in result.candidates],
+        "trials": [asdict(one) for one in record.trials],
     }
     return json.dumps(manifest, indent=2, sort_keys=True).encode()

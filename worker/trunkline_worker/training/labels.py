@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION
 
 # Shape suffix legend: N = rows, D = columns of the embedding, M = regression targets
 
@@ -23,25 +24,49 @@ class Labels:
         class_names: In the order of the model's outputs; empty for numbers.
         class_indices: (N,), into ``class_names``; of no use where ``targets`` are given.
         targets: (N, M), float32: numbers; with class names, 1 where the row is of the class and 0 where it is not.
+        is_ordinal: Whether the classes stand in order, from the lowest to the highest.
     """
 
     class_names: tuple[str, ...] = ()
     class_indices: npt.NDArray[np.integer] | None = None
     targets: npt.NDArray[np.float32] | None = None
+    is_ordinal: bool = False
 
     @property
     def task(self) -> str:
-        """``classification``, ``multi_label`` or ``regression``."""
+        """One of ``heads.TASKS``."""
         if not self.class_names:
             return REGRESSION
+        if self.is_ordinal:
+            return ORDINAL
         return CLASSIFICATION if self.targets is None else MULTI_LABEL
 
     @property
     def num_outputs(self) -> int:
-        """Columns that the model puts out."""
+        """Columns that the head puts out; of classes in order the thresholds between them."""
         if self.class_names:
-            return len(self.class_names)
+            return len(self.class_names) - self.is_ordinal
         return 0 if self.targets is None or self.targets.ndim != 2 else self.targets.shape[1]
+
+    def ordered(self, class_order: Sequence[str]) -> Labels:
+        """Return the labels with their classes in an order, which means something from then on.
+
+        Raises:
+            WireError: BAD_LABELS if the order is not one of these classes.
+        """
+        if self.task != CLASSIFICATION or self.class_indices is None:
+            raise _bad("classes in order need one class per row")
+        if sorted(class_order) != sorted(self.class_names):
+            raise _bad(
+                f"the order names {len(class_order)} classes, {', '.join(class_order)[:80]}; the dataset has "
+                f"{len(self.class_names)}, {', '.join(self.class_names)[:80]}: name each of them once"
+            )
+        place = {name: index for index, name in enumerate(class_order)}
+        moved_K = np.array([place[name] for name in self.class_names], dtype=np.int64)
+        indices = self.class_indices.astype(np.int64)
+        if indices.size and int(indices.min()) >= 0 and int(indices.max()) < len(moved_K):  # else refused later
+            indices = moved_K[indices]
+        return replace(self, class_names=tuple(class_order), class_indices=indices, is_ordinal=True)
 
 
 def check_labels(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
@@ -57,7 +82,7 @@ def check_labels(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
     """
     if num_rows == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, "the dataset has no rows; upload some first")
-    if labels.task == CLASSIFICATION:
+    if labels.task in (CLASSIFICATION, ORDINAL):
         _check_classes(labels, num_rows, hold_out=hold_out)
         return
     _check_targets(labels, num_rows, hold_out=hold_out)

@@ -9,19 +9,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import LossConfig, check_metric
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
 from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
-from trunkline_worker.store.records import Event, JobSpec
+from trunkline_worker.store.evaluations import Evaluation, sample
+from trunkline_worker.store.records import Conformal, Event, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
-from trunkline_worker.training.fit import Rows, fit_head, measure_head
+from trunkline_worker.training.fit import Rows, fit_head, quantile_of, soften
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
+from trunkline_worker.training.metrics import measure
+from trunkline_worker.training.minibatch import run_head
 from trunkline_worker.training.progress import Progress, TrainingCancelled
 from trunkline_worker.training.scoring import Candidate
+from trunkline_worker.training.search import Found, search
 from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
+from trunkline_worker.training.trust.assess import assess
 
 __all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
 
@@ -38,6 +45,10 @@ class TrainingResult:
             what ``measure`` returns for the task; the same with ``train_`` in front, on the training split; and what
             the solver says of itself. Where the spec asks for a refit on all rows, the scores are those measured before
             it: afterwards no row is left that the head has not seen.
+        conformal: What gives sets and intervals of predictions their coverage. None where no rows were held out.
+        warnings: What its maker should know before trusting the head.
+        found: What the search found; None where nothing was searched.
+        evaluation: For the report: answers on held-out rows and the like.
         candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``. Those of each
             further backbone follow, their slices named ``BACKBONE:SLICE``.
     """
@@ -45,6 +56,10 @@ class TrainingResult:
     head: TrainedHead
     metrics: dict[str, float]
     candidates: list[Candidate]
+    conformal: Conformal | None = None
+    warnings: tuple[str, ...] = ()
+    found: Found | None = None
+    evaluation: Evaluation | None = None
 
 
 def train_head(
@@ -52,6 +67,7 @@ def train_head(
     labels: Labels,
     spec: JobSpec,
     *,
+    row_ids: Sequence[bytes] = (),
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> TrainingResult:
@@ -67,7 +83,9 @@ def train_head(
         labels: Classes or numbers.
         spec: What to train. Zeros leave a setting to us; a negative ``l2`` has it chosen by cross-validation. Epochs,
             batch size and learning rate mean nothing to the solver ``lbfgs``, which runs to convergence.
-        on_event: Takes events of the phases ``select`` and ``fit``, a few dozen at most.
+        row_ids: What each row was made from, to find copies by; of a row with several inputs, their ids one behind the
+            other. Empty if not known.
+        on_event: Takes events of the phases ``select``, ``fit`` and ``assess``, a few dozen at most.
         should_stop: Asked between steps.
 
     Raises:
@@ -79,7 +97,13 @@ def train_head(
     check_spec(spec)
     first_ND = sources[0].tensor
     num_rows = int(first_ND.shape[0]) if first_ND.ndim else 0
+    if spec.loss.class_order:
+        spec = replace(spec, loss=_in_order(spec.loss, labels.class_names))
+        labels = labels.ordered(spec.loss.class_order)
     check_labels(labels, num_rows, hold_out=spec.validation_fraction > 0)
+    spec.loss.kind_for(labels.task)
+    check_metric(spec.select_by, labels.task)
+    _check_weights(spec, labels)
     for source in sources:
         check_embedding(source.tensor, num_rows, source.width)
     truth, classes_N = _truth(labels, first_ND.device)
@@ -90,17 +114,27 @@ def train_head(
         assert labels.targets is not None
         training_index, validation_index = keep_both(labels.targets, training_index, validation_index)
 
-    chosen, candidates = _choose(sources, labels.task, truth, classes_N, training_index, spec, progress)
+    training_classes_N = None if classes_N is None else classes_N[training_index]
+    tries_slices = spec.sweep is not None and bool(spec.sweep.embeddings)
+    candidates: list[Candidate] = []
+    if tries_slices:
+        chosen = [list(one.slices) for one in sources]
+    else:
+        chosen, candidates = _choose(sources, labels.task, truth, classes_N, training_index, spec, progress)
+    found: Found | None = None
+    if spec.sweep is not None:
+        searched = Rows(_side_by_side(sources, chosen), truth).take(torch.from_numpy(training_index).to(truth.device))
+        settled = None if tries_slices else chosen
+        found = search(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, progress)
+        spec, chosen = found.spec, [found.slices] if found.slices is not None else chosen
     inputs = [source.head_input(slices) for source, slices in zip(sources, chosen, strict=True)]
-    columns = [source.columns(slices) for source, slices in zip(sources, chosen, strict=True)]
-    columns_ND = columns[0] if len(columns) == 1 else torch.cat([one.to(columns[0]) for one in columns], dim=1)
+    columns_ND = _side_by_side(sources, chosen)
 
     everything = Rows(columns_ND, truth)
     training = (
         everything.take(torch.from_numpy(training_index).to(truth.device)) if len(validation_index) else everything
     )
     validation = everything.take(torch.from_numpy(validation_index).to(truth.device))
-    training_classes_N = None if classes_N is None else classes_N[training_index]
     widths = [width for one in inputs for width in one.widths]
     l2 = spec.l2
     if l2 < 0:
@@ -118,23 +152,72 @@ def train_head(
         progress,
         span=(0.0, 0.6 if again else 1.0),
     )
+    held_out = run_head(fit.head, validation.x_ND) if len(validation) else fit.head.output.bias.new_zeros((0, 1))
+    on_training = run_head(fit.head, training.x_ND)
+    details, curves = fit.details, fit.curves
+    if again:
+        fit = fit_head(
+            spec, labels.task, labels.num_outputs, inputs, everything, None, l2, progress, span=(0.6, 1.0), before=fit
+        )
+    progress.tell("fit", 1.0, details, always=True)
+    assessed = assess(
+        labels,
+        columns_ND,
+        widths,
+        training_index,
+        validation_index,
+        held_out,
+        validation.truth,
+        l2=l2,
+        seed=spec.seed,
+        row_ids=row_ids,
+        is_calibrated=spec.calibrate,
+        progress=progress,
+    )
+    soften(fit.head, assessed.temperature)
+
+    def measured(outputs: Tensor, rows: Rows) -> dict[str, float]:
+        return measure(labels.task, outputs / assessed.temperature, rows.truth, quantile=quantile_of(spec))
+
     metrics = {
         "num_rows": float(num_rows),
         "num_train_rows": float(len(training)),
         "num_validation_rows": float(len(validation)),
         "num_features": float(sum(widths)),
         "l2": l2,
-        **fit.details,
-        **measure_head(fit.head, labels.task, validation),
-        **{f"train_{name}": value for name, value in measure_head(fit.head, labels.task, training).items()},
+        **details,
+        **measured(held_out, validation),
+        **assessed.metrics,
+        **{f"train_{name}": value for name, value in measured(on_training, training).items()},
     }
-    if again:
-        fit = fit_head(
-            spec, labels.task, labels.num_outputs, inputs, everything, None, l2, progress, span=(0.6, 1.0), before=fit
-        )
     head = TrainedHead(fit.head, labels.task, tuple(labels.class_names))
-    progress.tell("fit", 1.0, metrics, _summary(metrics, again), always=True)
-    return TrainingResult(head.to("cpu"), metrics, candidates)
+    progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)
+    evaluation = sample(
+        validation_index, validation.truth.cpu().numpy(), assessed.answers_NK, curves, assessed.suspects
+    )
+    return TrainingResult(head.to("cpu"), metrics, candidates, assessed.conformal, assessed.warnings, found, evaluation)
+
+
+def _in_order(loss: LossConfig, class_names: Sequence[str]) -> LossConfig:
+    """Return a loss whose class weights, given in the dataset's order, are in the classes' own."""
+    if len(loss.class_weights) != len(class_names):
+        return loss
+    weights = dict(zip(class_names, loss.class_weights, strict=True))
+    return replace(loss, class_weights=tuple(weights.get(name, 1.0) for name in loss.class_order))
+
+
+def _check_weights(spec: JobSpec, labels: Labels) -> None:
+    num_weights = len(spec.loss.class_weights)
+    if num_weights and num_weights != len(labels.class_names):
+        raise WireError(
+            ErrorCode.INVALID_ARGUMENT,
+            f"{num_weights} class weights for {len(labels.class_names)} classes; one for each is needed",
+        )
+
+
+def _side_by_side(sources: Sequence[Source], chosen: Sequence[Sequence[SliceSpec]]) -> Tensor:
+    columns = [source.columns(slices) for source, slices in zip(sources, chosen, strict=True)]
+    return columns[0] if len(columns) == 1 else torch.cat([one.to(columns[0]) for one in columns], dim=1)
 
 
 def _choose(
@@ -168,7 +251,7 @@ def _choose(
 
 
 def _truth(labels: Labels, device: torch.device) -> tuple[Tensor, npt.NDArray[np.int64] | None]:
-    if labels.task == CLASSIFICATION:
+    if labels.task in (CLASSIFICATION, ORDINAL):
         classes_N = np.asarray(labels.class_indices, dtype=np.int64)
         return torch.from_numpy(classes_N).to(device), classes_N
     return torch.from_numpy(np.array(labels.targets, dtype=np.float32)).to(device), None

@@ -1,4 +1,4 @@
-"""Training in minibatches with Adam: heads with hidden layers or convolutions, and linear ones on request."""
+"""Training in minibatches: heads with hidden layers or convolutions, and linear ones on request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CLASSIFICATION, CONV, LINEAR, MULTI_LABEL
+from trunkline_wire.heads import CLASSIFICATION, CONV, LINEAR
 
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
+from trunkline_worker.training.learner import Learner, Schedule
+from trunkline_worker.training.objective import Objective
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
 
@@ -28,24 +29,6 @@ _PORTION_CELLS = 2**24
 """Numbers that go through a head at once; of maps also where it learns, unless the spec says how many rows."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long, how fast and in what portions.
-
-    Attributes:
-        epochs: Passes over the rows.
-        batch_size: Rows per step.
-        learning_rate: At the start; it falls to 0 along half a cosine.
-        l2: Penalty, on the sum of the rows' losses, as for the other solvers: divided by the rows it is what is called
-            weight decay.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    l2: float
-
-
 def schedule(spec: JobSpec, head: Head, num_rows: int, l2: float) -> Schedule:
     """Fill in what the spec leaves to us (0): some 1500 steps of a sixteenth of the rows, 16 to 256 at a time."""
     most = _MAX_BATCH
@@ -55,7 +38,8 @@ def schedule(spec: JobSpec, head: Head, num_rows: int, l2: float) -> Schedule:
     batch_size = min(batch_size, num_rows)
     steps_per_epoch = math.ceil(num_rows / batch_size)
     epochs = spec.epochs or min(_MAX_EPOCHS, max(_MIN_EPOCHS, _DEFAULT_STEPS // steps_per_epoch))
-    return Schedule(epochs, batch_size, spec.learning_rate or (1e-3 if spec.head.kind != LINEAR else 1e-2), l2)
+    rate = spec.learning_rate or (1e-3 if spec.head.kind != LINEAR else 1e-2)
+    return Schedule(epochs, batch_size, rate, l2, spec.optimiser)
 
 
 @dataclass(frozen=True)
@@ -66,24 +50,6 @@ class Split:
     truth: Tensor
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised. ``huber_delta`` is that of Huber's loss on standardised targets; None: the squared error."""
-
-    task: str
-    huber_delta: float | None = None
-
-    def loss(self, outputs: Tensor, truth: Tensor) -> Tensor:
-        """Return the mean over rows: cross-entropy, or a regression's loss, summed over the outputs."""
-        if self.task == CLASSIFICATION:
-            return functional.cross_entropy(outputs, truth)
-        if self.task == MULTI_LABEL:
-            return functional.binary_cross_entropy_with_logits(outputs, truth, reduction="none").sum(dim=1).mean()
-        if self.huber_delta is not None:
-            return functional.huber_loss(outputs, truth, reduction="none", delta=self.huber_delta).sum(dim=1).mean()
-        return 0.5 * (outputs - truth).square().sum(dim=1).mean()
-
-
 def fit_minibatches(
     head: Head,
     objective: Objective,
@@ -92,13 +58,15 @@ def fit_minibatches(
     plan: Schedule,
     *,
     seed: int,
+    badness: Callable[[Tensor], float] | None = None,
     stop_after: int = 0,
     check: Callable[[], None],
     on_epoch: Callable[[int, Mapping[str, float]], None],
 ) -> int:
     """Train a head in place.
 
-    With a validation split the head ends as it was after the epoch of the lowest validation loss.
+    With a validation split the head ends as it was after the best epoch: that of the lowest validation loss, or of what
+    ``badness`` says.
 
     Args:
         head: Its parameters are drawn anew; what standardises its columns is left alone.
@@ -107,6 +75,7 @@ def fit_minibatches(
         validation: Rows to choose the epoch by, or None for the last one.
         plan: Length, speed and portions.
         seed: Of the parameters, the order of the rows and the dropout.
+        badness: Says how bad the outputs of the validation rows are. None: the loss does.
         stop_after: Epochs to run of those that are planned; 0: all.
         check: Called before each step; may raise to stop.
         on_epoch: Called after each epoch with its number, from 1, and its losses.
@@ -128,51 +97,55 @@ def fit_minibatches(
     draw = torch.Generator().manual_seed(seed)
     head.reset_parameters(draw)
     head.to(training.x_ND.device)
-    optimiser = torch.optim.Adam(head.parameters(), lr=plan.learning_rate)
     steps_per_epoch = math.ceil(num_rows / plan.batch_size)
-    total_steps = plan.epochs * steps_per_epoch
-    # As the solver that runs to convergence counts it, see `softmax`.
-    is_binary = objective.task == CLASSIFICATION and head.output.out_features == 2
-    factor = 2.0 if is_binary and head.config.kind == LINEAR else 1.0
-    best_loss, best_epoch = math.inf, 0
+    learner = Learner(
+        head,
+        plan,
+        num_steps=plan.epochs * steps_per_epoch,
+        num_rows=num_rows,
+        # As the solver that runs to convergence counts it, see `softmax`.
+        penalty_factor=2.0 if objective.task == CLASSIFICATION and head.output.out_features == 2 else 1.0,
+    )
+    best, best_epoch = math.inf, 0
     best_state: dict[str, Tensor] = {}
-    step = 0
-    for epoch in range(1, (stop_after or plan.epochs) + 1):
+    last = stop_after or plan.epochs
+    for epoch in range(1, last + 1):
         order_N = torch.randperm(num_rows, generator=draw).to(training.x_ND.device)
-        total_loss = 0.0
+        total_loss, is_finite = 0.0, True
         head.train()
         for rows in _batches(order_N, plan.batch_size):
             check()
-            for group in optimiser.param_groups:
-                group["lr"] = plan.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-            outputs = head.forward_standardised(head.standardise(training.x_ND[rows].float()), draw)
-            loss = objective.loss(outputs, training.truth[rows])
-            penalty = sum((one.square().sum() for one in head.penalised), start=loss.new_zeros(()))
-            optimiser.zero_grad(set_to_none=True)
-            (loss + 0.5 * plan.l2 * factor / num_rows * penalty).backward()
-            optimiser.step()
-            step += 1
+            x_BD = head.standardise(training.x_ND[rows].float())
+            with learner.precision():
+                outputs = head.forward_standardised(x_BD, draw)
+            loss = objective.loss(outputs.float(), training.truth[rows])
+            is_finite &= learner.step(loss)
             total_loss += float(loss.detach()) * len(rows)
         losses = {"loss": total_loss / num_rows}
-        if not math.isfinite(losses["loss"]):
+        if not is_finite or not math.isfinite(losses["loss"]):
             raise WireError(
                 ErrorCode.INVALID_ARGUMENT,
                 f"the loss was no longer finite in epoch {epoch}; use a learning rate below {plan.learning_rate:g}",
             )
         if validation is not None:
-            outputs = run_head(head, validation.x_ND)
-            losses["validation_loss"] = float(objective.loss(outputs, validation.truth))
-            if objective.task == CLASSIFICATION:
-                hits = outputs.argmax(dim=1) == validation.truth
-                losses["validation_accuracy"] = float(hits.double().mean())
-            if losses["validation_loss"] < best_loss:
-                best_loss, best_epoch = losses["validation_loss"], epoch
-                best_state = copy.deepcopy(head.state_dict())
+            with learner.averaged():
+                outputs = run_head(head, validation.x_ND)
+                losses["validation_loss"] = float(objective.loss(outputs, validation.truth))
+                if objective.task == CLASSIFICATION:
+                    hits = outputs.argmax(dim=1) == validation.truth
+                    losses["validation_accuracy"] = float(hits.double().mean())
+                bad = losses["validation_loss"] if badness is None else badness(outputs)
+                if bad < best:
+                    best, best_epoch = bad, epoch
+                    best_state = copy.deepcopy(head.state_dict())
         on_epoch(epoch, losses)
+        if best_epoch and plan.patience and epoch - best_epoch >= plan.patience:
+            break
     if best_state:
         head.load_state_dict(best_state)
         return best_epoch
-    return stop_after or plan.epochs
+    learner.keep_average()
+    return last
 
 
 @torch.no_grad()

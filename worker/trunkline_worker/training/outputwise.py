@@ -34,6 +34,17 @@ def logistic(outputs_NK: Tensor, truth_NK: Tensor) -> tuple[Tensor, Tensor, Tens
     return loss_NK, probability_NK - truth_NK, probability_NK * (1 - probability_NK)
 
 
+def weighted_logistic(positive_K: Tensor, negative_K: Tensor) -> Loss:
+    """Return ``logistic`` with a weight for each label's presence, and one for its absence."""
+
+    def loss(outputs_NK: Tensor, truth_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights_NK = torch.where(truth_NK > 0.5, positive_K.to(outputs_NK), negative_K.to(outputs_NK))
+        loss_NK, slope_NK, curvature_NK = logistic(outputs_NK, truth_NK)
+        return weights_NK * loss_NK, weights_NK * slope_NK, weights_NK * curvature_NK
+
+    return loss
+
+
 def huber(delta: float) -> Loss:
     """Half the squared error up to ``delta``, linear beyond.
 
@@ -128,9 +139,12 @@ def cross_validate_outputwise(
     folds_N: Tensor,
     grid: Sequence[float],
     *,
+    badness: Callable[[Tensor], float] | None = None,
     check: Callable[[], None],
 ) -> dict[float, float]:
-    """Return the held-out loss, a row and output, of each strength tried. See ``softmax.score_strengths``.
+    """Return the held-out loss, a row and output, of each strength tried; or how bad each is otherwise.
+
+    See ``softmax.score_strengths``.
 
     Args:
         x_ND: Standardised rows.
@@ -139,6 +153,7 @@ def cross_validate_outputwise(
         start: From what the outputs of some rows should be to the intercepts to start from.
         folds_N: Fold of each row.
         grid: Strengths to try.
+        badness: Says it of the outputs of all rows, each by a fit that has not seen it.
         check: Called between steps; may raise to stop.
     """
     design = prepare(x_ND)
@@ -147,6 +162,7 @@ def cross_validate_outputwise(
 
     def score(l2: float) -> float:
         total = 0.0
+        held_out_NK = torch.empty_like(truth_NK)
         for outside_N in outside_PN:
             known_NK = truth_NK[~outside_N]
             # One basis serves all folds: it holds the span of any of the rows.
@@ -155,8 +171,9 @@ def cross_validate_outputwise(
                 part, known_NK, loss, l2, start(known_NK), tolerance=_LOOSE, on_step=lambda step, value: check()
             )
             outputs_NK = design.x_NR[outside_N] @ fit.weights_DK + fit.bias_K
+            held_out_NK[outside_N] = outputs_NK
             total += float(loss(outputs_NK, truth_NK[outside_N])[0].sum())
-        return total / truth_NK.numel()
+        return total / truth_NK.numel() if badness is None else badness(held_out_NK)
 
     return score_strengths(grid, score)
 

@@ -31,7 +31,7 @@ _MAX_ROTATED_CELLS = 16_000_000
 _SKETCH_ROWS = 1024
 _FLOAT64_CELLS = 8_000_000
 
-_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-6, 1e-5
+_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-9, 1e-5
 """Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged."""
 
 
@@ -121,6 +121,8 @@ def fit_softmax(
     num_classes: int,
     l2: float,
     *,
+    weights_N: Tensor | None = None,
+    smoothing: float = 0.0,
     start_from: SoftmaxFit | None = None,
     on_step: Callable[[int, float], None],
 ) -> SoftmaxFit:
@@ -131,14 +133,17 @@ def fit_softmax(
         classes_N: Class of each row.
         num_classes: K.
         l2: scikit-learn's 1 / C.
+        weights_N: How much each row counts. None: all alike.
+        smoothing: Share of each row's label that is spread over all classes.
         start_from: A solution of nearly the same problem; saves steps.
         on_step: Called before each step with its number and the mean objective; may raise to stop.
     """
     num_rows = design.x_NR.shape[0]
-    weights_PN = torch.ones((1, num_rows), dtype=design.x_NR.dtype, device=design.x_NR.device)
+    weights_N = design.x_NR.new_ones(num_rows) if weights_N is None else weights_N.to(design.x_NR)
+    weights_PN = weights_N[None]
     start = design.x_NR.new_zeros((1, design.x_NR.shape[1] + 1, num_classes))
     if start_from is None:
-        start[0, -1] = _log_shares(classes_N, num_classes).to(start)
+        start[0, -1] = _log_shares(classes_N, num_classes, weights_N).to(start)
     else:
         start[0, :-1], start[0, -1] = design.coordinates(start_from.weights_DK.to(start)), start_from.bias_K.to(start)
     tolerance = _TIGHT if design.x_NR.dtype == torch.float64 else _FLOAT32_TIGHT
@@ -150,6 +155,7 @@ def fit_softmax(
         l2,
         tolerance,
         lambda step, value_P: on_step(step, float(value_P[0]) / num_rows),
+        smoothing=smoothing,
     )
     return SoftmaxFit(design.weights(solution[0, :-1]), solution[0, -1], iterations, converged)
 
@@ -173,9 +179,12 @@ def cross_validate_l2(
     folds_N: Tensor,
     grid: Sequence[float],
     *,
+    weights_N: Tensor | None = None,
+    smoothing: float = 0.0,
+    badness: Callable[[Tensor], float] | None = None,
     check: Callable[[], None],
 ) -> dict[float, float]:
-    """Return the held-out cross-entropy, in nats per row, of each strength tried.
+    """Return the held-out cross-entropy, in nats per row, of each strength tried; or how bad each is otherwise.
 
     Each starts where the last one ended, all folds side by side. See ``score_strengths``.
 
@@ -185,21 +194,54 @@ def cross_validate_l2(
         num_classes: K.
         folds_N: Fold of each row.
         grid: Strengths to try.
+        weights_N: As for ``fit_softmax``; held-out rows count as much.
+        smoothing: Likewise.
+        badness: Says it of the logits of all rows, (N, K), each by a fit that has not seen it.
         check: Called between steps; may raise to stop.
+    """
+    design = prepare(x_ND)
+    weights_N = design.x_NR.new_ones(len(classes_N)) if weights_N is None else weights_N.to(design.x_NR)
+    fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
+    training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR) * weights_N
+    held_out_PN = (folds_N[None, :] == fold_P[:, None]).to(design.x_NR) * weights_N
+    own_1N = folds_N[None].to(torch.int64)
+    solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
+    solution[:, -1] = _log_shares(classes_N, num_classes, weights_N).to(solution)
+
+    def score(l2: float) -> float:
+        nonlocal solution
+        solution, _, _ = _solve(
+            design, classes_N, training_PN, solution, l2, _LOOSE, lambda step, value_P: check(), smoothing=smoothing
+        )
+        loss_PN, log_PNK = _losses(design.x_NR, classes_N, solution)
+        if badness is not None:
+            return badness(log_PNK.gather(0, own_1N[:, :, None].expand(1, -1, num_classes))[0])
+        return float((loss_PN * held_out_PN).sum() / weights_N.sum())
+
+    return score_strengths(grid, score)
+
+
+def held_out_logs(
+    x_ND: Tensor,
+    classes_N: Tensor,
+    num_classes: int,
+    folds_N: Tensor,
+    l2: float,
+    *,
+    check: Callable[[], None],
+) -> Tensor:
+    """Return the logarithms of each row's probabilities, (N, K), by a fit to the rows of the other folds.
+
+    All folds side by side, as exactly as is worth comparing. See ``cross_validate_l2``.
     """
     design = prepare(x_ND)
     fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
     training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR)
-    solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
-    solution[:, -1] = _log_shares(classes_N, num_classes).to(solution)
-
-    def score(l2: float) -> float:
-        nonlocal solution
-        solution, _, _ = _solve(design, classes_N, training_PN, solution, l2, _LOOSE, lambda step, value_P: check())
-        loss_PN, _ = _losses(design.x_NR, classes_N, solution)
-        return float((loss_PN * (1 - training_PN)).sum()) / len(classes_N)
-
-    return score_strengths(grid, score)
+    start = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
+    start[:, -1] = _log_shares(classes_N, num_classes, torch.ones_like(training_PN[0])).to(start)
+    solution, _, _ = _solve(design, classes_N, training_PN, start, l2, _LOOSE, lambda step, value_P: check())
+    _, log_PNK = _losses(design.x_NR, classes_N, solution)
+    return log_PNK.gather(0, folds_N[None, :, None].expand(1, -1, num_classes))[0]
 
 
 def _solve(
@@ -210,13 +252,17 @@ def _solve(
     l2: float,
     tolerance: float,
     on_step: Callable[[int, Tensor], None],
+    *,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, int, bool]:
     """Solve problems that differ in their rows' weights. The last row of (R + 1, K) holds the intercepts."""
     x_NR = design.x_NR
     num_problems, _, num_classes = start_PRK.shape
     shape = start_PRK.shape
     l2 = l2 * 2 if num_classes == 2 else l2
-    onehot_NK = torch.nn.functional.one_hot(classes_N, num_classes).to(x_NR)
+    # What each row's probabilities should be.
+    target_NK = torch.nn.functional.one_hot(classes_N, num_classes).to(x_NR)
+    target_NK = target_NK * (1.0 - smoothing) + smoothing / num_classes
 
     total_P1 = weights_PN.sum(dim=1, keepdim=True)
     floor = curvature_floor(design)
@@ -230,10 +276,13 @@ def _solve(
 
     def objective(flat_PV: Tensor) -> tuple[Tensor, Tensor]:
         b_PRK = flat_PV.view(shape)
-        loss_PN, probability_PNK = _losses(x_NR, classes_N, b_PRK)
+        loss_PN, log_PNK = _losses(x_NR, classes_N, b_PRK)
+        if smoothing:
+            loss_PN = (1.0 - smoothing) * loss_PN - smoothing * log_PNK.mean(dim=2)
+        probability_PNK = log_PNK.exp_()
         nonlocal slope_PK
         slope_PK = slopes(probability_PNK)
-        residual_PNK = (probability_PNK - onehot_NK) * weights_PN[:, :, None]
+        residual_PNK = (probability_PNK - target_NK) * weights_PN[:, :, None]
         gradient_PRK = torch.empty_like(b_PRK)
         residual_NPK = residual_PNK.transpose(0, 1).reshape(x_NR.shape[0], num_problems * num_classes)
         gradient_PRK[:, :-1] = (x_NR.T @ residual_NPK).view(x_NR.shape[1], num_problems, num_classes).transpose(0, 1)
@@ -268,13 +317,13 @@ def _solve(
 
 
 def _losses(x_NR: Tensor, classes_N: Tensor, b_PRK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy, (P, N), and the probabilities, (P, N, K)."""
+    """Return the cross-entropy, (P, N), and the logarithms of the probabilities, (P, N, K)."""
     num_problems, _, num_classes = b_PRK.shape
     logits_NPK = x_NR @ b_PRK[:, :-1].transpose(0, 1).reshape(x_NR.shape[1], num_problems * num_classes)
     logits_PNK = logits_NPK.view(x_NR.shape[0], num_problems, num_classes).transpose(0, 1) + b_PRK[:, -1:]
     log_PNK = logits_PNK.log_softmax(dim=2)
     index_PN1 = classes_N[None, :, None].expand(num_problems, -1, 1)
-    return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK.exp()
+    return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK
 
 
 def curvature_floor(design: Design) -> float:
@@ -282,8 +331,8 @@ def curvature_floor(design: Design) -> float:
     return 1e-8 * float(design.curvature_Q.max()) if design.curvature_Q.numel() else 1.0
 
 
-def _log_shares(classes_N: Tensor, num_classes: int) -> Tensor:
+def _log_shares(classes_N: Tensor, num_classes: int, weights_N: Tensor) -> Tensor:
     """Return the intercepts that fit the classes' shares without any features: where every fit starts."""
-    counts_K = torch.bincount(classes_N, minlength=num_classes).double().clamp(min=0.5)
+    counts_K = torch.bincount(classes_N, weights_N.double(), minlength=num_classes).clamp(min=0.5)
     log_K = counts_K.log()
     return log_K - log_K.mean()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from trunkline_wire.heads import CONCAT, HUBER, LINEAR, LOSSES, PROTOTYPE, HeadConfig, invalid
+from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.fits import AUTO, CROSS_ENTROPY, FOCAL, MSE, QUANTILE, LossConfig, is_metric
+from trunkline_wire.heads import CONCAT, LINEAR, PROTOTYPE, HeadConfig, invalid
 
 from trunkline_worker.store.records import JobSpec
 
 EMBEDDINGS = ("pooled", "auto", "slices")
-SOLVERS = ("lbfgs", "adam")
+SOLVERS = ("lbfgs", "adamw")
 MAX_EPOCHS = 100_000
 MAX_BATCH_SIZE = 2**20
 
@@ -16,7 +18,7 @@ def check_spec(spec: JobSpec) -> HeadConfig:
     """Check what a spec says about head, solver and embedding, before any data is touched.
 
     Raises:
-        WireError: INVALID_ARGUMENT.
+        WireError: INVALID_ARGUMENT, UNSUPPORTED.
     """
     if spec.embedding not in EMBEDDINGS:
         raise invalid(f"embedding {spec.embedding[:40]!r} is not known; one of {', '.join(EMBEDDINGS)} is needed")
@@ -27,22 +29,26 @@ def check_spec(spec: JobSpec) -> HeadConfig:
     if spec.solver not in SOLVERS:
         raise invalid(f"solver {spec.solver[:40]!r} is not known; one of {', '.join(SOLVERS)} is needed")
     if spec.solver == "lbfgs" and spec.head.kind not in (LINEAR, PROTOTYPE):
-        raise invalid(f"solver 'lbfgs' is for linear heads; train one of kind {spec.head.kind!r} with solver 'adam'")
+        raise invalid(f"solver 'lbfgs' is for linear heads; train one of kind {spec.head.kind!r} with solver 'adamw'")
     if spec.solver == "lbfgs" and spec.head.fuse != CONCAT:
         raise invalid(
             f"solver 'lbfgs' is for inputs side by side; fusion {spec.head.fuse!r} has layers of its own: train it "
-            "with solver 'adam'"
+            "with solver 'adamw'"
         )
-    if spec.solver == "adam" and spec.head.kind == PROTOTYPE:
+    if spec.solver == "adamw" and spec.head.kind == PROTOTYPE:
         raise invalid("a prototype head is made in closed form; leave the solver to us, or say 'lbfgs'")
     if spec.head.batch_norm and spec.batch_size == 1:
         raise invalid("batch normalisation needs batches of at least 2 rows; got a batch size of 1")
-    if spec.loss not in LOSSES:
-        raise invalid(f"loss {spec.loss[:40]!r} is not known; one of {', '.join(LOSSES)} is needed")
-    if not 0.0 < spec.huber_delta < 1e6:
-        raise invalid(f"the delta of Huber's loss is above 0, in standard deviations; got {spec.huber_delta}")
-    if spec.loss == HUBER and spec.head.kind == PROTOTYPE:
-        raise invalid("a prototype head minimises squared errors; use loss 'mse', or a linear head")
+    if spec.solver == "lbfgs" and spec.loss.kind in (FOCAL, QUANTILE):
+        raise invalid(f"loss {spec.loss.kind!r} is not one that 'lbfgs' can solve; train with solver 'adamw'")
+    if spec.head.kind == PROTOTYPE and (
+        spec.loss.kind not in (AUTO, CROSS_ENTROPY, MSE) or spec.loss.is_weighted or spec.loss.label_smoothing
+    ):
+        raise invalid("a prototype head is what its rows have in common: it has no loss or weights; leave them out")
+    if spec.loss.class_order and (spec.head.kind != LINEAR or spec.solver != "lbfgs"):
+        raise invalid("classes in order are learnt by linear heads with solver 'lbfgs'; leave head and solver out")
+    if spec.select_by and not is_metric(spec.select_by):
+        raise invalid(f"there is no metric {spec.select_by[:40]!r} to choose by")
     if not 0.0 <= spec.validation_fraction < 1.0:
         raise invalid(f"the validation fraction is at least 0 and below 1; got {spec.validation_fraction}")
     if not 0 <= spec.epochs <= MAX_EPOCHS or not 0 <= spec.batch_size <= MAX_BATCH_SIZE:
@@ -51,4 +57,21 @@ def check_spec(spec: JobSpec) -> HeadConfig:
         raise invalid(f"the learning rate is above 0 and at most 10, or 0 to leave it to us; got {spec.learning_rate}")
     if not -1e12 < spec.l2 < 1e12:
         raise invalid(f"the L2 strength is a number of at least 0, or negative to have it chosen; got {spec.l2}")
+    _check_sweep(spec)
     return spec.head
+
+
+def _check_sweep(spec: JobSpec) -> None:
+    """Check that a job has nothing that a search could not heed."""
+    if spec.sweep is None:
+        return
+    if spec.head != HeadConfig():
+        raise invalid("a sweep chooses the head; leave the head out, and name hidden layers to try")
+    if spec.loss != LossConfig(AUTO):
+        raise WireError(
+            ErrorCode.UNSUPPORTED, "a sweep minimises the task's own loss, all rows alike; leave loss and weights out"
+        )
+    if spec.sweep.embeddings and spec.more_backbones:
+        raise invalid("a sweep tries slices of a single backbone; leave the embeddings out, or the other backbones")
+    if spec.sweep.embeddings and spec.embedding == "slices":
+        raise invalid("slices are named, and slices to try as well; leave one of them out")

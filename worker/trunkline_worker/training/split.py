@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-HOLD_OUT, FOLDS, SUBSAMPLE, WEIGHTS, BATCHES = range(5)
+HOLD_OUT, FOLDS, SUBSAMPLE, WEIGHTS, BATCHES, TRUST = range(6)
 """Purposes of random numbers: each has a stream of its own, so that a change in one leaves the others alone."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from trunkline_wire import codecs, messages
 from trunkline_wire.bulk import Apart
 from trunkline_wire.errors import WireError
-from trunkline_wire.heads import CLASSIFICATION
+from trunkline_wire.heads import CLASSIFICATION, ORDINAL
 from trunkline_wire.v1 import error_pb2
 from trunkline_wire.v1 import inference_pb2 as pb
 
@@ -123,7 +123,7 @@ class InferenceServicer:
             outputs_BK = outputs_BK.copy()
             outputs_BK[list(more.row_errors)] = np.nan
         labels: list[str] = []
-        if model.task == CLASSIFICATION:
+        if model.task in (CLASSIFICATION, ORDINAL):
             # A failed row is NaN throughout; argmax of NaN is 0, so it must be told apart.
             best = outputs_BK.argmax(axis=1).tolist()
             labels = ["" if row in row_errors else model.class_names[index] for row, index in enumerate(best)]

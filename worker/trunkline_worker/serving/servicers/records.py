@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from trunkline_wire import messages
+from trunkline_wire import codecs, fits, messages
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CONCAT, HUBER, LINEAR, MLP, MSE, PROTOTYPE, HeadConfig
+from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, HeadConfig
 from trunkline_wire.v1 import dataset_pb2, registry_pb2, training_pb2
 
+from trunkline_worker.store.evaluations import Evaluation
 from trunkline_worker.store.records import (
     BackboneChoice,
+    Conformal,
     DatasetRecord,
     Event,
     JobRecord,
@@ -35,8 +38,20 @@ _FUSIONS = {
     training_pb2.FUSION_ADD: "add",
     training_pb2.FUSION_GATE: "gate",
 }
-_LOSSES = {training_pb2.LOSS_MSE: MSE, training_pb2.LOSS_HUBER: HUBER}
-_SOLVERS = {training_pb2.SOLVER_LBFGS: "lbfgs", training_pb2.SOLVER_ADAM: "adam"}
+_LOSSES = {
+    training_pb2.LOSS_UNSPECIFIED: fits.AUTO,
+    training_pb2.LOSS_MSE: fits.MSE,
+    training_pb2.LOSS_HUBER: fits.HUBER,
+    training_pb2.LOSS_QUANTILE: fits.QUANTILE,
+    training_pb2.LOSS_CROSS_ENTROPY: fits.CROSS_ENTROPY,
+    training_pb2.LOSS_FOCAL: fits.FOCAL,
+}
+_PRECISIONS = {
+    training_pb2.PRECISION_FLOAT32: fits.FLOAT32,
+    training_pb2.PRECISION_BFLOAT16: fits.BFLOAT16,
+    training_pb2.PRECISION_FLOAT16: fits.FLOAT16,
+}
+_SOLVERS = {training_pb2.SOLVER_LBFGS: "lbfgs", training_pb2.SOLVER_ADAM: "adamw"}
 _EMBEDDINGS = {
     training_pb2.EMBEDDING_MODE_POOLED: "pooled",
     training_pb2.EMBEDDING_MODE_AUTO: "auto",
@@ -46,6 +61,7 @@ _TASKS = {
     "classification": registry_pb2.TASK_CLASSIFICATION,
     "multi_label": registry_pb2.TASK_MULTI_LABEL,
     "regression": registry_pb2.TASK_REGRESSION,
+    "ordinal": registry_pb2.TASK_ORDINAL,
 }
 
 
@@ -111,6 +127,36 @@ def head_to_proto(head: HeadConfig) -> training_pb2.HeadConfig:
     )
 
 
+def loss_from_proto(fit: training_pb2.FitConfig) -> LossConfig:
+    """Return the loss that a message asks for; what is unspecified takes the default.
+
+    Raises:
+        WireError: UNSUPPORTED for a value from a newer wire; INVALID_ARGUMENT for numbers out of range.
+    """
+    default = LossConfig()
+    return LossConfig(
+        kind=_choice(_LOSSES, fit.loss, training_pb2.LOSS_UNSPECIFIED, "loss"),
+        huber_delta=fit.huber_delta or default.huber_delta,
+        quantile=fit.quantile or default.quantile,
+        focal_gamma=fit.focal_gamma if fit.HasField("focal_gamma") else default.focal_gamma,
+        label_smoothing=fit.label_smoothing,
+        class_weights=tuple(fit.class_weights),
+        balanced=fit.balanced,
+        class_order=tuple(fit.class_order),
+    )
+
+
+def _optimiser_from_proto(fit: training_pb2.FitConfig) -> OptimiserConfig:
+    default = OptimiserConfig()
+    return OptimiserConfig(
+        warmup=fit.warmup if fit.HasField("warmup") else default.warmup,
+        clip_norm=fit.clip_norm if fit.HasField("clip_norm") else default.clip_norm,
+        ema=fit.ema,
+        precision=_choice(_PRECISIONS, fit.precision, training_pb2.PRECISION_FLOAT32, "precision"),
+        patience=fit.patience,
+    )
+
+
 def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     """Return the job that a message asks for; what is unspecified takes the default.
 
@@ -119,9 +165,10 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     """
     fit = message.fit
     head = head_from_proto(message.head)
-    loss = _choice(_LOSSES, fit.loss, training_pb2.LOSS_MSE, "loss")
+    loss = loss_from_proto(fit)
     # Convex, so that a solver that goes to convergence finds the one solution; or nothing to solve.
-    convex = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT and loss == "mse")
+    convex = loss.kind in (fits.AUTO, fits.CROSS_ENTROPY, fits.MSE)
+    convex = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT and convex)
     default_solver = training_pb2.SOLVER_LBFGS if convex else training_pb2.SOLVER_ADAM
     return JobSpec(
         model=message.model,
@@ -140,8 +187,35 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
         refit=fit.refit,
         seed=fit.seed,
         loss=loss,
-        huber_delta=fit.huber_delta or 1.0,
+        optimiser=_optimiser_from_proto(fit),
+        select_by=fit.select_by,
+        calibrate=fit.calibrate if fit.HasField("calibrate") else True,
         more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
+        sweep=_sweep_from_proto(message.sweep) if message.HasField("sweep") else None,
+    )
+
+
+def _sweep_from_proto(message: training_pb2.SweepConfig) -> SweepConfig:
+    return SweepConfig(
+        l2=tuple(message.l2),
+        learning_rate=tuple(message.learning_rate),
+        hidden=tuple(tuple(one.widths) for one in message.hidden),
+        dropout=tuple(message.dropout),
+        embeddings=tuple(tuple(one.slices) for one in message.embeddings),
+        folds=message.folds or SweepConfig.folds,
+    )
+
+
+def _sweep_to_proto(sweep: SweepConfig | None) -> training_pb2.SweepConfig | None:
+    if sweep is None:
+        return None
+    return training_pb2.SweepConfig(
+        l2=sweep.l2,
+        learning_rate=sweep.learning_rate,
+        hidden=[training_pb2.Layers(widths=one) for one in sweep.hidden],
+        dropout=sweep.dropout,
+        embeddings=[training_pb2.SliceSet(slices=one) for one in sweep.embeddings],
+        folds=sweep.folds,
     )
 
 
@@ -164,12 +238,26 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
             validation_fraction=spec.validation_fraction,
             refit=spec.refit,
             seed=spec.seed,
-            loss=_code(_LOSSES, spec.loss),
-            huber_delta=spec.huber_delta,
+            loss=_code(_LOSSES, spec.loss.kind),
+            huber_delta=spec.loss.huber_delta,
+            quantile=spec.loss.quantile,
+            focal_gamma=spec.loss.focal_gamma,
+            label_smoothing=spec.loss.label_smoothing,
+            class_weights=spec.loss.class_weights,
+            balanced=spec.loss.balanced,
+            class_order=spec.loss.class_order,
+            select_by=spec.select_by,
+            calibrate=spec.calibrate,
+            warmup=spec.optimiser.warmup,
+            clip_norm=spec.optimiser.clip_norm,
+            ema=spec.optimiser.ema,
+            precision=_code(_PRECISIONS, spec.optimiser.precision),
+            patience=spec.optimiser.patience,
         ),
         more_backbones=[
             training_pb2.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
         ],
+        sweep=_sweep_to_proto(spec.sweep),
     )
 
 
@@ -229,7 +317,34 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
         ],
         more_inputs=[_model_input_to_proto(one) for one in record.more_inputs],
         head=head_to_proto(record.head),
+        conformal=_conformal_to_proto(record.conformal),
+        warnings=record.warnings,
+        trials=[registry_pb2.Trial(**vars(one)) for one in record.trials],
     )
+
+
+def evaluation_to_proto(one: Evaluation) -> registry_pb2.Evaluation:
+    """Return the message of an evaluation."""
+    return registry_pb2.Evaluation(
+        rows=one.rows.tolist(),
+        num_held_out=one.num_held_out,
+        classes=None if one.classes is None else one.classes.tolist(),
+        targets=None if one.targets is None or not len(one.rows) else codecs.encode_array(one.targets),
+        answers=codecs.encode_array(one.answers) if len(one.rows) else None,
+        curves=[registry_pb2.Curve(name=name, values=values) for name, values in one.curves.items()],
+        suspects=[
+            registry_pb2.LabelSuspect(
+                row=suspect.row, given=suspect.given, suggested=suspect.suggested, margin=suspect.margin
+            )
+            for suspect in one.suspects
+        ],
+    )
+
+
+def _conformal_to_proto(one: Conformal | None) -> registry_pb2.Conformal | None:
+    if one is None:
+        return None
+    return registry_pb2.Conformal(scores=one.scores, num_rows=one.num_rows, scales=one.scales)
 
 
 def _model_input_to_proto(one: ModelInput) -> registry_pb2.ModelInput:

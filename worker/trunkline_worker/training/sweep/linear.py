@@ -1,0 +1,273 @@
+"""Linear heads with softmax or sigmoids, for every strength and fold: convex problems along a path of strengths.
+
+The objective of each problem is that of ``softmax`` and ``outputwise``. Folds and labels are solved side by side,
+strengths one after another: on digits a strength takes 5 evaluations behind its neighbours, and 48 from nothing, as it
+would beside them. Rows pass through in portions, so that no matrix of all rows, problems and outputs is ever held.
+
+Source: Friedman, Hastie and Tibshirani 2010, "Regularization Paths for Generalized Linear Models via Coordinate
+Descent", for starting each strength from the solution of a stronger one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from trunkline_wire.heads import CLASSIFICATION
+
+from trunkline_worker.training.outputwise import log_odds
+from trunkline_worker.training.softmax import Design, curvature_floor, prepare
+from trunkline_worker.training.sweep.rows import FoldedRows, HeldOut, Result, by_device, portions
+from trunkline_worker.training.sweep.search import Search
+
+# Shape suffix legend: N = rows, R = coordinates, P = problems, K = outputs of one problem, Q = directions of known
+# curvature, V = numbers of one problem, F = folds, M = outputs
+
+_TOLERANCE = 1e-4
+"""Promised decrease, relative to the objective, at which a problem counts as solved."""
+
+_MIN_SLOPE = 1e-6
+_VECTORS = 30
+"""Vectors of a problem's numbers that a search holds: steps, changes of the gradient, and what is in hand."""
+
+_SEARCH_BYTES = 2**29
+"""Memory for problems that are solved side by side."""
+
+_PORTION_CELLS = {"cpu": 2**19, "": 2**26}
+"""Logits that are held at once: on a processor, what its cache holds."""
+
+Losses = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
+"""Logits of some rows, (N, P, K), and which rows they are, to the loss, (N, P), its slopes and its curvatures, (N, P,
+K)."""
+
+
+def softmax_losses(classes_N: Tensor) -> Losses:
+    """Cross-entropy, in nats, of one class a row."""
+
+    def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_NPK = logits_NPK.log_softmax(dim=2)
+        index_NP1 = classes_N[rows, None, None].expand(-1, logits_NPK.shape[1], 1)
+        loss_NP = -log_NPK.gather(2, index_NP1).squeeze(2)
+        probability_NPK = log_NPK.exp_()
+        onehot_NK = functional.one_hot(classes_N[rows], logits_NPK.shape[2]).to(logits_NPK)
+        return loss_NP, probability_NPK - onehot_NK[:, None], probability_NPK * (1 - probability_NPK)
+
+    return losses
+
+
+def sigmoid_losses(truth_NM: Tensor, label_P: Tensor) -> Losses:
+    """Cross-entropy, in nats, of a sigmoid: one label a problem."""
+
+    def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        truth_NPK = truth_NM[rows][:, label_P].to(logits_NPK)[:, :, None]
+        probability_NPK = logits_NPK.sigmoid()
+        loss_NP = (functional.softplus(logits_NPK) - truth_NPK * logits_NPK).squeeze(2)
+        return loss_NP, probability_NPK - truth_NPK, probability_NPK * (1 - probability_NPK)
+
+    return losses
+
+
+def solve(
+    design: Design,
+    losses: Losses,
+    weights_NP: Tensor,
+    l2: float,
+    start_PRK: Tensor,
+    search: Search,
+    *,
+    check: Callable[[], None],
+) -> Tensor:
+    """Solve problems that share the rows' coordinates and the penalty. The last row of (R + 1, K) holds the intercepts.
+
+    Args:
+        design: What ``prepare`` returned.
+        losses: What the logits cost.
+        weights_NP: How much each row counts.
+        l2: Penalty.
+        start_PRK: Where to start.
+        search: What is known of the curvature.
+        check: Called between steps; may raise to stop.
+    """
+    x_NR = design.x_NR
+    shape = num_problems, _, num_outputs = start_PRK.shape
+    total_P = weights_NP.sum(dim=0)
+    share_P = total_P / len(x_NR)
+    ridge = l2 + curvature_floor(design)
+    portion_cells = by_device(_PORTION_CELLS, x_NR.device)
+    slope_PK = torch.empty_like(start_PRK[:, 0])
+
+    def objective(flat_PV: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal slope_PK
+        b_PRK = flat_PV.view(shape)
+        side_by_side_RV = b_PRK[:, :-1].transpose(0, 1).flatten(1)
+        gradient_RV = torch.zeros_like(side_by_side_RV)
+        bias_V = b_PRK[:, -1].flatten()
+        bias_gradient_PK, curvature_PK = torch.zeros_like(b_PRK[:, -1]), torch.zeros_like(b_PRK[:, -1])
+        value_P = 0.5 * l2 * b_PRK[:, :-1].square().sum(dim=(1, 2))
+        for rows in portions(len(x_NR), portion_cells // (num_problems * num_outputs)):
+            logits_NPK = torch.addmm(bias_V, x_NR[rows], side_by_side_RV).view(-1, num_problems, num_outputs)
+            loss_NP, residual_NPK, curvature_NPK = losses(logits_NPK, rows)
+            count_NP = weights_NP[rows]
+            residual_NPK *= count_NP[:, :, None]
+            value_P += (loss_NP * count_NP).sum(dim=0)
+            curvature_PK += (curvature_NPK * count_NP[:, :, None]).sum(dim=0)
+            bias_gradient_PK += residual_NPK.sum(dim=0)
+            gradient_RV.addmm_(x_NR[rows].T, residual_NPK.flatten(1))
+        slope_PK = (curvature_PK / total_P[:, None]).clamp(min=_MIN_SLOPE)
+        gradient_PRK = torch.empty_like(b_PRK)
+        gradient_PRK[:, :-1] = gradient_RV.unflatten(1, (num_problems, num_outputs)).transpose(0, 1)
+        gradient_PRK[:, :-1] += l2 * b_PRK[:, :-1]
+        gradient_PRK[:, -1] = bias_gradient_PK
+        return value_P, gradient_PRK.flatten(1)
+
+    def precondition(flat_PV: Tensor) -> Tensor:
+        # As in `softmax`: as if every row had the average row's curvature.
+        b_PRK = flat_PV.view(shape)
+        result_PRK = torch.empty_like(b_PRK)
+        slope_P1K = (slope_PK * share_P[:, None])[:, None]
+        inverse_PQK = 1.0 / (design.curvature_Q[:, None] * slope_P1K + ridge)
+        if design.directions_RQ is None:
+            result_PRK[:, :-1] = inverse_PQK * b_PRK[:, :-1]
+        else:
+            inverse_rest_P1K = 1.0 / (design.rest * slope_P1K + ridge)
+            along_PQK = (design.directions_RQ.T @ b_PRK[:, :-1]) * (inverse_PQK - inverse_rest_P1K)
+            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest_P1K * b_PRK[:, :-1]
+        result_PRK[:, -1] = b_PRK[:, -1] / (total_P[:, None] * slope_PK)
+        return result_PRK.flatten(1)
+
+    solution_PV = search.minimise(
+        objective, start_PRK.flatten(1), precondition=precondition, on_step=check, tolerance=_TOLERANCE
+    )
+    return solution_PV.view(shape)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The problems of one strength: one for each fold, or for each fold and label.
+
+    Attributes:
+        fold_P: Which fold each leaves out.
+        label_P: Which label it is about; all 0 for classes.
+        start_PRK: Where to start: with what no feature tells.
+    """
+
+    fold_P: Tensor
+    label_P: Tensor
+    start_PRK: Tensor
+
+    @classmethod
+    def of(cls, rows: FoldedRows, design: Design) -> _Family:
+        """Return the problems, folds in the outer order."""
+        device = design.x_NR.device
+        num_folds, num_labels = len(rows.folds), 1 if rows.task == CLASSIFICATION else rows.num_outputs
+        if rows.task == CLASSIFICATION:
+            counts_K = torch.bincount(rows.truth, minlength=rows.num_outputs).double().clamp(min=0.5)
+            bias_PK = (counts_K.log() - counts_K.log().mean()).repeat(num_folds, 1)
+        else:
+            bias_PK = torch.cat([log_odds(rows.truth[training]) for training in rows.folds.training])[:, None]
+        start_PRK = design.x_NR.new_zeros((num_folds * num_labels, design.x_NR.shape[1] + 1, bias_PK.shape[1]))
+        start_PRK[:, -1] = bias_PK.to(start_PRK)
+        fold_P = torch.arange(num_folds, device=device).repeat_interleave(num_labels)
+        return cls(fold_P, torch.arange(num_labels, device=device).repeat(num_folds), start_PRK)
+
+
+def linear_outputs(
+    rows: FoldedRows, strengths: Sequence[float], *, check: Callable[[], None], tell: Callable[[float], None]
+) -> Iterator[Result]:
+    """Yield what linear classifiers of each strength say of the rows that they were not trained on.
+
+    One strength after another, from the strongest on, all folds and labels side by side: each starts where the last
+    ones point to. So a result depends on the other strengths, but by no more than the tolerance.
+
+    Args:
+        rows: Of a classification, or with several labels.
+        strengths: Penalties on the sum of the rows' losses.
+        check: Called between steps; may raise to stop.
+        tell: Called with the fraction done.
+    """
+    design = _single_precision(prepare(rows.x_ND))
+    check()
+    family = _Family.of(rows, design)
+    penalised_RK = torch.ones_like(family.start_PRK[0])
+    penalised_RK[-1] = 0.0
+    parts = list(
+        portions(len(family.start_PRK), _SEARCH_BYTES // (4 * (_VECTORS * penalised_RK.numel() + len(design.x_NR))))
+    )
+    training_FN = torch.ones((len(rows.folds), len(design.x_NR)), device=design.x_NR.device)
+    for training_N, held in zip(training_FN, rows.folds.held, strict=True):
+        training_N[held] = 0.0
+    path, search = _Path(family.start_PRK), Search()
+    order = sorted(range(len(strengths)), key=lambda one: -strengths[one])
+    for done, number in enumerate(order):
+        # Two classes have two weight vectors, of opposite sign: see `softmax`.
+        l2 = strengths[number] * (2 if rows.task == CLASSIFICATION and rows.num_outputs == 2 else 1)
+        if done:
+            search.shift(l2 - path.l2, penalised_RK.flatten())
+        start_PRK = path.start(l2)
+        solution_PRK = torch.empty_like(start_PRK)
+        for part in parts:
+            if len(parts) > 1:
+                search = Search()  # what is remembered is the most of the memory: parts that take turns begin without
+            if rows.task == CLASSIFICATION:
+                losses = softmax_losses(rows.truth)
+            else:
+                losses = sigmoid_losses(rows.truth, family.label_P[part])
+            weights_NP = training_FN[family.fold_P[part]].T.contiguous()
+            solution_PRK[part] = solve(design, losses, weights_NP, l2, start_PRK[part], search, check=check)
+        path.add(l2, solution_PRK)
+        yield number, _held_out(design, rows, solution_PRK)
+        tell((done + 1) / len(order))
+
+
+def _single_precision(design: Design) -> Design:
+    """Eigenvectors need double precision. Scores do not: what it costs would buy digits far below the folds' noise."""
+    return replace(
+        design,
+        x_NR=design.x_NR.float(),
+        directions_RQ=None if design.directions_RQ is None else design.directions_RQ.float(),
+        curvature_Q=design.curvature_Q.float(),
+    )
+
+
+class _Path:
+    """Solutions along falling strengths, and where the next one may lie.
+
+    Args:
+        start_PRK: Where the first one may lie.
+    """
+
+    def __init__(self, start_PRK: Tensor) -> None:
+        """Start with nothing solved."""
+        self._solved: list[tuple[float, Tensor]] = []
+        self._start_PRK = start_PRK
+
+    @property
+    def l2(self) -> float:
+        """The last strength."""
+        return self._solved[-1][0]
+
+    def start(self, l2: float) -> Tensor:
+        """Go on along the last two solutions, by the logarithm of the strength, but no further than they are apart."""
+        if len(self._solved) < 2:
+            return self._solved[-1][1] if self._solved else self._start_PRK
+        (before, before_PRK), (last, last_PRK) = self._solved
+        if before <= last:
+            return last_PRK
+        ahead = math.log(last / l2) / math.log(before / last) if l2 > 0 else 1.0
+        return last_PRK + min(1.0, ahead) * (last_PRK - before_PRK)
+
+    def add(self, l2: float, solution_PRK: Tensor) -> None:
+        """Take a solution; the one before the last is forgotten."""
+        self._solved = [*self._solved[-1:], (l2, solution_PRK)]
+
+
+def _held_out(design: Design, rows: FoldedRows, solved_PRK: Tensor) -> HeldOut:
+    outputs = []
+    for held, of_fold_PRK in zip(rows.folds.held, solved_PRK.chunk(len(rows.folds)), strict=True):
+        b_RM = of_fold_PRK.transpose(0, 1).flatten(1)
+        outputs.append(torch.addmm(b_RM[-1], design.x_NR[held], b_RM[:-1]))
+    return outputs
