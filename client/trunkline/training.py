@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from trunkline_wire.errors import WireError
@@ -348,15 +348,27 @@ def _ignored(asked: JobSpec, taken: JobSpec) -> str:
         tap = taken.head.tap if taken.head is not None and not asked.head.tap else asked.head.tap
         if taken.head != replace(asked.head, tap=tap):
             return f"the head ({head_summary(asked.head)})"
-    if asked.fit.loss != taken.fit.loss:
-        return f"the loss ({asked.fit.loss})"
-    if asked.fit.solver == "adamw" and asked.fit.optimiser != taken.fit.optimiser:
-        return f"the optimiser ({asked.fit.optimiser})"
+    loss = _differing(asked.fit.loss, taken.fit.loss)
+    if loss:
+        return f"the loss's {loss}"
+    optimiser = _differing(asked.fit.optimiser, taken.fit.optimiser) if asked.fit.solver == "adamw" else ""
+    if optimiser:
+        return f"the optimiser's {optimiser}"
+    if asked.fit.calibrate != taken.fit.calibrate:
+        return "calibrate=False"
     if asked.sweep != taken.sweep:
         return "sweeps"
     if asked.fit.select_by != taken.fit.select_by:
         return f"choosing by {asked.fit.select_by}"
     return ""
+
+
+def _differing(asked: LossConfig | OptimiserConfig | None, taken: LossConfig | OptimiserConfig | None) -> str:
+    """Return the first setting that was not taken, with its value; empty if all were."""
+    if asked is None:
+        return ""
+    names = (one.name for one in fields(asked) if getattr(asked, one.name) != getattr(taken, one.name, None))
+    return next((f"{name} {getattr(asked, name)!r}" for name in names), "")
 
 
 def _solver(solver: str, head: HeadConfig, loss: LossConfig) -> str:

@@ -189,7 +189,8 @@ def test_loss(run, folder):
     assert run("upload", "photos", folder).exit_code == 0
     started = run("train", "photos", "--name", "m", "--loss", "huber", "--huber-delta", "2", "--no-wait")
     assert started.exit_code == 0
-    assert json.loads(run("jobs", started.stdout.strip(), "--json").stdout)["loss"] == "huber"
+    loss = json.loads(run("jobs", started.stdout.strip(), "--json").stdout)["loss"]
+    assert (loss["kind"], loss["huber_delta"]) == ("huber", 2.0)
     assert "huber" in run("jobs", started.stdout.strip()).stdout
     assert run("train", "photos", "--name", "m", "--loss", "l1").exit_code == 2
 

@@ -101,7 +101,9 @@ class TestOldClusterAndWhatARowHas:
             ({"head": trunkline.MLP((8,), batch_norm=True)}, "the head .*with batch norm"),
             ({"head": trunkline.MLP((8,), activation="gelu")}, "the head .*gelu"),
             ({"head": trunkline.Linear(fuse="add")}, "the head .*fused by add"),
-            ({"loss": "huber"}, "the loss 'huber'"),
+            ({"loss": "huber"}, "the loss's kind 'huber'"),
+            ({"head": "mlp", "optimiser": trunkline.Optimiser(ema=0.5)}, "the optimiser's ema 0.5"),
+            ({"class_weights": "balanced"}, "the loss's balanced True"),
         ],
         ids=str,
     )
