@@ -426,6 +426,12 @@ def test_rows_that_are_not_finite_are_left_out(tmp_path):
     evaluation.answers_NK[3] = np.nan
     page = reported(tmp_path, record, evaluation)
     assert sum(int(row[1]) for row in page.rows("classes")) == 149
+    record, evaluation = drawn("regression", outputs=1)
+    evaluation.targets_NK[3] = np.nan
+    evaluation.answers_NK[4] = np.inf
+    page = reported(tmp_path, record, evaluation)
+    (dots,) = [given["d"] for given in page.all("path", "numbers") if "dots" in given.get("class", "")]
+    assert dots.count("h0") == 148 and "nan" not in page.source
 
 
 # --- names from strangers ---------------------------------------------------------------------------------------------
@@ -738,7 +744,7 @@ def test_timings(whole):
 
 def test_what_is_needed_to_do_it_again(whole):
     words = whole("classification").sections["again"]
-    for expected in ("d" * 64, "a" * 64, "e" * 64, "f" * 64, "job-1", "lbfgs", "2.11.0", '"seed": 7'):
+    for expected in ("d" * 64, "a" * 64, "e" * 64, "f" * 64, "job-1", "lbfgs", "cross_entropy", "2.11.0", '"seed": 7'):
         assert expected in words
 
 
@@ -836,6 +842,10 @@ def test_pictures_are_those_of_the_rows(whole):
         assert max(picture.size) == 128 and picture.format == "JPEG" and given["class"] == "picture"
         assert abs(int(np.asarray(picture).mean()) - shades[row]) <= 2 and row in evaluation.rows
     strips = page.all("img", "data")
+    true = dict(zip(evaluation.rows.tolist(), evaluation.classes_N.tolist(), strict=True))
+    for given in strips:
+        row, name = given["alt"].removeprefix("row ").split(", ")
+        assert name == f"class {true[int(row)]}"
     assert len(strips) == sum(min(6, int(one)) for one in np.bincount(evaluation.classes_N))
     assert len(page.all("img", "suspects")) == 7
 
@@ -1010,7 +1020,14 @@ def test_card(task):
         "How to use it",
         "Environment",
     ]
-    for words in ("0.8500 to 0.9400", "same content as a training row", "`2.11.0`", 'model("pets@3")', "`lbfgs`"):
+    for words in (
+        "0.8500 to 0.9400",
+        "same content as a training row",
+        "`2.11.0`",
+        'model("pets@3")',
+        "`lbfgs`",
+        "embedding of `resnet18`",
+    ):
         assert words in body
     assert ("`class 0`" in body) == (task != "regression") == ("0.0213" in body)
 
@@ -1041,7 +1058,7 @@ def test_card_of_hostile_names(tmp_path):
 def test_card_of_local_features_alone():
     record, _ = drawn("classification", space=local_space("edge", "f" * 64), slices=("edge",))
     card = Model(FakeClient(record), record).card()
-    assert "tabular-classification" in card and "predict(None, local=local)" in card and "`edge`" in card
+    assert "tabular-classification" in card and "predict(None, local=local)" in card and "features of `edge`" in card
     own = replace(record, space=FeatureSpace("resnet18", "layer2", 96, "f" * 64, local_model="mine"))
     card = Model(FakeClient(own), own).card()
     assert 'predict(["picture.jpg"], stem=stem)' in card and "stems of your own: `mine`" in card

@@ -103,6 +103,13 @@ def _pipeline(material: Material) -> str:
     return "image-classification" if has_pictures else "tabular-classification"
 
 
+def _embedding(material: Material) -> str:
+    names = dict.fromkeys(one.space.source for one in material.record.inputs if one.space.source)
+    local = all(one.space.is_local for one in material.record.inputs)
+    what = "local features" if local else "frozen embeddings" if len(names) > 1 else "the frozen embedding"
+    return f"{what} of {' and '.join(map(code, names))}" if names else what
+
+
 def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}"
 
@@ -115,10 +122,7 @@ def _description(material: Material) -> str:
     else:
         what, of = "predicts numbers", text.amount(record.num_outputs, "number")
     facts = [f"- {name}: {code(value, 300)}" for name, value in material.facts if value]
-    return (
-        f"A head on the frozen embedding of a pretrained backbone, made with Trunkline. It {what} ({of}).\n\n"
-        + "\n".join(facts)
-    )
+    return f"A head on {_embedding(material)}, made with Trunkline. It {what} ({of}).\n\n" + "\n".join(facts)
 
 
 def _intended_use(material: Material) -> str:
@@ -154,10 +158,10 @@ def _training_data(material: Material) -> str:
 
 def _training(material: Material) -> str:
     record, metrics, status = material.record, material.metrics, material.status
-    lines = ["The backbone is frozen; the head alone was trained, on its embedding."]
+    lines = [f"The head alone was trained, on {_embedding(material)}."]
     if status is not None:
         fit = status.spec.fit
-        loss = f", loss {code(fit.loss.kind)}" if fit.loss else ""
+        loss = f", loss {code(material.loss)}" if material.loss else ""
         lines.append(f"- solver {code(fit.solver)}{loss}, seed {fit.seed}")
         lines.append(f"- {text.percent(fit.validation_fraction)} of the rows held out to measure")
     if material.is_refitted:

@@ -272,7 +272,7 @@ def _settings(material: Material) -> Markup:
     fit = status.spec.fit
     named = [
         ("solver", label(fit.solver)),
-        ("loss", fit.loss.kind if fit.loss else None),
+        ("loss", material.loss),
         ("chosen by", label(fit.select_by) if fit.select_by else None),
         ("held out", text.percent(fit.validation_fraction)),
         ("seed", fit.seed),

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+from trunkline_wire.errors import WireError
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
 
 from trunkline._deadline import Deadline
@@ -104,6 +105,17 @@ class Material:
         """Whether the model was fitted once more on all rows, after it was measured."""
         has_measured = self.metrics.get("num_validation_rows", 0) > 0
         return has_measured and self.status is not None and self.status.spec.fit.refit
+
+    @property
+    def loss(self) -> str:
+        """What was minimised; empty if that is not known."""
+        loss = None if self.status is None else self.status.spec.fit.loss
+        if loss is None:
+            return ""
+        try:
+            return loss.kind_for(self.record.task)
+        except WireError:
+            return loss.kind
 
     @cached_property
     def answers(self) -> Answers | None:
