@@ -195,10 +195,9 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         """Check each axis; what a configuration must be for itself is checked when it is tried."""
-        axes: tuple[Sequence[object], ...] = (self.l2, self.learning_rate, self.hidden, self.dropout, self.embeddings)
-        if not any(axes):
+        if not any(self._axes.values()):
             raise invalid("a sweep needs values to try: l2, learning_rate, hidden, dropout or embeddings")
-        for name, axis in zip(("l2", "learning_rate", "hidden", "dropout", "embeddings"), axes, strict=True):
+        for name, axis in self._axes.items():
             if len(set(axis)) < len(axis):
                 raise invalid(f"the sweep tries a value of {name} twice")
         if not 2 <= self.folds <= 50:
@@ -209,8 +208,12 @@ class SweepConfig:
     @property
     def num_configurations(self) -> int:
         """How many there are at most: learning rates and dropout mean nothing to linear heads."""
-        axes: tuple[Sequence[object], ...] = (self.l2, self.learning_rate, self.hidden, self.dropout, self.embeddings)
-        return math.prod(max(1, len(one)) for one in axes)
+        return math.prod(max(1, len(one)) for one in self._axes.values())
+
+    @property
+    def _axes(self) -> dict[str, Sequence[object]]:
+        names = ("l2", "learning_rate", "hidden", "dropout", "embeddings")
+        return {name: getattr(self, name) for name in names}
 
 
 def check_metric(name: str, task: str) -> None:

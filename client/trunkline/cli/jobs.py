@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trunkline.heads import Head
     from trunkline.models import Model
     from trunkline.records import JobStatus
+    from trunkline.training import Job
 
 
 _HEAD = "Head"
@@ -102,7 +103,6 @@ def train(
 ) -> None:
     """Train a head on a dataset."""
     from trunkline.losses import Loss, Optimiser
-    from trunkline.training import job_to_dict
 
     chosen = _head(
         head,
@@ -139,13 +139,7 @@ def train(
             calibrate=calibrate,
             seed=seed,
         )
-        if not wait:
-            session.emit(job_to_dict(job.status()), job.id, hint=f"trunkline jobs {job.id} --wait")
-            return
-        print(f"job {job.id}", file=sys.stderr)
-        model = job.result()
-    data = {"job": job.id, "model": model.to_dict()}
-    session.emit(data, _trained(model), hint=f"trunkline predict {model.reference} IMAGE ...")
+        _emit_model(session, job, wait=wait, hint="trunkline predict {} IMAGE ...")
 
 
 @command(missing="trunkline datasets")
@@ -176,8 +170,6 @@ def sweep(
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Try many heads by cross-validation, and train the best."""
-    from trunkline.training import job_to_dict
-
     with session.connect() as client:
         job = client.sweep(
             dataset,
@@ -194,13 +186,19 @@ def sweep(
             validation=validation,
             seed=seed,
         )
-        if not wait:
-            session.emit(job_to_dict(job.status()), job.id, hint=f"trunkline jobs {job.id} --wait")
-            return
-        print(f"job {job.id}", file=sys.stderr)
-        model = job.result()
-    data = {"job": job.id, "model": model.to_dict()}
-    session.emit(data, _trained(model), hint=f"trunkline models {model.reference}")
+        _emit_model(session, job, wait=wait, hint="trunkline models {}")
+
+
+def _emit_model(session: Session, job: Job, *, wait: bool, hint: str) -> None:
+    """Wait for a job's model and say what it is, or say the job. ``hint`` has a place for the model."""
+    from trunkline.training import job_to_dict
+
+    if not wait:
+        session.emit(job_to_dict(job.status()), job.id, hint=f"trunkline jobs {job.id} --wait")
+        return
+    print(f"job {job.id}", file=sys.stderr)
+    model = job.result()
+    session.emit({"job": job.id, "model": model.to_dict()}, _trained(model), hint=hint.format(model.reference))
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def interval(
         return None
     drawn = (metric(generator.integers(num_rows, size=num_rows)) for _ in range(num_resamples))
     values = [one for one in drawn if one is not None and math.isfinite(one)]
-    return None if 2 * len(values) < num_resamples else _percentiles(np.array(values), level)
+    return None if 2 * len(values) < num_resamples else percentiles(np.array(values), level)
 
 
 def mean_interval(
@@ -101,7 +101,7 @@ def mean_interval(
         else:
             above_R = (value_N - origin)[generator.integers(num_rows, size=(size, num_rows))].mean(axis=1)
         means.append(origin + above_R)
-    return _percentiles(np.concatenate(means), level)
+    return percentiles(np.concatenate(means), level)
 
 
 def difference(
@@ -165,7 +165,8 @@ def share_interval(num_right: int, num_rows: int, level: float = 0.95) -> Interv
     return low, 1.0 if num_right == num_rows else (centre + half) / scale
 
 
-def _percentiles(values: npt.NDArray[np.float64], level: float) -> Interval:
+def percentiles(values: npt.NDArray[np.float64], level: float) -> Interval:
+    """Return the interval that holds the share ``level`` in the middle of what resamples gave."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.heads import MULTI_LABEL, REGRESSION
 
-from trunkline_worker.training.trust.bootstrap import Interval
+from trunkline_worker.training.trust.bootstrap import Interval, percentiles
 
 # Shape suffix legend: N = rows, R = resamples, S = sums, K = outputs
 
@@ -59,8 +59,7 @@ def headline_intervals(
             values_R = score(sums_RS[:, start:stop])
         known_R = values_R[np.isfinite(values_R)]
         if 2 * len(known_R) >= NUM_RESAMPLES:
-            low, high = np.quantile(known_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            found[name] = (float(low), float(high))
+            found[name] = percentiles(known_R, LEVEL)
         start = stop
     return found
 
