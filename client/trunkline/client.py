@@ -428,16 +428,14 @@ class Client:
             InvalidArgumentError: Something is out of range.
             UnsupportedError: The cluster is too old for such a head, loss, or for several backbones.
         """
-        backbones = [backbone] if isinstance(backbone, str) else list(backbone or ())
         if isinstance(data, str) and needs_classes(class_weights, ordinal):
             data = self.dataset(data, timeout_s=timeout_s)
-        if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
-            input_size = data.input_size
-        spec = make_spec(
+        return self._submit(
+            data,
+            backbone,
+            input_size,
+            timeout_s,
             model=name,
-            dataset=data if isinstance(data, str) else data.reference,
-            backbones=backbones,
-            input_size=input_size or 0,
             embedding=embedding,
             head=head,
             solver=solver,
@@ -459,9 +457,6 @@ class Client:
             refit=refit,
             seed=seed,
         )
-        if isinstance(data, Dataset):
-            check_spec_of(spec, data)
-        return Job(self, submit(self._calls.training, spec, self.info, self._deadline(timeout_s)))
 
     def sweep(
         self,
@@ -518,14 +513,12 @@ class Client:
             InvalidArgumentError: Something is out of range, or there is nothing to try.
             UnsupportedError: The cluster is too old to search.
         """
-        backbones = [backbone] if isinstance(backbone, str) else list(backbone or ())
-        if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
-            input_size = data.input_size
-        spec = make_spec(
+        return self._submit(
+            data,
+            backbone,
+            input_size,
+            timeout_s,
             model=name,
-            dataset=data if isinstance(data, str) else data.reference,
-            backbones=backbones,
-            input_size=input_size or 0,
             embedding=embedding,
             head="linear",
             solver="auto",
@@ -541,6 +534,24 @@ class Client:
             refit=refit,
             seed=seed,
             sweep=sweep_config(l2, hidden, learning_rate, dropout, embeddings, folds),
+        )
+
+    def _submit(
+        self,
+        data: Dataset | str,
+        backbone: str | Sequence[str] | None,
+        input_size: int | None,
+        timeout_s: float | None,
+        **asked: Any,
+    ) -> Job:
+        """Check what is asked for, against the dataset too where it is at hand, and queue it."""
+        if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
+            input_size = data.input_size
+        spec = make_spec(
+            dataset=data if isinstance(data, str) else data.reference,
+            backbones=[backbone] if isinstance(backbone, str) else list(backbone or ()),
+            input_size=input_size or 0,
+            **asked,
         )
         if isinstance(data, Dataset):
             check_spec_of(spec, data)
