@@ -91,7 +91,7 @@ class DatasetInput(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class CommitDatasetRequest(_message.Message):
-    __slots__ = ("name", "space", "row_ids", "classes", "targets", "multi_labels", "idempotency_key", "more_inputs")
+    __slots__ = ("name", "space", "row_ids", "classes", "targets", "multi_labels", "idempotency_key", "more_inputs", "groups", "views")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPACE_FIELD_NUMBER: _ClassVar[int]
     ROW_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,8 @@ class CommitDatasetRequest(_message.Message):
     MULTI_LABELS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     space: _tensor_pb2.FeatureSpace
     row_ids: _containers.RepeatedScalarFieldContainer[bytes]
@@ -108,7 +110,9 @@ class CommitDatasetRequest(_message.Message):
     multi_labels: MultiLabels
     idempotency_key: str
     more_inputs: _containers.RepeatedCompositeFieldContainer[DatasetInput]
-    def __init__(self, name: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ..., classes: _Optional[_Union[ClassLabels, _Mapping]] = ..., targets: _Optional[_Union[RegressionTargets, _Mapping]] = ..., multi_labels: _Optional[_Union[MultiLabels, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetInput, _Mapping]]] = ...) -> None: ...
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    views: int
+    def __init__(self, name: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., row_ids: _Optional[_Iterable[bytes]] = ..., classes: _Optional[_Union[ClassLabels, _Mapping]] = ..., targets: _Optional[_Union[RegressionTargets, _Mapping]] = ..., multi_labels: _Optional[_Union[MultiLabels, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetInput, _Mapping]]] = ..., groups: _Optional[_Iterable[int]] = ..., views: _Optional[int] = ...) -> None: ...
 
 class CommitDatasetResponse(_message.Message):
     __slots__ = ("dataset",)
@@ -117,7 +121,7 @@ class CommitDatasetResponse(_message.Message):
     def __init__(self, dataset: _Optional[_Union[Dataset, _Mapping]] = ...) -> None: ...
 
 class Dataset(_message.Message):
-    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time", "codec", "more_inputs")
+    __slots__ = ("name", "version", "num_rows", "digest", "space", "class_names", "num_targets", "create_time", "codec", "more_inputs", "num_groups", "views")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +132,8 @@ class Dataset(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     num_rows: int
@@ -138,7 +144,9 @@ class Dataset(_message.Message):
     create_time: _timestamp_pb2.Timestamp
     codec: str
     more_inputs: _containers.RepeatedCompositeFieldContainer[DatasetSource]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetSource, _Mapping]]] = ...) -> None: ...
+    num_groups: int
+    views: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., num_rows: _Optional[int] = ..., digest: _Optional[str] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_targets: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., more_inputs: _Optional[_Iterable[_Union[DatasetSource, _Mapping]]] = ..., num_groups: _Optional[int] = ..., views: _Optional[int] = ...) -> None: ...
 
 class DatasetSource(_message.Message):
     __slots__ = ("space", "codec")

@@ -29,34 +29,40 @@ class Input(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("space", "features", "model", "timeout_s", "more_inputs")
+    __slots__ = ("space", "features", "model", "timeout_s", "more_inputs", "outlier_scores")
     SPACE_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     MORE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_SCORES_FIELD_NUMBER: _ClassVar[int]
     space: _tensor_pb2.FeatureSpace
     features: _tensor_pb2.Tensor
     model: str
     timeout_s: float
     more_inputs: _containers.RepeatedCompositeFieldContainer[Input]
-    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., timeout_s: _Optional[float] = ..., more_inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ...) -> None: ...
+    outlier_scores: bool
+    def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., features: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., timeout_s: _Optional[float] = ..., more_inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outlier_scores: bool = ...) -> None: ...
 
 class PredictResponse(_message.Message):
-    __slots__ = ("model", "outputs", "labels", "row_errors", "timings", "codec_use")
+    __slots__ = ("model", "outputs", "labels", "row_errors", "timings", "codec_use", "outlier_distances", "outlier_scores")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     ROW_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     CODEC_USE_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_DISTANCES_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_SCORES_FIELD_NUMBER: _ClassVar[int]
     model: str
     outputs: _tensor_pb2.Tensor
     labels: _containers.RepeatedScalarFieldContainer[str]
     row_errors: _containers.RepeatedCompositeFieldContainer[_error_pb2.RowError]
     timings: _tensor_pb2.Timings
     codec_use: CodecUse
-    def __init__(self, model: _Optional[str] = ..., outputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ..., codec_use: _Optional[_Union[CodecUse, _Mapping]] = ...) -> None: ...
+    outlier_distances: _containers.RepeatedScalarFieldContainer[float]
+    outlier_scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, model: _Optional[str] = ..., outputs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., row_errors: _Optional[_Iterable[_Union[_error_pb2.RowError, _Mapping]]] = ..., timings: _Optional[_Union[_tensor_pb2.Timings, _Mapping]] = ..., codec_use: _Optional[_Union[CodecUse, _Mapping]] = ..., outlier_distances: _Optional[_Iterable[float]] = ..., outlier_scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class StreamPredictRequest(_message.Message):
     __slots__ = ("seq", "predict", "end")

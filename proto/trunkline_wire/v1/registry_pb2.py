@@ -27,7 +27,7 @@ from trunkline_wire.v1 import tensor_pb2 as trunkline__wire_dot_v1_dot_tensor__p
 from trunkline_wire.v1 import training_pb2 as trunkline__wire_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trunkline_wire/v1/registry.proto\x12\x11trunkline_wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etrunkline_wire/v1/tensor.proto\x1a trunkline_wire/v1/training.proto\"\x9e\x01\n\nModelInput\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06slices\x18\x03 \x03(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x13\n\x0b\x63odec_error\x18\x06 \x01(\x01\"\xcc\x06\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12%\n\x04task\x18\x03 \x01(\x0e\x32\x17.trunkline_wire.v1.Task\x12\x13\n\x0b\x63lass_names\x18\x04 \x03(\t\x12\x13\n\x0bnum_outputs\x18\x05 \x01(\r\x12.\n\x05space\x18\x06 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x07 \x01(\t\x12\x0e\n\x06slices\x18\x08 \x03(\t\x12\x36\n\x07metrics\x18\t \x03(\x0b\x32%.trunkline_wire.v1.Model.MetricsEntry\x12\x0f\n\x07\x64\x61taset\x18\n \x01(\t\x12\x16\n\x0e\x64\x61taset_digest\x18\x0b \x01(\t\x12\x13\n\x0bhead_sha256\x18\x0c \x01(\t\x12\x38\n\x08versions\x18\r \x03(\x0b\x32&.trunkline_wire.v1.Model.VersionsEntry\x12\x0e\n\x06job_id\x18\x0e \x01(\t\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63odec\x18\x10 \x01(\t\x12\x13\n\x0b\x63odec_error\x18\x11 \x01(\x01\x12\x30\n\ncandidates\x18\x12 \x03(\x0b\x32\x1c.trunkline_wire.v1.Candidate\x12\x32\n\x0bmore_inputs\x18\x13 \x03(\x0b\x32\x1d.trunkline_wire.v1.ModelInput\x12+\n\x04head\x18\x14 \x01(\x0b\x32\x1d.trunkline_wire.v1.HeadConfig\x12/\n\tconformal\x18\x15 \x01(\x0b\x32\x1c.trunkline_wire.v1.Conformal\x12\x10\n\x08warnings\x18\x16 \x03(\t\x12(\n\x06trials\x18\x17 \x03(\x0b\x32\x18.trunkline_wire.v1.Trial\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa7\x01\n\x05Trial\x12\x0e\n\x06slices\x18\x01 \x03(\t\x12\n\n\x02l2\x18\x02 \x01(\x01\x12\x0e\n\x06hidden\x18\x03 \x03(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x05 \x01(\x01\x12\x0e\n\x06scores\x18\x06 \x03(\x01\x12\r\n\x05score\x18\x07 \x01(\x01\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x0f\n\x07seconds\x18\t \x01(\x01\x12\x0b\n\x03won\x18\n \x01(\x08\"=\n\tConformal\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06scales\x18\x03 \x03(\x02\"]\n\tCandidate\x12\x0e\n\x06slices\x18\x01 \x03(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_accuracy\"%\n\x05\x43urve\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\"M\n\x0cLabelSuspect\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05given\x18\x02 \x01(\r\x12\x11\n\tsuggested\x18\x03 \x01(\r\x12\x0e\n\x06margin\x18\x04 \x01(\x01\"\xf6\x01\n\nEvaluation\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\x14\n\x0cnum_held_out\x18\x02 \x01(\r\x12\x0f\n\x07\x63lasses\x18\x03 \x03(\r\x12*\n\x07targets\x18\x04 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12*\n\x07\x61nswers\x18\x05 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12(\n\x06\x63urves\x18\x06 \x03(\x0b\x32\x18.trunkline_wire.v1.Curve\x12\x31\n\x08suspects\x18\x07 \x03(\x0b\x32\x1f.trunkline_wire.v1.LabelSuspect\"*\n\x19GetModelEvaluationRequest\x12\r\n\x05model\x18\x01 \x01(\t\"O\n\x1aGetModelEvaluationResponse\x12\x31\n\nevaluation\x18\x01 \x01(\x0b\x32\x1d.trunkline_wire.v1.Evaluation\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.trunkline_wire.v1.Model\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.trunkline_wire.v1.Model*r\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_CLASSIFICATION\x10\x01\x12\x13\n\x0fTASK_REGRESSION\x10\x02\x12\x14\n\x10TASK_MULTI_LABEL\x10\x03\x12\x10\n\x0cTASK_ORDINAL\x10\x04\x32\xb4\x02\n\x0fRegistryService\x12S\n\x08GetModel\x12\".trunkline_wire.v1.GetModelRequest\x1a#.trunkline_wire.v1.GetModelResponse\x12Y\n\nListModels\x12$.trunkline_wire.v1.ListModelsRequest\x1a%.trunkline_wire.v1.ListModelsResponse\x12q\n\x12GetModelEvaluation\x12,.trunkline_wire.v1.GetModelEvaluationRequest\x1a-.trunkline_wire.v1.GetModelEvaluationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trunkline_wire/v1/registry.proto\x12\x11trunkline_wire.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1etrunkline_wire/v1/tensor.proto\x1a trunkline_wire/v1/training.proto\"\x9e\x01\n\nModelInput\x12.\n\x05space\x18\x01 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06slices\x18\x03 \x03(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x13\n\x0b\x63odec_error\x18\x06 \x01(\x01\"\x9c\x07\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12%\n\x04task\x18\x03 \x01(\x0e\x32\x17.trunkline_wire.v1.Task\x12\x13\n\x0b\x63lass_names\x18\x04 \x03(\t\x12\x13\n\x0bnum_outputs\x18\x05 \x01(\r\x12.\n\x05space\x18\x06 \x01(\x0b\x32\x1f.trunkline_wire.v1.FeatureSpace\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x07 \x01(\t\x12\x0e\n\x06slices\x18\x08 \x03(\t\x12\x36\n\x07metrics\x18\t \x03(\x0b\x32%.trunkline_wire.v1.Model.MetricsEntry\x12\x0f\n\x07\x64\x61taset\x18\n \x01(\t\x12\x16\n\x0e\x64\x61taset_digest\x18\x0b \x01(\t\x12\x13\n\x0bhead_sha256\x18\x0c \x01(\t\x12\x38\n\x08versions\x18\r \x03(\x0b\x32&.trunkline_wire.v1.Model.VersionsEntry\x12\x0e\n\x06job_id\x18\x0e \x01(\t\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63odec\x18\x10 \x01(\t\x12\x13\n\x0b\x63odec_error\x18\x11 \x01(\x01\x12\x30\n\ncandidates\x18\x12 \x03(\x0b\x32\x1c.trunkline_wire.v1.Candidate\x12\x32\n\x0bmore_inputs\x18\x13 \x03(\x0b\x32\x1d.trunkline_wire.v1.ModelInput\x12+\n\x04head\x18\x14 \x01(\x0b\x32\x1d.trunkline_wire.v1.HeadConfig\x12/\n\tconformal\x18\x15 \x01(\x0b\x32\x1c.trunkline_wire.v1.Conformal\x12\x10\n\x08warnings\x18\x16 \x03(\t\x12(\n\x06trials\x18\x17 \x03(\x0b\x32\x18.trunkline_wire.v1.Trial\x12\x32\n\x0b\x66ine_tuning\x18\x18 \x01(\x0b\x32\x1d.trunkline_wire.v1.FineTuning\x12\x1a\n\x12has_outlier_scores\x18\x19 \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa1\x03\n\nFineTuning\x12\x0c\n\x04kept\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0b\n\x03\x63ut\x18\x03 \x01(\t\x12\x0e\n\x06metric\x18\x04 \x01(\t\x12\x0c\n\x04gain\x18\x05 \x01(\x01\x12\x0b\n\x03low\x18\x06 \x01(\x01\x12\x0c\n\x04high\x18\x07 \x01(\x01\x12\x39\n\x06\x62\x65\x66ore\x18\x08 \x03(\x0b\x32).trunkline_wire.v1.FineTuning.BeforeEntry\x12\x37\n\x05\x61\x66ter\x18\t \x03(\x0b\x32(.trunkline_wire.v1.FineTuning.AfterEntry\x12\x13\n\x0bnum_trained\x18\n \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x0b \x01(\r\x12\x13\n\x0bnum_workers\x18\x0c \x01(\r\x12\x13\n\x0bnum_resumed\x18\r \x01(\r\x12\x0f\n\x07seconds\x18\x0e \x01(\x01\x1a-\n\x0b\x42\x65\x66oreEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nAfterEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa7\x01\n\x05Trial\x12\x0e\n\x06slices\x18\x01 \x03(\t\x12\n\n\x02l2\x18\x02 \x01(\x01\x12\x0e\n\x06hidden\x18\x03 \x03(\r\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x05 \x01(\x01\x12\x0e\n\x06scores\x18\x06 \x03(\x01\x12\r\n\x05score\x18\x07 \x01(\x01\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x0f\n\x07seconds\x18\t \x01(\x01\x12\x0b\n\x03won\x18\n \x01(\x08\"=\n\tConformal\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06scales\x18\x03 \x03(\x02\"]\n\tCandidate\x12\x0e\n\x06slices\x18\x01 \x03(\t\x12\r\n\x05width\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_accuracy\"%\n\x05\x43urve\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x01\"M\n\x0cLabelSuspect\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05given\x18\x02 \x01(\r\x12\x11\n\tsuggested\x18\x03 \x01(\r\x12\x0e\n\x06margin\x18\x04 \x01(\x01\"\xf6\x01\n\nEvaluation\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\x14\n\x0cnum_held_out\x18\x02 \x01(\r\x12\x0f\n\x07\x63lasses\x18\x03 \x03(\r\x12*\n\x07targets\x18\x04 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12*\n\x07\x61nswers\x18\x05 \x01(\x0b\x32\x19.trunkline_wire.v1.Tensor\x12(\n\x06\x63urves\x18\x06 \x03(\x0b\x32\x18.trunkline_wire.v1.Curve\x12\x31\n\x08suspects\x18\x07 \x03(\x0b\x32\x1f.trunkline_wire.v1.LabelSuspect\"*\n\x19GetModelEvaluationRequest\x12\r\n\x05model\x18\x01 \x01(\t\"O\n\x1aGetModelEvaluationResponse\x12\x31\n\nevaluation\x18\x01 \x01(\x0b\x32\x1d.trunkline_wire.v1.Evaluation\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\";\n\x10GetModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.trunkline_wire.v1.Model\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.trunkline_wire.v1.Model*r\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x17\n\x13TASK_CLASSIFICATION\x10\x01\x12\x13\n\x0fTASK_REGRESSION\x10\x02\x12\x14\n\x10TASK_MULTI_LABEL\x10\x03\x12\x10\n\x0cTASK_ORDINAL\x10\x04\x32\xb4\x02\n\x0fRegistryService\x12S\n\x08GetModel\x12\".trunkline_wire.v1.GetModelRequest\x1a#.trunkline_wire.v1.GetModelResponse\x12Y\n\nListModels\x12$.trunkline_wire.v1.ListModelsRequest\x1a%.trunkline_wire.v1.ListModelsResponse\x12q\n\x12GetModelEvaluation\x12,.trunkline_wire.v1.GetModelEvaluationRequest\x1a-.trunkline_wire.v1.GetModelEvaluationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,40 +38,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL_VERSIONSENTRY']._loaded_options = None
   _globals['_MODEL_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_TASK']._serialized_start=2162
-  _globals['_TASK']._serialized_end=2276
+  _globals['_FINETUNING_BEFOREENTRY']._loaded_options = None
+  _globals['_FINETUNING_BEFOREENTRY']._serialized_options = b'8\001'
+  _globals['_FINETUNING_AFTERENTRY']._loaded_options = None
+  _globals['_FINETUNING_AFTERENTRY']._serialized_options = b'8\001'
+  _globals['_TASK']._serialized_start=2662
+  _globals['_TASK']._serialized_end=2776
   _globals['_MODELINPUT']._serialized_start=155
   _globals['_MODELINPUT']._serialized_end=313
   _globals['_MODEL']._serialized_start=316
-  _globals['_MODEL']._serialized_end=1160
-  _globals['_MODEL_METRICSENTRY']._serialized_start=1065
-  _globals['_MODEL_METRICSENTRY']._serialized_end=1111
-  _globals['_MODEL_VERSIONSENTRY']._serialized_start=1113
-  _globals['_MODEL_VERSIONSENTRY']._serialized_end=1160
-  _globals['_TRIAL']._serialized_start=1163
-  _globals['_TRIAL']._serialized_end=1330
-  _globals['_CONFORMAL']._serialized_start=1332
-  _globals['_CONFORMAL']._serialized_end=1393
-  _globals['_CANDIDATE']._serialized_start=1395
-  _globals['_CANDIDATE']._serialized_end=1488
-  _globals['_CURVE']._serialized_start=1490
-  _globals['_CURVE']._serialized_end=1527
-  _globals['_LABELSUSPECT']._serialized_start=1529
-  _globals['_LABELSUSPECT']._serialized_end=1606
-  _globals['_EVALUATION']._serialized_start=1609
-  _globals['_EVALUATION']._serialized_end=1855
-  _globals['_GETMODELEVALUATIONREQUEST']._serialized_start=1857
-  _globals['_GETMODELEVALUATIONREQUEST']._serialized_end=1899
-  _globals['_GETMODELEVALUATIONRESPONSE']._serialized_start=1901
-  _globals['_GETMODELEVALUATIONRESPONSE']._serialized_end=1980
-  _globals['_GETMODELREQUEST']._serialized_start=1982
-  _globals['_GETMODELREQUEST']._serialized_end=2014
-  _globals['_GETMODELRESPONSE']._serialized_start=2016
-  _globals['_GETMODELRESPONSE']._serialized_end=2075
-  _globals['_LISTMODELSREQUEST']._serialized_start=2077
-  _globals['_LISTMODELSREQUEST']._serialized_end=2096
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2098
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2160
-  _globals['_REGISTRYSERVICE']._serialized_start=2279
-  _globals['_REGISTRYSERVICE']._serialized_end=2587
+  _globals['_MODEL']._serialized_end=1240
+  _globals['_MODEL_METRICSENTRY']._serialized_start=1145
+  _globals['_MODEL_METRICSENTRY']._serialized_end=1191
+  _globals['_MODEL_VERSIONSENTRY']._serialized_start=1193
+  _globals['_MODEL_VERSIONSENTRY']._serialized_end=1240
+  _globals['_FINETUNING']._serialized_start=1243
+  _globals['_FINETUNING']._serialized_end=1660
+  _globals['_FINETUNING_BEFOREENTRY']._serialized_start=1569
+  _globals['_FINETUNING_BEFOREENTRY']._serialized_end=1614
+  _globals['_FINETUNING_AFTERENTRY']._serialized_start=1616
+  _globals['_FINETUNING_AFTERENTRY']._serialized_end=1660
+  _globals['_TRIAL']._serialized_start=1663
+  _globals['_TRIAL']._serialized_end=1830
+  _globals['_CONFORMAL']._serialized_start=1832
+  _globals['_CONFORMAL']._serialized_end=1893
+  _globals['_CANDIDATE']._serialized_start=1895
+  _globals['_CANDIDATE']._serialized_end=1988
+  _globals['_CURVE']._serialized_start=1990
+  _globals['_CURVE']._serialized_end=2027
+  _globals['_LABELSUSPECT']._serialized_start=2029
+  _globals['_LABELSUSPECT']._serialized_end=2106
+  _globals['_EVALUATION']._serialized_start=2109
+  _globals['_EVALUATION']._serialized_end=2355
+  _globals['_GETMODELEVALUATIONREQUEST']._serialized_start=2357
+  _globals['_GETMODELEVALUATIONREQUEST']._serialized_end=2399
+  _globals['_GETMODELEVALUATIONRESPONSE']._serialized_start=2401
+  _globals['_GETMODELEVALUATIONRESPONSE']._serialized_end=2480
+  _globals['_GETMODELREQUEST']._serialized_start=2482
+  _globals['_GETMODELREQUEST']._serialized_end=2514
+  _globals['_GETMODELRESPONSE']._serialized_start=2516
+  _globals['_GETMODELRESPONSE']._serialized_end=2575
+  _globals['_LISTMODELSREQUEST']._serialized_start=2577
+  _globals['_LISTMODELSREQUEST']._serialized_end=2596
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2598
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2660
+  _globals['_REGISTRYSERVICE']._serialized_start=2779
+  _globals['_REGISTRYSERVICE']._serialized_end=3087
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class ModelInput(_message.Message):
     def __init__(self, space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., width: _Optional[int] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates", "more_inputs", "head", "conformal", "warnings", "trials")
+    __slots__ = ("name", "version", "task", "class_names", "num_outputs", "space", "embedding_fingerprint", "slices", "metrics", "dataset", "dataset_digest", "head_sha256", "versions", "job_id", "create_time", "codec", "codec_error", "candidates", "more_inputs", "head", "conformal", "warnings", "trials", "fine_tuning", "has_outlier_scores")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,8 @@ class Model(_message.Message):
     CONFORMAL_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     TRIALS_FIELD_NUMBER: _ClassVar[int]
+    FINE_TUNING_FIELD_NUMBER: _ClassVar[int]
+    HAS_OUTLIER_SCORES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     task: Task
@@ -100,7 +102,55 @@ class Model(_message.Message):
     conformal: Conformal
     warnings: _containers.RepeatedScalarFieldContainer[str]
     trials: _containers.RepeatedCompositeFieldContainer[Trial]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., more_inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ..., head: _Optional[_Union[_training_pb2.HeadConfig, _Mapping]] = ..., conformal: _Optional[_Union[Conformal, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ...) -> None: ...
+    fine_tuning: FineTuning
+    has_outlier_scores: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., task: _Optional[_Union[Task, str]] = ..., class_names: _Optional[_Iterable[str]] = ..., num_outputs: _Optional[int] = ..., space: _Optional[_Union[_tensor_pb2.FeatureSpace, _Mapping]] = ..., embedding_fingerprint: _Optional[str] = ..., slices: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., dataset: _Optional[str] = ..., dataset_digest: _Optional[str] = ..., head_sha256: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., codec: _Optional[str] = ..., codec_error: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., more_inputs: _Optional[_Iterable[_Union[ModelInput, _Mapping]]] = ..., head: _Optional[_Union[_training_pb2.HeadConfig, _Mapping]] = ..., conformal: _Optional[_Union[Conformal, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ..., fine_tuning: _Optional[_Union[FineTuning, _Mapping]] = ..., has_outlier_scores: bool = ...) -> None: ...
+
+class FineTuning(_message.Message):
+    __slots__ = ("kept", "reason", "cut", "metric", "gain", "low", "high", "before", "after", "num_trained", "epochs", "num_workers", "num_resumed", "seconds")
+    class BeforeEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class AfterEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    GAIN_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRAINED_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESUMED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    kept: bool
+    reason: str
+    cut: str
+    metric: str
+    gain: float
+    low: float
+    high: float
+    before: _containers.ScalarMap[str, float]
+    after: _containers.ScalarMap[str, float]
+    num_trained: int
+    epochs: int
+    num_workers: int
+    num_resumed: int
+    seconds: float
+    def __init__(self, kept: bool = ..., reason: _Optional[str] = ..., cut: _Optional[str] = ..., metric: _Optional[str] = ..., gain: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., before: _Optional[_Mapping[str, float]] = ..., after: _Optional[_Mapping[str, float]] = ..., num_trained: _Optional[int] = ..., epochs: _Optional[int] = ..., num_workers: _Optional[int] = ..., num_resumed: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Trial(_message.Message):
     __slots__ = ("slices", "l2", "hidden", "learning_rate", "dropout", "scores", "score", "error", "seconds", "won")

@@ -15,6 +15,7 @@ class HeadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HEAD_KIND_MLP: _ClassVar[HeadKind]
     HEAD_KIND_CONV: _ClassVar[HeadKind]
     HEAD_KIND_PROTOTYPE: _ClassVar[HeadKind]
+    HEAD_KIND_TAIL: _ClassVar[HeadKind]
 
 class Activation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +59,12 @@ class EmbeddingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EMBEDDING_MODE_AUTO: _ClassVar[EmbeddingMode]
     EMBEDDING_MODE_SLICES: _ClassVar[EmbeddingMode]
 
+class BatchNorm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BATCH_NORM_UNSPECIFIED: _ClassVar[BatchNorm]
+    BATCH_NORM_FROZEN: _ClassVar[BatchNorm]
+    BATCH_NORM_ADAPT: _ClassVar[BatchNorm]
+
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
@@ -71,6 +78,7 @@ HEAD_KIND_LINEAR: HeadKind
 HEAD_KIND_MLP: HeadKind
 HEAD_KIND_CONV: HeadKind
 HEAD_KIND_PROTOTYPE: HeadKind
+HEAD_KIND_TAIL: HeadKind
 ACTIVATION_UNSPECIFIED: Activation
 ACTIVATION_RELU: Activation
 ACTIVATION_GELU: Activation
@@ -95,6 +103,9 @@ EMBEDDING_MODE_UNSPECIFIED: EmbeddingMode
 EMBEDDING_MODE_POOLED: EmbeddingMode
 EMBEDDING_MODE_AUTO: EmbeddingMode
 EMBEDDING_MODE_SLICES: EmbeddingMode
+BATCH_NORM_UNSPECIFIED: BatchNorm
+BATCH_NORM_FROZEN: BatchNorm
+BATCH_NORM_ADAPT: BatchNorm
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -103,7 +114,7 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
 
 class HeadConfig(_message.Message):
-    __slots__ = ("kind", "hidden", "dropout", "activation", "batch_norm", "channels", "tap", "fuse", "fuse_width")
+    __slots__ = ("kind", "hidden", "dropout", "activation", "batch_norm", "channels", "tap", "fuse", "fuse_width", "slices", "lora_rank")
     KIND_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +124,8 @@ class HeadConfig(_message.Message):
     TAP_FIELD_NUMBER: _ClassVar[int]
     FUSE_FIELD_NUMBER: _ClassVar[int]
     FUSE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     kind: HeadKind
     hidden: _containers.RepeatedScalarFieldContainer[int]
     dropout: float
@@ -122,10 +135,12 @@ class HeadConfig(_message.Message):
     tap: str
     fuse: Fusion
     fuse_width: int
-    def __init__(self, kind: _Optional[_Union[HeadKind, str]] = ..., hidden: _Optional[_Iterable[int]] = ..., dropout: _Optional[float] = ..., activation: _Optional[_Union[Activation, str]] = ..., batch_norm: bool = ..., channels: _Optional[_Iterable[int]] = ..., tap: _Optional[str] = ..., fuse: _Optional[_Union[Fusion, str]] = ..., fuse_width: _Optional[int] = ...) -> None: ...
+    slices: _containers.RepeatedScalarFieldContainer[str]
+    lora_rank: int
+    def __init__(self, kind: _Optional[_Union[HeadKind, str]] = ..., hidden: _Optional[_Iterable[int]] = ..., dropout: _Optional[float] = ..., activation: _Optional[_Union[Activation, str]] = ..., batch_norm: bool = ..., channels: _Optional[_Iterable[int]] = ..., tap: _Optional[str] = ..., fuse: _Optional[_Union[Fusion, str]] = ..., fuse_width: _Optional[int] = ..., slices: _Optional[_Iterable[str]] = ..., lora_rank: _Optional[int] = ...) -> None: ...
 
 class FitConfig(_message.Message):
-    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed", "loss", "huber_delta", "quantile", "focal_gamma", "label_smoothing", "class_weights", "balanced", "class_order", "select_by", "warmup", "clip_norm", "ema", "precision", "patience", "calibrate")
+    __slots__ = ("solver", "epochs", "batch_size", "learning_rate", "l2", "validation_fraction", "refit", "seed", "loss", "huber_delta", "quantile", "focal_gamma", "label_smoothing", "class_weights", "balanced", "class_order", "select_by", "warmup", "clip_norm", "ema", "precision", "patience", "calibrate", "mixup")
     SOLVER_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +164,7 @@ class FitConfig(_message.Message):
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     PATIENCE_FIELD_NUMBER: _ClassVar[int]
     CALIBRATE_FIELD_NUMBER: _ClassVar[int]
+    MIXUP_FIELD_NUMBER: _ClassVar[int]
     solver: Solver
     epochs: int
     batch_size: int
@@ -172,7 +188,8 @@ class FitConfig(_message.Message):
     precision: Precision
     patience: int
     calibrate: bool
-    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ..., loss: _Optional[_Union[Loss, str]] = ..., huber_delta: _Optional[float] = ..., quantile: _Optional[float] = ..., focal_gamma: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., class_weights: _Optional[_Iterable[float]] = ..., balanced: bool = ..., class_order: _Optional[_Iterable[str]] = ..., select_by: _Optional[str] = ..., warmup: _Optional[float] = ..., clip_norm: _Optional[float] = ..., ema: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., patience: _Optional[int] = ..., calibrate: bool = ...) -> None: ...
+    mixup: float
+    def __init__(self, solver: _Optional[_Union[Solver, str]] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., l2: _Optional[float] = ..., validation_fraction: _Optional[float] = ..., refit: bool = ..., seed: _Optional[int] = ..., loss: _Optional[_Union[Loss, str]] = ..., huber_delta: _Optional[float] = ..., quantile: _Optional[float] = ..., focal_gamma: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., class_weights: _Optional[_Iterable[float]] = ..., balanced: bool = ..., class_order: _Optional[_Iterable[str]] = ..., select_by: _Optional[str] = ..., warmup: _Optional[float] = ..., clip_norm: _Optional[float] = ..., ema: _Optional[float] = ..., precision: _Optional[_Union[Precision, str]] = ..., patience: _Optional[int] = ..., calibrate: bool = ..., mixup: _Optional[float] = ...) -> None: ...
 
 class BackboneChoice(_message.Message):
     __slots__ = ("backbone", "input_size")
@@ -183,7 +200,7 @@ class BackboneChoice(_message.Message):
     def __init__(self, backbone: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit", "more_backbones", "sweep")
+    __slots__ = ("model", "dataset", "backbone", "input_size", "embedding", "slices", "head", "fit", "more_backbones", "sweep", "fine_tune")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +211,7 @@ class JobSpec(_message.Message):
     FIT_FIELD_NUMBER: _ClassVar[int]
     MORE_BACKBONES_FIELD_NUMBER: _ClassVar[int]
     SWEEP_FIELD_NUMBER: _ClassVar[int]
+    FINE_TUNE_FIELD_NUMBER: _ClassVar[int]
     model: str
     dataset: str
     backbone: str
@@ -204,7 +222,32 @@ class JobSpec(_message.Message):
     fit: FitConfig
     more_backbones: _containers.RepeatedCompositeFieldContainer[BackboneChoice]
     sweep: SweepConfig
-    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ..., more_backbones: _Optional[_Iterable[_Union[BackboneChoice, _Mapping]]] = ..., sweep: _Optional[_Union[SweepConfig, _Mapping]] = ...) -> None: ...
+    fine_tune: FineTuneConfig
+    def __init__(self, model: _Optional[str] = ..., dataset: _Optional[str] = ..., backbone: _Optional[str] = ..., input_size: _Optional[int] = ..., embedding: _Optional[_Union[EmbeddingMode, str]] = ..., slices: _Optional[_Iterable[str]] = ..., head: _Optional[_Union[HeadConfig, _Mapping]] = ..., fit: _Optional[_Union[FitConfig, _Mapping]] = ..., more_backbones: _Optional[_Iterable[_Union[BackboneChoice, _Mapping]]] = ..., sweep: _Optional[_Union[SweepConfig, _Mapping]] = ..., fine_tune: _Optional[_Union[FineTuneConfig, _Mapping]] = ...) -> None: ...
+
+class FineTuneConfig(_message.Message):
+    __slots__ = ("cut", "lora_rank", "epochs", "batch_size", "learning_rate", "layer_decay", "weight_decay", "batch_norm", "min_workers", "max_workers")
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_DECAY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    BATCH_NORM_FIELD_NUMBER: _ClassVar[int]
+    MIN_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    cut: str
+    lora_rank: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    batch_norm: BatchNorm
+    min_workers: int
+    max_workers: int
+    def __init__(self, cut: _Optional[str] = ..., lora_rank: _Optional[int] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., layer_decay: _Optional[float] = ..., weight_decay: _Optional[float] = ..., batch_norm: _Optional[_Union[BatchNorm, str]] = ..., min_workers: _Optional[int] = ..., max_workers: _Optional[int] = ...) -> None: ...
 
 class SweepConfig(_message.Message):
     __slots__ = ("l2", "learning_rate", "hidden", "dropout", "embeddings", "folds")
