@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION, invalid
+from trunkline_wire.heads import CLASSIFICATION, MAX_LORA_RANK, MULTI_LABEL, ORDINAL, REGRESSION, invalid
 
 AUTO = "auto"
 MSE, HUBER, QUANTILE = "mse", "huber", "quantile"
@@ -164,6 +164,73 @@ class OptimiserConfig:
             )
         if self.patience < 0:
             raise invalid(f"patience is a number of epochs, or 0 for any; got {self.patience}")
+
+
+BATCH_NORM_FROZEN, BATCH_NORM_ADAPT = BATCH_NORMS = ("frozen", "adapt")
+"""What batch normalisation does in blocks that are trained: keep the statistics it has, or go on averaging."""
+
+MAX_TUNING_EPOCHS = 10_000
+MAX_TUNING_BATCH = 65_536
+MAX_TUNING_WORKERS = 1024
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How the last blocks of a backbone are trained behind a fitted head. Every 0 leaves a number to the cluster.
+
+    Attributes:
+        cut: Name of the cut behind which blocks are trained. Empty: the one before the last stage.
+        lora_rank: 0: all their weights. Otherwise the rank of what is added to those of linear layers and 1x1
+            convolutions, alone.
+        epochs: Passes over the rows.
+        batch_size: Rows per step, of all workers together.
+        learning_rate: Of the last stage's blocks.
+        layer_decay: By what it is multiplied from one stage to the one before it.
+        weight_decay: AdamW's.
+        batch_norm: One of ``BATCH_NORMS``.
+        min_workers: Least workers with which the run goes on.
+        max_workers: Most of them.
+
+    Raises:
+        WireError: INVALID_ARGUMENT.
+    """
+
+    cut: str = ""
+    lora_rank: int = 0
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    layer_decay: float = 0.0
+    weight_decay: float = 0.0
+    batch_norm: str = BATCH_NORM_FROZEN
+    min_workers: int = 1
+    max_workers: int = 1
+
+    def __post_init__(self) -> None:
+        """Check each number."""
+        if not 0 <= self.lora_rank <= MAX_LORA_RANK:
+            raise invalid(f"the rank is 1 to {MAX_LORA_RANK}, or 0 for all weights; got {self.lora_rank}")
+        if not 0 <= self.epochs <= MAX_TUNING_EPOCHS or not 0 <= self.batch_size <= MAX_TUNING_BATCH:
+            raise invalid(
+                f"fine-tuning has 1 to {MAX_TUNING_EPOCHS} epochs and batches of 1 to {MAX_TUNING_BATCH} rows; 0 leaves "
+                f"it to us; got {self.epochs} and {self.batch_size}"
+            )
+        if not 0.0 <= self.learning_rate <= 1.0:
+            raise invalid(f"fine-tuning's learning rate is above 0 and at most 1, or 0; got {self.learning_rate}")
+        if not 0.0 <= self.layer_decay <= 1.0:
+            raise invalid(f"the decay from stage to stage is above 0 and at most 1, or 0; got {self.layer_decay}")
+        if not 0.0 <= self.weight_decay < 10.0:
+            raise invalid(f"fine-tuning's weight decay is at least 0 and below 10; got {self.weight_decay}")
+        if self.batch_norm not in BATCH_NORMS:
+            raise invalid(
+                f"batch normalisation {str(self.batch_norm)[:40]!r} is not known; one of {', '.join(BATCH_NORMS)} is "
+                "needed"
+            )
+        if not 1 <= self.min_workers <= self.max_workers <= MAX_TUNING_WORKERS:
+            raise invalid(
+                f"a run has 1 to {MAX_TUNING_WORKERS} workers, and no fewer at most than at least; got "
+                f"{self.min_workers} to {self.max_workers}"
+            )
 
 
 MAX_CONFIGURATIONS = 1024

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import (
     INPUT_CUT,
@@ -25,6 +26,7 @@ from trunkline_worker.backbones.cuts import part
 from trunkline_worker.backbones.embedding import LastPool, MapPool, Places, Select, map_shape, slices_of
 from trunkline_worker.backbones.plan import Cut, make_plan
 from trunkline_worker.backbones.samples import BUNDLED, Samples
+from trunkline_worker.backbones.tail import Tail, depths_of
 from trunkline_worker.backbones.trace import trace
 from trunkline_worker.backbones.values import Value, measure
 from trunkline_worker.backbones.weights import state_sha256
@@ -200,6 +202,34 @@ class Backbone:
         made = {one.name: one for one in slices_of(taps, pooled.width)}
         ranges = [(made[name].start, made[name].stop) for name in slices]
         return nn.Sequential(self._part(cut, end, pools), Select(ranges)).eval()
+
+    def tail(self, cut: str, slices: Sequence[str], *, lora_rank: int = 0) -> Tail:
+        """Return the blocks behind a cut that some slices need, with weights of their own: what fine-tuning trains.
+
+        Args:
+            cut: Where the features are a map.
+            slices: Behind the cut, none twice.
+            lora_rank: 0: all weights are trained. Otherwise what is added to them is, of that rank.
+
+        Raises:
+            WireError: As ``check_cut`` and ``Tail``; NOT_FOUND for a slice that is not behind the cut.
+        """
+        plan = self._plan
+        start = plan.find(cut)
+        widths = {one.name: one.width for one in slices_of(plan.taps_behind(cut), LastPool(plan.pooled.shape).width)}
+        missing = [one for one in slices if one not in widths]
+        if missing or not slices:
+            raise WireError(
+                ErrorCode.NOT_FOUND,
+                f"{self.name} has no slice {(missing or [''])[0][:80]!r} behind the cut {cut!r}; there is "
+                + ", ".join(widths),
+            )
+        reader: nn.Module = copy.deepcopy(self.reader(cut, slices))
+        graph = reader.get_submodule("0")
+        assert isinstance(graph, fx.GraphModule)
+        ends = [tap.node for tap in plan.taps_behind(cut) if tap.node != start.node]
+        depths = {f"0.{name}": depth for name, depth in depths_of(graph, ends).items()}
+        return Tail(reader, start.shape, [widths[one] for one in slices], depths, lora_rank=lora_rank)
 
     def rest(self, cut: str) -> nn.Module:
         """Return what turns features at a cut into the network's own (B, K) logits. Shares the weights.

@@ -13,8 +13,10 @@ from ray.serve import Application
 from trunkline_worker.cluster.controller import ControllerConfig
 from trunkline_worker.cluster.metadata import ActorDirectory, ActorMetadata, connect_metadata
 from trunkline_worker.cluster.settings import Settings
+from trunkline_worker.serving.backends import TuningLimits
 from trunkline_worker.serving.deployments import Backbone, BackboneConfig, Gateway, GatewayConfig
-from trunkline_worker.training.ray_train import LaneConfig
+from trunkline_worker.store.records import TUNING_JOB
+from trunkline_worker.training.ray_train import BackboneSource, LaneConfig
 
 GATEWAY_APP = "trunkline-gateway"
 """Name of the gateway's Serve application."""
@@ -33,6 +35,9 @@ LIBRARIES = (
     "grpcio",
 )
 """The libraries whose versions go into ``GetServerInfo`` and into every manifest."""
+
+TUNING_IDLE_S = 60.0
+"""How long the driver of fine-tuning runs waits for another job before it ends, in seconds."""
 
 MAX_ONGOING_REQUESTS = 1000
 """Calls that Serve lets into a replica at a time. The batcher bounds the rows, which is what counts."""
@@ -66,7 +71,7 @@ def controller_config(settings: Settings) -> ControllerConfig:
         LaneConfig(
             name=f"trunkline-lane-{index}",
             storage_url=settings.storage_url,
-            storage_path=f"{settings.storage_url.removeprefix('file://')}/train",
+            storage_path=_train_path(settings),
             backbone_apps=apps,
             versions=versions(),
             num_threads=settings.lane_threads,
@@ -76,7 +81,37 @@ def controller_config(settings: Settings) -> ControllerConfig:
         )
         for index in range(settings.lanes)
     )
-    return ControllerConfig(settings.database_url, settings.storage_url, lanes, settings.lease_s)
+    return ControllerConfig(settings.database_url, settings.storage_url, (*lanes, *_tuning(settings)), settings.lease_s)
+
+
+def _tuning(settings: Settings) -> list[LaneConfig]:
+    """Return the drivers of fine-tuning runs. They start for a job that waits, and end soon after."""
+    sources = {
+        name: BackboneSource(settings.weights.get(name), settings.allow_untrained, settings.manifest_of(name))
+        for name in settings.backbones
+    }
+    return [
+        LaneConfig(
+            name=f"trunkline-tuning-{index}",
+            storage_url=settings.storage_url,
+            storage_path=_train_path(settings),
+            backbone_apps=dict(backbone_apps(settings)),
+            versions=versions(),
+            num_threads=settings.lane_threads,
+            lease_s=settings.lease_s,
+            idle_s=TUNING_IDLE_S,
+            use_gpu=settings.tuning_gpus > 0,
+            kind=TUNING_JOB,
+            backbones=sources,
+            tuning_cpus=settings.tuning_cpus,
+            tuning_gpus=max(0.0, settings.tuning_gpus),
+        )
+        for index in range(settings.tuning_runs)
+    ]
+
+
+def _train_path(settings: Settings) -> str:
+    return f"{settings.storage_url.removeprefix('file://')}/train"
 
 
 def build_backbone(settings: Settings, name: str) -> Application:
@@ -119,6 +154,7 @@ def build_gateway(settings: Settings, *, storage_shared: bool = True, storage_no
         versions=versions(),
         storage_shared=storage_shared,
         storage_note=storage_note,
+        tuning=TuningLimits(settings.tuning_workers if settings.tuning_runs else 0, settings.tuning_memory_mb),
     )
     deployment = serve.deployment(
         name="Gateway",

@@ -26,7 +26,8 @@ from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.store.ids import random_id
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import Event, Lease
+from trunkline_worker.store.records import HEAD_JOB, TUNING_JOB, Event, Lease
+from trunkline_worker.training.ray_fine_tune import start_tuning
 from trunkline_worker.training.ray_train import CONTROLLER, FAILPOINTS_VARIABLE, NAMESPACE, LaneConfig, start_lane
 
 logger = logging.getLogger(__name__)
@@ -138,13 +139,14 @@ class Controller:
         return None
 
     async def lease(self, lane: str, incarnation: str, wait_s: float) -> Lease | WireError | None:
-        """Lease the next job to a lane, waiting for one up to a time."""
+        """Lease the next job of its kind to a lane, waiting for one up to a time."""
+        kind = next((one.kind for one in self._config.lanes if one.name == lane), HEAD_JOB)
 
         async def look() -> Lease | None:
             # The question may outlive the worker that asked it: a lease given then would only run out.
             if self._incarnations.setdefault(lane, incarnation) != incarnation:
                 return None
-            lease: Lease | None = await self._in_thread("jobs.lease", lane, self._config.lease_s)
+            lease: Lease | None = await self._in_thread("jobs.lease", lane, self._config.lease_s, kind)
             return lease
 
         try:
@@ -232,13 +234,14 @@ class Controller:
                     continue
                 del self._lane_refs[lane.name]
                 await self._end_lane(lane.name, ref)
-            if lane.idle_s and not await self._in_thread("jobs.has_queued"):
+            if lane.idle_s and not await self._in_thread("jobs.has_queued", lane.kind):
                 continue
             now = asyncio.get_running_loop().time()
             if now < self._lane_retry_at[lane.name]:
                 continue
             self._lane_retry_at[lane.name] = now + 5.0
-            self._lane_refs[lane.name] = start_lane(lane)
+            start = start_tuning if lane.kind == TUNING_JOB else start_lane
+            self._lane_refs[lane.name] = start(lane)
 
     async def _end_lane(self, name: str, ref: Any) -> None:
         try:

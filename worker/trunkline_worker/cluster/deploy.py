@@ -55,6 +55,8 @@ def deploy(settings: Settings, on_phase: Callable[[str], None]) -> Deployed:
         settings = settings.model_copy(update={"port": free_port(settings.host)})
     elif GATEWAY_APP not in serve.status().applications:
         check_port(settings.host, settings.port)
+    if settings.tuning_gpus < 0:
+        settings = settings.model_copy(update={"tuning_gpus": _tuning_share(settings)})
     if settings.gpus_per_backbone < 0:
         settings = settings.model_copy(update={"gpus_per_backbone": _gpu_share(settings)})
     on_phase("checking storage")
@@ -98,8 +100,17 @@ def _gpu_share(settings: Settings) -> float:
     if settings.device == "cpu":
         return 0.0
     num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    # What fine-tuning reserves is left over, or its runs would wait for ever.
+    num_gpus = max(0.0, num_gpus - settings.tuning_gpus * settings.tuning_runs * settings.tuning_workers)
     share: float = min(1.0, num_gpus / (len(settings.backbones) * settings.backbone_replicas))
     return share
+
+
+def _tuning_share(settings: Settings) -> float:
+    """Return how many GPUs each worker of a fine-tuning run gets: a share beside the backbones, if there are any."""
+    if settings.device == "cpu" or not ray.cluster_resources().get("GPU", 0.0):
+        return 0.0
+    return 0.1
 
 
 def free_port(host: str) -> int:

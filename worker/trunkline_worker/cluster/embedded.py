@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -145,8 +146,9 @@ def _set_environment(state: Path) -> None:
 
 def _logical_cpus(settings: Settings) -> int:
     """Return how many CPUs Ray may hand out: enough for every part to be placed, however few cores there are."""
-    needed = settings.lanes + len(settings.backbones) * settings.backbone_replicas + 2
-    return max(needed, os.cpu_count() or 1)
+    parts = settings.lanes + len(settings.backbones) * settings.backbone_replicas + 2
+    tuning = settings.tuning_runs * settings.tuning_workers * settings.tuning_cpus
+    return max(parts + math.ceil(tuning), os.cpu_count() or 1)
 
 
 def _say(status: IO[str], **words: Any) -> None:

@@ -81,6 +81,13 @@ class Settings(BaseSettings):
     lanes: int = Field(1, ge=1, description="Lanes: resident Ray Train runs that train heads, one job at a time each.")
     lane_threads: int = Field(1, ge=0, description="CPU threads of a lane; 0: all that the machine has.")
     lane_idle_s: float = Field(0.0, ge=0, description="Seconds without work after which a lane ends; 0: never.")
+    tuning_runs: int = Field(1, ge=0, description="Fine-tuning jobs at a time; they wait for no lane. 0: none at all.")
+    tuning_workers: int = Field(1, ge=1, description="Workers of a fine-tuning run, at most.")
+    tuning_cpus: float = Field(1.0, gt=0, description="CPUs that each of them reserves where it has no GPU.")
+    tuning_gpus: float = Field(
+        -1.0, ge=-1, description="GPUs that each of them reserves; -1: a tenth of one where there are any; 0: none."
+    )
+    tuning_memory_mb: int = Field(8192, ge=1, description="MiB in each of them for the features that it trains on.")
     lease_s: float = Field(10.0, ge=1, description="Seconds without a sign of life after which a job is taken back.")
 
     dashboard_port: int = Field(0, ge=0, le=65535, description="Port of Ray's dashboard on loopback; 0: a free one.")

@@ -154,7 +154,7 @@ def _run_together(
 def _run_alone(embedding_BD: Tensor, parts: Sequence[HeadRows], columns: Columns) -> Sequence[Tensor | WireError]:
     """Run one head on all of its rows."""
     try:
-        outputs_BK = parts[0].head.predict(_columns_of(embedding_BD, parts, columns))
+        outputs_BK = parts[0].head.predict(_columns_of(embedding_BD, parts, columns)).cpu()
         return outputs_BK.split([one.stop - one.start for one in parts])
     except Exception as error:
         return [_reason(error)] * len(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from trunkline_wire.heads import invalid
 
@@ -43,6 +44,21 @@ class HeadInput:
     def num_statistics(self) -> int:
         """Means, and scales, that standardise it: one for each column, of a map one for each channel."""
         return self.map_shape[0] if self.map_shape else self.num_columns
+
+
+class TailModule(Protocol):
+    """The part of the last blocks of a backbone, a module, that heads need to know."""
+
+    @property
+    def widths(self) -> Sequence[int]:
+        """Columns of each slice that they make."""
+
+    @property
+    def own_names(self) -> frozenset[str]:
+        """Names, in their state, of the tensors that are kept with the head."""
+
+    def merge(self) -> object:
+        """Add for good what is added to weights at every call."""
 
 
 def check_names(names: Sequence[str], what: str) -> None:

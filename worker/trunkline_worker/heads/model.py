@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from trunkline_wire.heads import (
     ORDINAL,
     PROTOTYPE,
     REGRESSION,
+    TAIL,
     TASKS,
     HeadConfig,
     invalid,
 )
 
-from trunkline_worker.heads.inputs import HeadInput, check_names
+from trunkline_worker.heads.inputs import HeadInput, TailModule, check_names
 from trunkline_worker.heads.layers import (
     Convolutions,
     Fusion,
@@ -53,6 +55,8 @@ class Head(nn.Module):
         inputs: What enters, in order. Only the first can be a map.
         num_outputs: K.
         device: Where the tensors lie. ``meta``: nowhere yet.
+        tail: The backbone's last blocks, where the head is one of kind ``tail``: from the map that is its only input to
+            the columns of ``config.slices``. Theirs are then the statistics.
 
     Raises:
         WireError: INVALID_ARGUMENT if config and inputs do not fit each other.
@@ -62,17 +66,23 @@ class Head(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, config: HeadConfig, inputs: Sequence[HeadInput], num_outputs: int, *, device: torch.device | str = "cpu"
+        self,
+        config: HeadConfig,
+        inputs: Sequence[HeadInput],
+        num_outputs: int,
+        *,
+        device: torch.device | str = "cpu",
+        tail: nn.Module | None = None,
     ) -> None:
         """Build the layers."""
         super().__init__()
-        _check_inputs(config, inputs)
+        _check_inputs(config, inputs, tail)
         self.config = config
         self.inputs = tuple(inputs)
-        num_statistics = sum(one.num_statistics for one in inputs)
+        num_statistics = sum(_tail_widths(tail) if tail is not None else (one.num_statistics for one in inputs))
         self.register_buffer("mean", torch.zeros(num_statistics, device=device))
         self.register_buffer("scale", torch.ones(num_statistics, device=device))
-        widths = [one.num_columns for one in inputs]
+        widths = [one.num_columns for one in inputs] if tail is None else [num_statistics]
         self.convolutions: Convolutions | None = None
         if config.kind == CONV:
             self.convolutions = Convolutions(config, inputs[0].map_shape[0], device)
@@ -88,6 +98,8 @@ class Head(nn.Module):
             batch_norm(nn.BatchNorm1d, width, device) for width in (config.hidden if config.batch_norm else ())
         )
         zero_(self)
+        # Behind it: what was trained before is not to be set to zero.
+        self.tail = tail
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the weights: He's uniform for hidden layers and convolutions, variance-preserving for projections.
@@ -111,7 +123,7 @@ class Head(nn.Module):
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """The linear layers behind the fusion, the output layer last."""
+        """The linear layers behind the fusion, or the tail; the output layer last."""
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     @property
@@ -125,13 +137,15 @@ class Head(nn.Module):
         return [one.weight for one in self.modules() if isinstance(one, nn.Linear | nn.Conv2d)]
 
     def standardise(self, x_BD: Tensor) -> Tensor:
-        """Shift and scale each column, of a map each channel."""
+        """Shift and scale each column, of a map each channel; of a tail the columns that it makes."""
+        if self.tail is not None:
+            x_BD = self.tail(x_BD)
         return (x_BD - self._columns(self.mean)) / self._columns(self.scale)
 
     def _columns(self, statistics_S: Tensor) -> Tensor:
         """Return one number for each column."""
         shape = self.inputs[0].map_shape
-        if not shape:
+        if not shape or self.tail is not None:
             return statistics_S
         channels, *places = shape
         return torch.cat([statistics_S[:channels].repeat_interleave(math.prod(places)), statistics_S[channels:]])
@@ -174,10 +188,20 @@ def is_fused(config: HeadConfig, inputs: Sequence[object]) -> bool:
     return config.fuse != CONCAT and len(inputs) > 1
 
 
-def _check_inputs(config: HeadConfig, inputs: Sequence[HeadInput]) -> None:
+def _tail_widths(tail: nn.Module) -> Sequence[int]:
+    return cast(TailModule, tail).widths
+
+
+def _check_inputs(config: HeadConfig, inputs: Sequence[HeadInput], tail: nn.Module | None) -> None:
     if not inputs:
         raise invalid("a head needs at least one input")
     first, *others = inputs
+    if (config.kind == TAIL) != (tail is not None):
+        raise invalid("the blocks of a backbone make a head of kind 'tail', and no other")
+    if tail is not None:
+        if others or not first.map_shape or len(_tail_widths(tail)) != len(config.slices):
+            raise invalid("a tail reads one map, and nothing beside it, and makes the slices that it names")
+        return
     if config.kind == CONV and not first.map_shape:
         raise invalid("a convolutional head reads a map; name a tap whose features have places")
     if config.kind != CONV and first.map_shape:

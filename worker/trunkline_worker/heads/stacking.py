@@ -11,14 +11,15 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from trunkline_wire.heads import CONV, ORDINAL, PROTOTYPE, HeadConfig
+from trunkline_wire.heads import CONV, ORDINAL, PROTOTYPE, TAIL, HeadConfig
 
-from trunkline_worker.heads.artefact import head_from_bytes
-from trunkline_worker.heads.inputs import HeadInput
+from trunkline_worker.heads.artefact import MakeTail, head_from_bytes
+from trunkline_worker.heads.inputs import HeadInput, TailModule
 from trunkline_worker.heads.layers import activate
 from trunkline_worker.heads.model import Head, TrainedHead, answers, check_columns
 
@@ -147,8 +148,8 @@ class PackedHead:
 
 
 def pack(head: TrainedHead) -> PackedHead | TrainedHead:
-    """Return the head in the form in which it can be stacked; convolutional ones, which cannot, as they are."""
-    if head.config.kind == CONV:
+    """Return the head in the form in which it can be stacked; convolutions and tails, which cannot, as they are."""
+    if head.config.kind in (CONV, TAIL):
         return head
     structure = structure_of(head)
     state = head.head.state_dict()
@@ -156,13 +157,24 @@ def pack(head: TrainedHead) -> PackedHead | TrainedHead:
     return PackedHead(structure, flat_P)
 
 
-def packed_from_bytes(data: bytes) -> PackedHead | TrainedHead:
+def packed_from_bytes(
+    data: bytes, *, make_tail: MakeTail | None = None, device: torch.device | str = "cpu"
+) -> PackedHead | TrainedHead:
     """Return the head that ``head_to_bytes`` wrote, ready to serve.
+
+    Args:
+        data: The bytes.
+        make_tail: As for ``head_from_bytes``.
+        device: Where the blocks of a tail run. Every other head stays on the CPU.
 
     Raises:
         WireError: As ``head_from_bytes`` does.
     """
-    return pack(head_from_bytes(data))
+    head = head_from_bytes(data, make_tail=make_tail)
+    if head.head.tail is None:
+        return pack(head)
+    cast(TailModule, head.head.tail).merge()
+    return head.to(device)
 
 
 @torch.inference_mode()

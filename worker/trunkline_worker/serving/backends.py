@@ -30,6 +30,14 @@ class Metadata(Protocol):
 
 
 @dataclass(frozen=True)
+class TuningLimits:
+    """What fine-tuning may take: workers of a run, and MiB of each for the features that it trains on."""
+
+    max_workers: int = 1
+    memory_mb: int = 8192
+
+
+@dataclass(frozen=True)
 class Backends:
     """What the servicers stand on.
 
@@ -42,6 +50,7 @@ class Backends:
         storage_note: What was found out about it.
         bottlenecks: Those found last, by tenant and hash.
         endpoints: Which replicas listen themselves; None where nothing is said of them.
+        tuning: What fine-tuning may take.
     """
 
     engines: Mapping[str, Engine]
@@ -52,6 +61,7 @@ class Backends:
     storage_note: str = ""
     bottlenecks: OrderedDict[tuple[str, str], Bottleneck] = field(default_factory=OrderedDict, compare=False)
     endpoints: EndpointBook | None = None
+    tuning: TuningLimits = field(default_factory=TuningLimits)
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a backbone.

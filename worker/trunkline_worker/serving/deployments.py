@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from trunkline_worker.engine.api import (
 )
 from trunkline_worker.serving.addresses import find_place, outward_host
 from trunkline_worker.serving.allocator import keep_freed_memory, spare_long_lived
-from trunkline_worker.serving.backends import Backends, Metadata
+from trunkline_worker.serving.backends import Backends, Metadata, TuningLimits
 from trunkline_worker.serving.bottlenecks import load_bottleneck
 from trunkline_worker.serving.direct import DirectConfig, DirectEndpoint, EndpointBackends, open_endpoint
 from trunkline_worker.serving.endpoints import DirectoryClient, EndpointBook
@@ -100,6 +100,7 @@ class GatewayConfig:
     versions: dict[str, str]
     storage_shared: bool
     storage_note: str
+    tuning: TuningLimits = field(default_factory=TuningLimits)
 
 
 class Backbone:
@@ -438,6 +439,7 @@ class Gateway:
             versions=config.versions,
             storage_shared=config.storage_shared,
             storage_note=config.storage_note,
+            tuning=config.tuning,
             endpoints=EndpointBook(
                 directory(),
                 clock=SystemClock(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from trunkline_wire.heads import CLASSIFICATION, CONV, MULTI_LABEL, ORDINAL, REG
 from trunkline_wire.limits import MAX_INPUTS
 from trunkline_wire.specs import INPUT_CUT, POOLED, BackboneSpec, CutSpec, FeatureSpace, map_slice
 
-from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.backends import Backends, TuningLimits
 from trunkline_worker.store.records import BackboneChoice, DatasetRecord, JobSpec
 
 
@@ -55,7 +56,8 @@ async def resolve(spec: JobSpec, dataset: DatasetRecord, backends: Backends) -> 
     )
     if spec.head.kind == CONV:
         return _with_map(spec, readers)
-    return replace(spec, slices=_slices(spec.slices, readers))
+    spec = replace(spec, slices=_slices(spec.slices, readers))
+    return spec if spec.fine_tune is None else _with_tail(spec, dataset, first, backends.tuning)
 
 
 def _check_loss(spec: JobSpec, dataset: DatasetRecord) -> None:
@@ -89,6 +91,8 @@ def _check_local_job(spec: JobSpec, dataset: DatasetRecord) -> None:
         raise invalid(f"{what}, which are vectors; a convolutional head needs a map at a cut of a backbone")
     if spec.embedding == "slices":
         raise invalid(f"{what}: there are no slices to name; leave the embedding out")
+    if spec.fine_tune is not None:
+        raise invalid(f"{what}: there is no backbone whose blocks could be fine-tuned")
 
 
 def _check_inputs(spec: JobSpec, dataset: DatasetRecord) -> None:
@@ -172,6 +176,51 @@ def _with_map(spec: JobSpec, readers: Sequence[_Reader]) -> JobSpec:
             )
     slices = (map_slice(tap.name), *(f"{one.name}:{POOLED}" for one in others))
     return replace(spec, head=replace(spec.head, tap=tap.name), embedding="slices", slices=slices)
+
+
+def _with_tail(spec: JobSpec, dataset: DatasetRecord, first: _Reader, limits: TuningLimits) -> JobSpec:
+    """Find the cut behind which blocks are trained, and check that the cluster can do it."""
+    wanted = spec.fine_tune
+    assert wanted is not None
+    if dataset.more_inputs:
+        raise invalid("fine-tuning trains the last blocks of a single backbone; this dataset has further inputs")
+    if not limits.max_workers:
+        raise WireError(ErrorCode.UNSUPPORTED, "this cluster does not fine-tune; the operator's setting is tuning_runs")
+    if wanted.max_workers > limits.max_workers:
+        raise invalid(
+            f"a fine-tuning run has at most {limits.max_workers} workers on this cluster; {wanted.max_workers} were "
+            "asked for. The operator's setting is tuning_workers"
+        )
+    cuts = first.described.cuts
+    behind = [cut for cut in cuts[cuts.index(first.cut) :] if cut.map_shape]
+    if wanted.cut:
+        cut = first.described.cut(wanted.cut)
+        if cut is None:
+            raise WireError(
+                ErrorCode.NOT_FOUND, f"{first.name} has no cut {wanted.cut[:80]!r}; {_stages(behind, first)}"
+            )
+        if cut not in behind:
+            why = "lies before the cut where the rows enter" if cut.map_shape else "is no map"
+            raise invalid(f"the cut {cut.name!r} of {first.name} {why}; {_stages(behind, first)}")
+    else:
+        stages = [cut for cut in behind if cut.is_stage]
+        if not stages:
+            raise invalid(f"no stage of {first.name} behind the cut {first.cut.name!r} is a map; name a cut")
+        cut = stages[max(0, len(stages) - 2)]
+    missing = next((one for one in spec.slices if one not in cut.slices), None)
+    if missing is not None:
+        raise invalid(
+            f"slice {missing!r} lies before the cut {cut.name!r}, behind which blocks are to be trained; there is "
+            + ", ".join(cut.slices)
+        )
+    num_bytes = dataset.num_rows * math.prod(cut.map_shape) * 4
+    if num_bytes > limits.memory_mb * 2**20:
+        raise invalid(
+            f"the features of {dataset.num_rows} rows at {cut.name!r} need {num_bytes / 2**30:.1f} GiB in each worker; "
+            f"{limits.memory_mb / 1024:.1f} GiB are allowed: name a later cut, a smaller input size or fewer rows. "
+            "The operator's setting is tuning_memory_mb"
+        )
+    return replace(spec, fine_tune=replace(wanted, cut=cut.name))
 
 
 def _stages(maps: Sequence[CutSpec], first: _Reader) -> str:

@@ -19,7 +19,7 @@ from trunkline_worker.store.context import StoreContext
 from trunkline_worker.store.datasets import Datasets
 from trunkline_worker.store.leases import StaleLeaseError
 from trunkline_worker.store.models import Models
-from trunkline_worker.store.records import Event, JobRecord, JobSpec, JobState, Lease, ModelRecord
+from trunkline_worker.store.records import HEAD_JOB, Event, JobRecord, JobSpec, JobState, Lease, ModelRecord
 
 __all__ = ["Jobs", "MAX_RESTARTS", "StaleLeaseError"]
 
@@ -87,6 +87,7 @@ class Jobs:
                     lease_deadline=0.0,
                     event_batch=0,
                     last_seq=0,
+                    kind=spec.kind,
                 )
             )
             row = leases.find(connection, tenant, job_id)
@@ -151,8 +152,8 @@ class Jobs:
 
     # What lanes do.
 
-    def lease(self, lane: str, lease_s: float) -> Lease | None:
-        """Give a lane the oldest queued job, for ``lease_s`` seconds; None if there is none.
+    def lease(self, lane: str, lease_s: float, kind: str = HEAD_JOB) -> Lease | None:
+        """Give a lane the oldest queued job of a kind, for ``lease_s`` seconds; None if there is none.
 
         A lane works on one job at a time. One that asks while it still holds a job has died since, or never got the
         reply: that job is taken back first.
@@ -165,7 +166,8 @@ class Jobs:
         now = self._context.clock.now()
         with self._context.mutation("jobs.lease") as connection:
             self._release(connection, lane, now)
-            query = sa.select(_table).where(_table.c.state == JobState.QUEUED.value).order_by(_table.c.number).limit(1)
+            query = sa.select(_table).where(_table.c.state == JobState.QUEUED.value, _table.c.kind == kind)
+            query = query.order_by(_table.c.number).limit(1)
             row = connection.execute(query).one_or_none()
             if row is None:
                 return None
@@ -277,9 +279,9 @@ class Jobs:
 
     # What the controller does.
 
-    def has_queued(self) -> bool:
-        """Return whether a job waits for a lane."""
-        query = sa.select(_table.c.id).where(_table.c.state == JobState.QUEUED.value).limit(1)
+    def has_queued(self, kind: str = HEAD_JOB) -> bool:
+        """Return whether a job of a kind waits."""
+        query = sa.select(_table.c.id).where(_table.c.state == JobState.QUEUED.value, _table.c.kind == kind).limit(1)
         with self._context.database.read() as connection:
             return connection.execute(query).first() is not None
 

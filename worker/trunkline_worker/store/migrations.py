@@ -48,5 +48,10 @@ def _from_2(connection: sa.Connection) -> None:
     connection.execute(sa.text(_BOTTLENECKS))
 
 
-STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2}
+def _from_3(connection: sa.Connection) -> None:
+    """Jobs are of several kinds."""
+    connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN kind VARCHAR DEFAULT 'head' NOT NULL"))
+
+
+STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """By the version that a step starts from; it ends at the one after it."""

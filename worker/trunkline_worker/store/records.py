@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
@@ -91,6 +91,10 @@ class BackboneChoice:
     input_size: int = 0
 
 
+HEAD_JOB, TUNING_JOB = JOB_KINDS = ("head", "tuning")
+"""What a job needs: a lane, or a fine-tuning run of its own."""
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """What to train. ``embedding`` is ``pooled``, ``auto`` or ``slices``. See ``JobSpec`` in training.proto.
@@ -119,6 +123,12 @@ class JobSpec:
     calibrate: bool = True
     more_backbones: tuple[BackboneChoice, ...] = ()
     sweep: SweepConfig | None = None
+    fine_tune: FineTuneConfig | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return which of ``JOB_KINDS`` it is."""
+        return HEAD_JOB if self.fine_tune is None else TUNING_JOB
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,26 @@ class Conformal:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """What came of training the last blocks of the backbone. See ``FineTuning`` in registry.proto."""
+
+    kept: bool
+    reason: str
+    cut: str
+    metric: str = ""
+    gain: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    num_trained: int = 0
+    epochs: int = 0
+    num_workers: int = 0
+    num_resumed: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelInput:
     """One more tensor that a model needs for each row. See ``ModelInput`` in registry.proto."""
 
@@ -240,6 +270,7 @@ class ModelRecord:
     warnings: tuple[str, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
     evaluation_sha256: str = ""
+    fine_tuning: FineTuning | None = None
 
     @property
     def reference(self) -> str:

@@ -10,7 +10,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.store import migrations
 
-VERSION = 3
+VERSION = 4
 """Raised with every change to the tables, together with a step in ``migrations`` that makes it where there is data."""
 
 metadata = sa.MetaData()
@@ -116,6 +116,8 @@ jobs = sa.Table(
     sa.Column("lease_deadline", sa.Float, nullable=False),
     sa.Column("event_batch", sa.Integer, nullable=False),
     sa.Column("last_seq", sa.Integer, nullable=False),
+    # Who may do it, see ``records.JOB_KINDS``.
+    sa.Column("kind", sa.String, nullable=False, server_default="head"),
     # Lanes know a job by its id alone.
     sa.UniqueConstraint("id"),
     sa.Index("jobs_by_state", "state", "number"),

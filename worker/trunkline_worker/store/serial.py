@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import sqlalchemy as sa
-from trunkline_wire.fits import AUTO, MSE, LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.fits import AUTO, MSE, FineTuneConfig, LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import MLP, HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
@@ -17,6 +17,7 @@ from trunkline_worker.store.records import (
     Candidate,
     Conformal,
     DatasetSource,
+    FineTuning,
     JobSpec,
     ModelInput,
     ModelRecord,
@@ -84,6 +85,8 @@ def spec_from_text(text: str) -> JobSpec:
     values["slices"] = tuple(values["slices"])
     values["more_backbones"] = tuple(BackboneChoice(**one) for one in values.get("more_backbones", ()))
     values["sweep"] = _sweep(values.get("sweep"))
+    tuned = values.get("fine_tune")
+    values["fine_tune"] = None if tuned is None else FineTuneConfig(**tuned)
     return JobSpec(**values)
 
 
@@ -94,7 +97,8 @@ def manifest_to_text(model: ModelRecord) -> str:
     values["space"] = asdict(model.space)
     values["more_inputs"] = [asdict(one) for one in model.more_inputs]
     values["head"] = asdict(model.head)
-    values["conformal"] = None if model.conformal is None else asdict(model.conformal)
+    for name in ("conformal", "fine_tuning"):
+        values[name] = None if values[name] is None else asdict(values[name])
     for name in ("metrics", "versions"):
         values[name] = dict(values[name])
     return dumps(values)
@@ -121,6 +125,8 @@ def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
     values["more_inputs"] = tuple(_model_input(one) for one in values.get("more_inputs", ()))
     values["head"] = _head(values.get("head", {}))
     values["conformal"] = _conformal(values.get("conformal"))
+    tuned = values.get("fine_tuning")
+    values["fine_tuning"] = None if tuned is None else FineTuning(**tuned)
     values["warnings"] = tuple(values.get("warnings", ()))
     tried = json.loads(columns.get(_CANDIDATES, "[]"))
     candidates, trials = (tried[_CANDIDATES], tried[_TRIALS]) if isinstance(tried, dict) else (tried, [])
@@ -133,7 +139,7 @@ def model_from_text(text: str, columns: sa.RowMapping) -> ModelRecord:
 
 
 def _head(values: Mapping[str, Any]) -> HeadConfig:
-    lists = {name: tuple(values[name]) for name in ("hidden", "channels") if name in values}
+    lists = {name: tuple(values[name]) for name in ("hidden", "channels", "slices") if name in values}
     return HeadConfig(**{**values, **lists})
 
 

@@ -20,6 +20,7 @@ from trunkline_wire.specs import (
     CutSpec,
     FeatureSpace,
     SliceSpec,
+    map_slice,
     map_tap,
 )
 
@@ -144,6 +145,46 @@ def read_inputs(
     return read
 
 
+@dataclass(frozen=True)
+class RowMaps:
+    """The maps at a cut of a dataset's first input, in storage once they are prepared.
+
+    Attributes:
+        tenant: Whose dataset it is.
+        spec: The backbone that the rows are read by.
+        space: Where the rows live; images, or features at a cut.
+        cut: Name of the cut whose maps are meant.
+        row_ids: Of the rows, in the dataset's order.
+    """
+
+    tenant: str
+    spec: BackboneSpec
+    space: FeatureSpace
+    cut: str
+    row_ids: Sequence[bytes]
+
+    def prepare(self, tools: JobTools, keeper: LeaseKeeper) -> None:
+        """Send through the trunk what never went before.
+
+        Raises:
+            WireError: As ``read_inputs``.
+            TrainingCancelled: Once the keeper says so.
+        """
+        _Reader(self.tenant, tools, keeper).fill(self._entry, self.row_ids)
+
+    def read(self, tools: JobTools) -> npt.NDArray[np.float32]:
+        """Return the maps of all rows, (rows, channels * height * width).
+
+        Raises:
+            WireError: CORRUPT_DATA; NOT_FOUND where they were not prepared.
+        """
+        return _read_embedding(tools, self.tenant, self._entry, self.row_ids)
+
+    @property
+    def _entry(self) -> _Entry:
+        return _entry(self.spec, self.space, map_slice(self.cut))
+
+
 class _Reader:
     def __init__(self, tenant: str, tools: JobTools, keeper: LeaseKeeper) -> None:
         self._tenant = tenant
@@ -189,9 +230,14 @@ class _Reader:
         return ReadInput(Source(name, columns_NW, (SliceSpec(name, 0, width),), is_local=True), space, codec)
 
     def _embedding(self, entry: _Entry, row_ids: Sequence[bytes]) -> tuple[npt.NDArray[np.float32], CodecUse]:
-        """Return the embedding of every row, sending through the trunk only rows that never went before.
+        """Return the embedding of every row, and what the trunk said of the rows' codec, as ``fill`` does."""
+        use = self.fill(entry, row_ids)
+        return _read_embedding(self._tools, self._tenant, entry, row_ids), use
 
-        Beside it, what the trunk said of the rows' codec; nothing where no row was sent.
+    def fill(self, entry: _Entry, row_ids: Sequence[bytes]) -> CodecUse:
+        """Send through the trunk the rows that never went before, and keep what comes out.
+
+        Returns what the trunk said of the rows' codec; nothing where no row was sent.
         """
         tools, tenant, key = self._tools, self._tenant, entry.embedding_key
         unique = list(dict.fromkeys(row_ids))
@@ -223,12 +269,7 @@ class _Reader:
             use = extraction.codec_use
             done += len(group)
             self._tell(entry.spec.name, done / len(missing), len(unique), cached)
-
-        locations = tools.metadata("embeddings.locate", tenant, key, row_ids)
-        embedding_ND = chunks.read_rows(tools.blobs, locations)
-        if not isinstance(embedding_ND, np.ndarray) or embedding_ND.shape[1] != entry.slices[-1].stop:
-            raise WireError(ErrorCode.CORRUPT_DATA, "the cached embeddings do not have the backbone's width")
-        return embedding_ND.astype(np.float32, copy=False), use
+        return use
 
     def _rows(self, row_ids: Sequence[bytes]) -> Payload:
         locations = self._tools.metadata("rows.locate", self._tenant, row_ids)
@@ -236,6 +277,14 @@ class _Reader:
 
     def _tell(self, source: str, progress: float, num_rows: int, cached: int) -> None:
         self._keeper.report(Event("embed", progress, {"rows": num_rows, "cached": cached}, source))
+
+
+def _read_embedding(tools: JobTools, tenant: str, entry: _Entry, row_ids: Sequence[bytes]) -> npt.NDArray[np.float32]:
+    locations = tools.metadata("embeddings.locate", tenant, entry.embedding_key, row_ids)
+    embedding_ND = chunks.read_rows(tools.blobs, locations)
+    if not isinstance(embedding_ND, np.ndarray) or embedding_ND.shape[1] != entry.slices[-1].stop:
+        raise WireError(ErrorCode.CORRUPT_DATA, "the cached embeddings do not have the backbone's width")
+    return embedding_ND.astype(np.float32, copy=False)
 
 
 def _entry(spec: BackboneSpec, space: FeatureSpace, tap_slice: str) -> _Entry:

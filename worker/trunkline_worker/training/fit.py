@@ -214,7 +214,7 @@ def _fit_epochs(
 
     best_epoch = fit_minibatches(
         head,
-        _objective(spec, task, head.output.out_features, training.truth),
+        make_objective(spec, task, head.output.out_features, training.truth),
         split(training),
         None if validation is None else split(validation),
         plan,
@@ -229,7 +229,8 @@ def _fit_epochs(
     return best_epoch
 
 
-def _objective(spec: JobSpec, task: str, num_outputs: int, truth: Tensor) -> Objective:
+def make_objective(spec: JobSpec, task: str, num_outputs: int, truth: Tensor) -> Objective:
+    """Return what minibatches minimise; classes are weighed by how many rows they have."""
     if task == CLASSIFICATION:
         return Objective(task, spec.loss, class_weights(spec.loss, truth, num_outputs))
     if task == MULTI_LABEL:

@@ -23,11 +23,12 @@ from trunkline_worker.store.records import (
     ModelRecord,
     TrialRecord,
 )
-from trunkline_worker.training.embed import ReadInput, Trunk, read_inputs
+from trunkline_worker.training.embed import ReadInput, RowMaps, Trunk, read_inputs
 from trunkline_worker.training.keeper import LeaseKeeper
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
 from trunkline_worker.training.sweep.plan import Trial
 from trunkline_worker.training.tools import JobTools
+from trunkline_worker.training.tuning.tune import TailSource
 
 __all__ = ["JobTools", "Trunk", "manifest_path", "run_job"]
 
@@ -79,12 +80,30 @@ def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
         labels,
         job.spec,
         row_ids=[b"".join(ids) for ids in zip(content.row_ids, *content.more_row_ids, strict=True)],
+        tail=_tail(lease, tools, keeper, read[0], content.row_ids),
         on_event=keeper.report,
         should_stop=keeper.should_stop,
     )
     result.metrics["train_s"] = tools.clock.monotonic() - started
     keeper.report(Event("publish"))
     return _publish(lease, read, record, result, tools)
+
+
+def _tail(
+    lease: Lease, tools: JobTools, keeper: LeaseKeeper, first: ReadInput, row_ids: Sequence[bytes]
+) -> TailSource | None:
+    """Return where the blocks begin that a job wants fine-tuned, with the maps there in storage."""
+    wanted, spec = lease.job.spec.fine_tune, first.spec
+    if wanted is None or spec is None or tools.tails is None:
+        return None
+    cut = spec.cut(wanted.cut)
+    if cut is None or not cut.map_shape:
+        raise WireError(
+            ErrorCode.INCOMPATIBLE, f"{spec.name} has no map at {wanted.cut!r} any more; submit the job again"
+        )
+    maps = RowMaps(lease.job.tenant, spec, first.space, cut.name, row_ids)
+    maps.prepare(tools, keeper)
+    return TailSource(cut.name, cut.slices, cut.map_shape, tools.tails(lease.job.id, maps))
 
 
 def _publish(
@@ -124,6 +143,7 @@ def _publish(
         warnings=result.warnings,
         evaluation_sha256=evaluation_sha256,
         trials=() if result.found is None else tuple(_trial(one, result.found.won) for one in result.found.trials),
+        fine_tuning=result.tuning,
     )
     tools.blobs.put(head_path(sha256), data)
     if evaluation:

@@ -16,7 +16,7 @@ from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
 from trunkline_worker.store.evaluations import Evaluation, sample
-from trunkline_worker.store.records import Conformal, Event, JobSpec
+from trunkline_worker.store.records import Conformal, Event, FineTuning, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, quantile_of, soften
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
@@ -29,6 +29,7 @@ from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
 from trunkline_worker.training.trust.assess import assess
+from trunkline_worker.training.tuning.tune import TailSource, Tuned, check_tuning, fine_tune
 
 __all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
 
@@ -49,6 +50,7 @@ class TrainingResult:
         warnings: What its maker should know before trusting the head.
         found: What the search found; None where nothing was searched.
         evaluation: For the report: answers on held-out rows and the like.
+        tuning: What came of fine-tuning; None where it was not asked for.
         candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``. Those of each
             further backbone follow, their slices named ``BACKBONE:SLICE``.
     """
@@ -60,6 +62,7 @@ class TrainingResult:
     warnings: tuple[str, ...] = ()
     found: Found | None = None
     evaluation: Evaluation | None = None
+    tuning: FineTuning | None = None
 
 
 def train_head(
@@ -68,6 +71,7 @@ def train_head(
     spec: JobSpec,
     *,
     row_ids: Sequence[bytes] = (),
+    tail: TailSource | None = None,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> TrainingResult:
@@ -85,7 +89,8 @@ def train_head(
             batch size and learning rate mean nothing to the solver ``lbfgs``, which runs to convergence.
         row_ids: What each row was made from, to find copies by; of a row with several inputs, their ids one behind the
             other. Empty if not known.
-        on_event: Takes events of the phases ``select``, ``fit`` and ``assess``, a few dozen at most.
+        tail: Where the blocks begin that the spec asks to be fine-tuned, and who trains them.
+        on_event: Takes events of the phases ``select``, ``fit``, ``tune`` and ``assess``, a few dozen at most.
         should_stop: Asked between steps.
 
     Raises:
@@ -104,6 +109,7 @@ def train_head(
     spec.loss.kind_for(labels.task)
     check_metric(spec.select_by, labels.task)
     _check_weights(spec, labels)
+    check_tuning(spec, labels.task, tail)
     for source in sources:
         check_embedding(source.tensor, num_rows, source.width)
     truth, classes_N = _truth(labels, first_ND.device)
@@ -155,11 +161,24 @@ def train_head(
     held_out = run_head(fit.head, validation.x_ND) if len(validation) else fit.head.output.bias.new_zeros((0, 1))
     on_training = run_head(fit.head, training.x_ND)
     details, curves = fit.details, fit.curves
-    if again:
-        fit = fit_head(
-            spec, labels.task, labels.num_outputs, inputs, everything, None, l2, progress, span=(0.6, 1.0), before=fit
+    tuned: Tuned | None = None
+    if tail is not None and spec.fine_tune is not None:
+        progress.tell("fit", 1.0, details, always=True)
+        tuned = fine_tune(
+            *(spec, labels.task, labels.num_outputs, sources[0], tail, truth, classes_N),
+            *(training_index, validation_index, held_out, progress),
         )
-    progress.tell("fit", 1.0, details, always=True)
+        curves = {**curves, **tuned.curves}
+    head = fit.head if tuned is None or tuned.head is None else tuned.head
+    if tuned is not None and tuned.outputs_NK is not None:
+        outputs_NK = tuned.outputs_NK.to(held_out.device)
+        held_out, on_training = (outputs_NK[torch.from_numpy(one)] for one in (validation_index, training_index))
+    elif again:
+        head = fit_head(
+            spec, labels.task, labels.num_outputs, inputs, everything, None, l2, progress, span=(0.6, 1.0), before=fit
+        ).head
+    if tuned is None:
+        progress.tell("fit", 1.0, details, always=True)
     assessed = assess(
         labels,
         columns_ND,
@@ -174,7 +193,7 @@ def train_head(
         is_calibrated=spec.calibrate,
         progress=progress,
     )
-    soften(fit.head, assessed.temperature)
+    soften(head, assessed.temperature)
 
     def measured(outputs: Tensor, rows: Rows) -> dict[str, float]:
         return measure(labels.task, outputs / assessed.temperature, rows.truth, quantile=quantile_of(spec))
@@ -190,12 +209,21 @@ def train_head(
         **assessed.metrics,
         **{f"train_{name}": value for name, value in measured(on_training, training).items()},
     }
-    head = TrainedHead(fit.head, labels.task, tuple(labels.class_names))
+    trained = TrainedHead(head, labels.task, tuple(labels.class_names))
     progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)
     evaluation = sample(
         validation_index, validation.truth.cpu().numpy(), assessed.answers_NK, curves, assessed.suspects
     )
-    return TrainingResult(head.to("cpu"), metrics, candidates, assessed.conformal, assessed.warnings, found, evaluation)
+    return TrainingResult(
+        trained.to("cpu"),
+        metrics,
+        candidates,
+        assessed.conformal,
+        assessed.warnings,
+        found,
+        evaluation,
+        None if tuned is None else tuned.record,
+    )
 
 
 def _in_order(loss: LossConfig, class_names: Sequence[str]) -> LossConfig:

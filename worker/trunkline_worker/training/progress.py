@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, on_event: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
         """Start with nothing told."""
         self._on_event = on_event
-        self._should_stop = should_stop
+        self.should_stop = should_stop
         self._phase = ""
         self._told = 0.0
 
@@ -35,7 +35,7 @@ class Progress:
         Raises:
             TrainingCancelled: If it may not.
         """
-        if self._should_stop():
+        if self.should_stop():
             raise TrainingCancelled
 
     def tell(

@@ -12,8 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -25,7 +25,10 @@ from trunkline_worker.store.blobs import CachedBlobs
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.store.ids import random_id
-from trunkline_worker.store.records import Lease
+from trunkline_worker.store.records import HEAD_JOB, Lease
+
+if TYPE_CHECKING:
+    from trunkline_worker.training.tools import JobTools
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +54,21 @@ _RETRY_S = 0.2
 
 
 @dataclass(frozen=True)
+class BackboneSource:
+    """Where the weights of a backbone are, as for ``load_backbone``."""
+
+    weights: str | None = None
+    allow_untrained: bool = False
+    manifest: str | None = None
+
+
+@dataclass(frozen=True)
 class LaneConfig:
-    """What a lane needs to know. ``backbone_apps`` is backbone name to Serve application."""
+    """What a lane needs to know.
+
+    ``backbone_apps`` is backbone name to Serve application, ``kind`` which jobs it does. What follows is for those that
+    fine-tune: where backbones are, and what each worker of a run reserves.
+    """
 
     name: str
     storage_url: str
@@ -63,6 +79,10 @@ class LaneConfig:
     lease_s: float
     idle_s: float
     use_gpu: bool
+    kind: str = HEAD_JOB
+    backbones: Mapping[str, BackboneSource] = field(default_factory=dict)
+    tuning_cpus: float = 1.0
+    tuning_gpus: float = 0.0
 
 
 class LaneMetadata:
@@ -179,7 +199,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
     # Here, so that the controller and the gateways, which import this module too, stay without torch.
     import torch
 
-    from trunkline_worker.training.job import JobTools, run_job
+    from trunkline_worker.training.job import JobTools
 
     lane = LaneConfig(**config)
 
@@ -195,6 +215,13 @@ def lane_loop(config: Mapping[str, Any]) -> None:
         lease_s=lane.lease_s,
         failpoints=Failpoints.from_text(os.environ.get(FAILPOINTS_VARIABLE, "")),
     )
+    work_through(lane, metadata, tools)
+
+
+def work_through(lane: LaneConfig, metadata: LaneMetadata, tools: JobTools) -> None:
+    """Lease a job, do it, again. Ends after ``idle_s`` without work."""
+    from trunkline_worker.training.job import run_job
+
     # What an earlier worker of this lane held when it died is taken back at once, not when its lease runs out.
     incarnation = random_id()
     metadata.join(lane.name, incarnation)

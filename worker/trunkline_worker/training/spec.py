@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import AUTO, CROSS_ENTROPY, FOCAL, MSE, QUANTILE, LossConfig, is_metric
-from trunkline_wire.heads import CONCAT, LINEAR, PROTOTYPE, HeadConfig, invalid
+from trunkline_wire.heads import CONCAT, LINEAR, PROTOTYPE, TAIL, HeadConfig, invalid
 
 from trunkline_worker.store.records import JobSpec
 
@@ -58,7 +58,29 @@ def check_spec(spec: JobSpec) -> HeadConfig:
     if not -1e12 < spec.l2 < 1e12:
         raise invalid(f"the L2 strength is a number of at least 0, or negative to have it chosen; got {spec.l2}")
     _check_sweep(spec)
+    _check_fine_tune(spec)
     return spec.head
+
+
+def _check_fine_tune(spec: JobSpec) -> None:
+    """Check that a job asks for nothing that the blocks behind its head could not heed."""
+    if spec.head.kind == TAIL:
+        raise invalid("a head of kind 'tail' is what fine-tuning makes; ask for fine-tuning instead")
+    if spec.fine_tune is None:
+        return
+    if spec.head.kind != LINEAR:
+        raise invalid(f"fine-tuning goes on from a linear head; leave the head of kind {spec.head.kind!r} out")
+    if spec.sweep is not None:
+        raise invalid("a sweep tries heads on the backbone as it is; fine-tune with what it found, in a job of its own")
+    if spec.more_backbones:
+        raise invalid("fine-tuning trains the last blocks of a single backbone; leave the others out")
+    if spec.loss.class_order:
+        raise WireError(ErrorCode.UNSUPPORTED, "fine-tuning cannot learn classes in order; leave the order out")
+    if spec.validation_fraction == 0.0:
+        raise invalid(
+            "fine-tuned blocks are kept only where held-out rows say that they help; hold some out: a validation "
+            "fraction above 0"
+        )
 
 
 def _check_sweep(spec: JobSpec) -> None:

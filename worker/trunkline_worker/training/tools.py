@@ -11,7 +11,8 @@ from trunkline_worker.store.clock import Clock
 from trunkline_worker.store.failpoints import Failpoints
 
 if TYPE_CHECKING:
-    from trunkline_worker.training.embed import Trunk
+    from trunkline_worker.training.embed import RowMaps, Trunk
+    from trunkline_worker.training.tuning.work import TailTrainer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class JobTools:
         versions: Library to version, for the manifest.
         lease_s: How long a renewed lease lasts, in seconds.
         failpoints: Switched on by tests.
+        tails: For a job of that id and its rows, returns who trains the last blocks of their backbone. None: nobody.
     """
 
     metadata: Callable[..., Any]
@@ -35,3 +37,4 @@ class JobTools:
     versions: Mapping[str, str]
     lease_s: float
     failpoints: Failpoints
+    tails: Callable[[str, RowMaps], TailTrainer] | None = None
