@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerOutOfMemoryError,
     )
+    from trunkline.fine_tuning import FineTune
     from trunkline.heads import MLP, Conv, Linear, Prototype
     from trunkline.local_models import LocalModel, local_model
     from trunkline.local_vectors import LocalFeatures, local_features
@@ -76,6 +77,7 @@ __all__ = [
     "DeadlineExceededError",
     "DtypeMismatchError",
     "EmptyBatchError",
+    "FineTune",
     "IncompatibleModelError",
     "InternalError",
     "InvalidArgumentError",
@@ -125,6 +127,7 @@ _MODULES = {
     "Client": "trunkline.client",
     "Conv": "trunkline.heads",
     "Dataset": "trunkline.datasets",
+    "FineTune": "trunkline.fine_tuning",
     "Job": "trunkline.training",
     "JobEvent": "trunkline.records",
     "JobState": "trunkline.records",

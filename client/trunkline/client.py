@@ -31,6 +31,7 @@ from trunkline.errors import (
     EmptyBatchError,
     InvalidArgumentError,
 )
+from trunkline.fine_tuning import FineTune, fine_tune_config
 from trunkline.heads import Head
 from trunkline.losses import ClassWeights, Loss, Optimiser, loss_config, needs_classes, optimiser_config, sweep_config
 from trunkline.models import Model
@@ -384,6 +385,7 @@ class Client:
         validation: float = 0.2,
         refit: bool = True,
         calibrate: bool = True,
+        fine_tune: bool | FineTune = False,
         seed: int = 0,
         timeout_s: float | None = None,
     ) -> Job:
@@ -420,13 +422,16 @@ class Client:
             refit: Whether to train once more on every row after measuring.
             calibrate: Whether to scale the outputs so that probabilities come true as often as they say, by the rows
                 held out.
+            fine_tune: Whether to train the last blocks of the backbone too, for this model alone, and keep them if that
+                helps; or one such as ``trunkline.FineTune(lora_rank=8)``. ``Model.fine_tuning`` says what came of it.
             seed: Of everything random.
             timeout_s: Deadline of submitting, not of the job.
 
         Raises:
             NotFoundError: There is no such dataset, backbone or slice.
             InvalidArgumentError: Something is out of range.
-            UnsupportedError: The cluster is too old for such a head, loss, or for several backbones.
+            UnsupportedError: The cluster is too old for such a head, loss, or for several backbones; or it does not
+                fine-tune.
         """
         if isinstance(data, str) and needs_classes(class_weights, ordinal):
             data = self.dataset(data, timeout_s=timeout_s)
@@ -456,6 +461,7 @@ class Client:
             validation=validation,
             refit=refit,
             seed=seed,
+            fine_tune=fine_tune_config(fine_tune),
         )
 
     def sweep(

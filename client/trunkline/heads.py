@@ -153,6 +153,9 @@ def head_summary(head: HeadConfig) -> str:
     words = [head.kind]
     if head.channels:
         words.append("-".join(map(str, head.channels)) + " channels" + (f" at {head.tap}" if head.tap else ""))
+    if head.slices:
+        rank = f" of rank {head.lora_rank}" if head.lora_rank else ""
+        words.append(f"own blocks{rank} behind {head.tap}")
     if head.hidden:
         words.append("hidden " + "-".join(map(str, head.hidden)))
     if head.hidden or head.channels:

@@ -27,7 +27,7 @@ from trunkline.heads import head_summary
 from trunkline.labels import Targets, encode_labels, encode_memberships, label_names
 from trunkline.predictions import Prediction, label_sets
 from trunkline.progress import show_progress
-from trunkline.records import Candidate, DatasetSource, ModelInput, ModelRecord, Trial
+from trunkline.records import Candidate, DatasetSource, FineTuning, ModelInput, ModelRecord, Trial
 from trunkline.reports import Report, classification_report, multi_label_report, regression_report
 from trunkline.scores import all_scores
 from trunkline.stems import Stem
@@ -126,6 +126,11 @@ class Model:
         A model out of a list asks the cluster once for them.
         """
         return self._whole().candidates
+
+    @property
+    def fine_tuning(self) -> FineTuning | None:
+        """What came of training the last blocks of the backbone; None where it was not tried."""
+        return self.record.fine_tuning
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -396,6 +401,7 @@ class Model:
             "codec_error": record.codec_error,
             "candidates": [asdict(one) for one in record.candidates],
             "trials": [asdict(one) for one in record.trials],
+            "fine_tuning": None if record.fine_tuning is None else asdict(record.fine_tuning),
             "warnings": list(record.warnings),
             "head_sha256": record.head_sha256,
             "more_inputs": [

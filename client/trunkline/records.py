@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
-from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
@@ -128,6 +128,7 @@ class JobSpec:
         head: What the head is made of. None if it is of a kind that this version does not know.
         more_backbones: Who reads a dataset of images beside ``backbone``.
         sweep: What is tried. None: nothing is.
+        fine_tune: How the last blocks of the backbone are trained. None: they are not.
     """
 
     model: str
@@ -140,6 +141,7 @@ class JobSpec:
     fit: FitConfig
     more_backbones: tuple[BackboneChoice, ...] = ()
     sweep: SweepConfig | None = None
+    fine_tune: FineTuneConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,43 @@ class Conformal:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """What came of training the last blocks of the backbone.
+
+    Attributes:
+        kept: Whether the model has them. Otherwise it is the head alone, on the backbone as it is.
+        reason: In a sentence.
+        cut: Behind which they lie.
+        metric: What held-out rows were compared by, each on its own, higher is better.
+        gain: Its mean gain a row.
+        low: End of the gain's 95 % interval.
+        high: The other one.
+        before: Held-out scores of the head alone.
+        after: Of the head on the trained blocks.
+        num_trained: Numbers that were trained, the head's included.
+        epochs: Passes over the rows.
+        num_workers: That worked on it.
+        num_resumed: How often it went on from a checkpoint after workers were lost.
+        seconds: That it took.
+    """
+
+    kept: bool
+    reason: str
+    cut: str
+    metric: str
+    gain: float
+    low: float
+    high: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    num_trained: int
+    epochs: int
+    num_workers: int
+    num_resumed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """A trained model: immutable.
 
@@ -315,6 +354,7 @@ class ModelRecord:
         conformal: What gives sets and intervals their coverage. None where no rows were held out, and in lists.
         warnings: What its maker should know before trusting it.
         trials: What a sweep tried, in its order. Empty in lists.
+        fine_tuning: What came of it; None where it was not tried.
     """
 
     name: str
@@ -340,6 +380,7 @@ class ModelRecord:
     conformal: Conformal | None = None
     warnings: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    fine_tuning: FineTuning | None = None
 
     @property
     def reference(self) -> str:

@@ -14,6 +14,7 @@ from trunkline_wire.fits import (
     AUTO,
     CROSS_ENTROPY,
     MSE,
+    FineTuneConfig,
     LossConfig,
     OptimiserConfig,
     SweepConfig,
@@ -205,6 +206,7 @@ def job_to_dict(status: JobStatus) -> dict[str, Any]:
         "loss": None if spec.fit.loss is None else asdict(spec.fit.loss),
         "select_by": spec.fit.select_by,
         "sweep": None if spec.sweep is None else asdict(spec.sweep),
+        "fine_tune": None if spec.fine_tune is None else asdict(spec.fine_tune),
         "seed": spec.fit.seed,
         "num_restarts": status.num_restarts,
         "error": None
@@ -247,6 +249,7 @@ def make_spec(
     refit: bool,
     seed: int,
     sweep: SweepConfig | None = None,
+    fine_tune: FineTuneConfig | None = None,
 ) -> JobSpec:
     """Check what was asked for. Arguments are those of ``Client.train``.
 
@@ -288,9 +291,26 @@ def make_spec(
         select_by=select_by,
         calibrate=calibrate,
     )
+    if fine_tune is not None:
+        _check_fine_tune(config, backbones, validation, loss)
     first, *more = backbones or ("",)
     others = tuple(BackboneChoice(one, input_size) for one in more)
-    return JobSpec(model, dataset, first, input_size, mode, slices, config, fit, others, sweep)
+    return JobSpec(model, dataset, first, input_size, mode, slices, config, fit, others, sweep, fine_tune)
+
+
+def _check_fine_tune(head: HeadConfig, backbones: Sequence[str], validation: float, loss: LossConfig) -> None:
+    if head.kind != LINEAR:
+        raise InvalidArgumentError(
+            f"fine-tuning goes on from a linear head, not one of kind {head.kind!r}", hint="Leave head= out"
+        )
+    if len(backbones) > 1:
+        raise InvalidArgumentError("fine-tuning trains the last blocks of one backbone", hint="Name one")
+    if loss.class_order:
+        raise InvalidArgumentError("fine-tuning cannot learn classes in order", hint="Leave ordinal= out")
+    if not validation:
+        raise InvalidArgumentError(
+            "fine-tuned blocks are kept only where held-out rows say that they help", hint="Leave validation= out"
+        )
 
 
 def check_spec_of(spec: JobSpec, data: Dataset) -> None:
@@ -305,6 +325,10 @@ def check_spec_of(spec: JobSpec, data: Dataset) -> None:
         raise InvalidArgumentError(
             f"{data.reference} holds features of {own}; backbone is {', '.join(map(repr, named))}",
             hint="Leave backbone= out",
+        )
+    if spec.fine_tune is not None and (data.space.is_local or len(data.inputs) > 1):
+        raise InvalidArgumentError(
+            f"{data.reference} holds local features; fine-tuning needs rows of a single input that a backbone reads"
         )
     if data.space.is_local and (named or spec.input_size):
         raise InvalidArgumentError(
@@ -358,6 +382,10 @@ def _ignored(asked: JobSpec, taken: JobSpec) -> str:
         return "calibrate=False"
     if asked.sweep != taken.sweep:
         return "sweeps"
+    if asked.fine_tune is not None:
+        cut = taken.fine_tune.cut if taken.fine_tune is not None and not asked.fine_tune.cut else asked.fine_tune.cut
+        if taken.fine_tune != replace(asked.fine_tune, cut=cut):
+            return "fine-tuning"
     if asked.fit.select_by != taken.fit.select_by:
         return f"choosing by {asked.fit.select_by}"
     return ""

@@ -212,8 +212,8 @@ class FineTuneConfig:
             raise invalid(f"the rank is 1 to {MAX_LORA_RANK}, or 0 for all weights; got {self.lora_rank}")
         if not 0 <= self.epochs <= MAX_TUNING_EPOCHS or not 0 <= self.batch_size <= MAX_TUNING_BATCH:
             raise invalid(
-                f"fine-tuning has 1 to {MAX_TUNING_EPOCHS} epochs and batches of 1 to {MAX_TUNING_BATCH} rows; 0 leaves "
-                f"it to us; got {self.epochs} and {self.batch_size}"
+                f"fine-tuning has 1 to {MAX_TUNING_EPOCHS} epochs and batches of 1 to {MAX_TUNING_BATCH} rows, or "
+                f"0; got {self.epochs} and {self.batch_size}"
             )
         if not 0.0 <= self.learning_rate <= 1.0:
             raise invalid(f"fine-tuning's learning rate is above 0 and at most 1, or 0; got {self.learning_rate}")

@@ -37,6 +37,7 @@ NAMES = [
     "LocalFeatures",
     "LocalModel",
     "Loss",
+    "FineTune",
     "MLP",
     "MissingExtraError",
     "Model",

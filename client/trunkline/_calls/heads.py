@@ -12,6 +12,7 @@ _KINDS = {
     heads.MLP: pb.HEAD_KIND_MLP,
     heads.CONV: pb.HEAD_KIND_CONV,
     heads.PROTOTYPE: pb.HEAD_KIND_PROTOTYPE,
+    heads.TAIL: pb.HEAD_KIND_TAIL,
 }
 _ACTIVATIONS = {heads.RELU: pb.ACTIVATION_RELU, heads.GELU: pb.ACTIVATION_GELU}
 _FUSIONS = {heads.CONCAT: pb.FUSION_CONCAT, heads.ADD: pb.FUSION_ADD, heads.GATE: pb.FUSION_GATE}
@@ -32,6 +33,8 @@ def head_to_message(head: HeadConfig) -> pb.HeadConfig:
         tap=head.tap,
         fuse=_FUSIONS[head.fuse],
         fuse_width=head.fuse_width,
+        slices=head.slices,
+        lora_rank=head.lora_rank,
     )
 
 
@@ -48,6 +51,8 @@ def head_from_message(message: pb.HeadConfig) -> HeadConfig | None:
             tap=message.tap,
             fuse=_FUSION_NAMES.get(message.fuse, ""),
             fuse_width=message.fuse_width,
+            slices=tuple(message.slices),
+            lora_rank=message.lora_rank,
         )
     except WireError:
         return None

@@ -13,7 +13,7 @@ from trunkline._calls.heads import head_from_message
 from trunkline._calls.matrices import decode_matrix
 from trunkline._calls.times import from_timestamp
 from trunkline._deadline import Deadline
-from trunkline.records import Candidate, Conformal, Evaluation, LabelSuspect, ModelInput, ModelRecord, Trial
+from trunkline.records import Candidate, Conformal, Evaluation, FineTuning, LabelSuspect, ModelInput, ModelRecord, Trial
 
 _TASKS = {pb.TASK_REGRESSION: REGRESSION, pb.TASK_MULTI_LABEL: MULTI_LABEL, pb.TASK_ORDINAL: ORDINAL}
 
@@ -73,6 +73,7 @@ def _model(message: pb.Model) -> ModelRecord:
         conformal=_conformal(message),
         warnings=tuple(message.warnings),
         trials=tuple(_trial(one) for one in message.trials),
+        fine_tuning=_fine_tuning(message),
     )
 
 
@@ -100,6 +101,28 @@ def _trial(message: pb.Trial) -> Trial:
         error=message.error,
         seconds=message.seconds,
         won=message.won,
+    )
+
+
+def _fine_tuning(message: pb.Model) -> FineTuning | None:
+    if not message.HasField("fine_tuning"):
+        return None
+    one = message.fine_tuning
+    return FineTuning(
+        kept=one.kept,
+        reason=one.reason,
+        cut=one.cut,
+        metric=one.metric,
+        gain=one.gain,
+        low=one.low,
+        high=one.high,
+        before=dict(one.before),
+        after=dict(one.after),
+        num_trained=one.num_trained,
+        epochs=one.epochs,
+        num_workers=one.num_workers,
+        num_resumed=one.num_resumed,
+        seconds=one.seconds,
     )
 
 

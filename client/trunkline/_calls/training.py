@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import grpc
 from trunkline_wire import fits
 from trunkline_wire.errors import WireError
-from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig, SweepConfig
+from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
 from trunkline_wire.v1 import training_pb2 as pb
 from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
 
@@ -141,6 +142,7 @@ def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
             pb.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
         ],
         sweep=None if spec.sweep is None else _sweep_to_message(spec.sweep),
+        fine_tune=fine_tune_to_proto(spec.fine_tune),
     )
 
 
@@ -191,7 +193,17 @@ def _spec_from_message(message: pb.JobSpec) -> JobSpec:
         ),
         more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
         sweep=_sweep_from_message(message.sweep) if message.HasField("sweep") else None,
+        fine_tune=_fine_tune_from_message(message),
     )
+
+
+def _fine_tune_from_message(message: pb.JobSpec) -> FineTuneConfig | None:
+    """Return what is asked for; None for nothing, or for something that this version does not know."""
+    if not message.HasField("fine_tune"):
+        return None
+    with contextlib.suppress(WireError):
+        return fine_tune_from_proto(message.fine_tune)
+    return None
 
 
 def _fit_to_message(fit: FitConfig) -> pb.FitConfig:

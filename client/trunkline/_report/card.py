@@ -174,6 +174,10 @@ def _training(material: Material) -> str:
         lines.append(f"- sets of slices compared in cross-validation: {len(record.candidates)}")
     if record.trials:
         lines.append(f"- configurations compared in a sweep: {len(record.trials)}")
+    tuned = record.fine_tuning
+    if tuned is not None:
+        verdict = "kept" if tuned.kept else "not kept"
+        lines.append(f"- last blocks of the backbone, behind {code(tuned.cut)}, fine-tuned and {verdict}")
     if "train_s" in metrics:
         lines.append(f"- training took {text.seconds(max(0.0, metrics['train_s']))}")
     return f"{lines[0]}\n\n" + "\n".join(lines[1:]) if len(lines) > 1 else lines[0]

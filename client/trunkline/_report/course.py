@@ -28,7 +28,7 @@ from trunkline._report.page import (
 )
 from trunkline._report.plots import Axis, bars, frame, plot
 from trunkline._report.scales import LOG_SPAN, percent_scale, scale_of
-from trunkline.records import JobEvent, Trial
+from trunkline.records import FineTuning, JobEvent, Trial
 from trunkline.training import job_to_dict
 
 MAX_TRIALS = 50
@@ -68,9 +68,11 @@ def curves(material: Material) -> Markup:
 def search(material: Material) -> Markup:
     """Return the sets of slices and the configurations that were tried."""
     record = material.record
+    tuned = _fine_tuning(record.fine_tuning)
     if not record.candidates and not record.trials:
-        return paragraph("Nothing was searched: no sets of slices and no configurations were compared.")
-    return join([_candidates(material), _trials(record.trials)])
+        nothing = paragraph("Nothing was searched: no sets of slices and no configurations were compared.")
+        return nothing if tuned is None else tuned
+    return join([_candidates(material), _trials(record.trials), tuned])
 
 
 def timings(material: Material) -> Markup:
@@ -216,6 +218,27 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
             note(f"{tried}. The score is the mean over folds of the training rows. Higher is better."),
             _without_empty(header, rows),
             _more(len(given)),
+        ]
+    )
+
+
+def _fine_tuning(one: FineTuning | None) -> Markup | None:
+    """Return whether trained blocks were kept, and by how much they changed the held-out scores."""
+    if one is None:
+        return None
+    both = [name for name in one.before if name in one.after]
+    rows = [(name, text.score(one.before[name]), text.score(one.after[name])) for name in both]
+    resumed = f", resumed {one.num_resumed} times" if one.num_resumed else ""
+    about = (
+        f"{one.num_trained:,} numbers in {text.amount(one.epochs, 'epoch')} by {text.amount(one.num_workers, 'worker')}"
+        f"{resumed}, {text.seconds(max(0.0, one.seconds))}."
+    )
+    return join(
+        [
+            tag("h3", "The last blocks, fine-tuned"),
+            paragraph(f"The blocks behind {text.shorten(one.cut)} were {text.shorten(one.reason, _ERROR_LENGTH)}."),
+            table(("held-out score", "head alone", "with the blocks"), rows, right=(1, 2)),
+            note(about),
         ]
     )
 

@@ -10,6 +10,7 @@ import typer
 from trunkline.cli.output import Session, columns, command, facts
 
 if TYPE_CHECKING:
+    from trunkline.fine_tuning import FineTune
     from trunkline.heads import Head
     from trunkline.models import Model
     from trunkline.records import JobStatus
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HEAD = "Head"
 _LOSS = "What is minimised"
 _ADAMW = "How AdamW goes about it"
+_TUNE = "Fine-tuning"
 
 
 @command(missing="trunkline datasets")
@@ -98,11 +100,43 @@ def train(
     validation: Annotated[float, typer.Option(help="Fraction held out to measure.")] = 0.2,
     refit: Annotated[bool, typer.Option(help="Train once more on every row after measuring.")] = True,
     calibrate: Annotated[bool, typer.Option(help="Scale probabilities by the rows held out.")] = True,
+    fine_tune: Annotated[
+        bool,
+        typer.Option("--fine-tune", help="Train the last blocks too; kept only if that helps.", rich_help_panel=_TUNE),
+    ] = False,
+    tune_cut: Annotated[str, typer.Option(help="Cut behind which blocks are trained.", rich_help_panel=_TUNE)] = "",
+    lora_rank: Annotated[
+        int, typer.Option(help="Train what is added, of that rank; 0: all weights.", rich_help_panel=_TUNE)
+    ] = 0,
+    tune_epochs: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_TUNE)] = 0,
+    tune_batch_size: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_TUNE)] = 0,
+    tune_learning_rate: Annotated[float, typer.Option(help="0: the default.", rich_help_panel=_TUNE)] = 0.0,
+    layer_decay: Annotated[
+        float, typer.Option(help="Of the rate, from a stage to the one before; 0: the default.", rich_help_panel=_TUNE)
+    ] = 0.0,
+    adapt_batch_norm: Annotated[
+        bool, typer.Option("--adapt-batch-norm", help="Average statistics of these rows.", rich_help_panel=_TUNE)
+    ] = False,
+    workers: Annotated[
+        str, typer.Option(metavar="N|MIN-MAX", help="That share the work.", rich_help_panel=_TUNE)
+    ] = "1",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Train a head on a dataset."""
     from trunkline.losses import Loss, Optimiser
+
+    tuning = _fine_tune(
+        asked=fine_tune,
+        cut=tune_cut,
+        lora_rank=lora_rank,
+        epochs=tune_epochs,
+        batch_size=tune_batch_size,
+        learning_rate=tune_learning_rate,
+        layer_decay=layer_decay,
+        batch_norm="adapt" if adapt_batch_norm else "frozen",
+        workers=_workers(workers),
+    )
 
     chosen = _head(
         head,
@@ -137,9 +171,37 @@ def train(
             validation=validation,
             refit=refit,
             calibrate=calibrate,
+            fine_tune=tuning,
             seed=seed,
         )
         _emit_model(session, job, wait=wait, hint="trunkline predict {} IMAGE ...")
+
+
+def _fine_tune(*, asked: bool, **given: Any) -> FineTune | bool:
+    """Return how to fine-tune, if it is asked for.
+
+    Raises:
+        InvalidArgumentError: It is not, but an option says how.
+    """
+    from trunkline.errors import InvalidArgumentError
+    from trunkline.fine_tuning import FineTune
+
+    wanted = FineTune(**given)
+    if asked:
+        return wanted
+    if wanted != FineTune():
+        raise InvalidArgumentError("an option says how to fine-tune, but not to do it", hint="Add --fine-tune")
+    return False
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    from trunkline.errors import InvalidArgumentError
+
+    least, dash, most = text.partition("-")
+    try:
+        return (int(least), int(most)) if dash else int(least)
+    except ValueError:
+        raise InvalidArgumentError(f"--workers is {text!r}; expected a number, or two such as 1-4") from None
 
 
 @command(missing="trunkline datasets")
@@ -266,8 +328,10 @@ def _trained(model: Model) -> str:
 
     metrics = ", ".join(f"{name} {text}" for name, text in list(held_out_scores(model.metrics).items())[:3])
     read = [f"{one.space.source} ({', '.join(slices)})" for one, slices in model.slices_by_input()]
+    tuned = model.fine_tuning
+    blocks = "" if tuned is None else f"\nblocks behind {tuned.cut}: {tuned.reason}"
     doubts = "".join(f"\nwarning: {one}" for one in model.warnings)
-    return f"{model.reference}: {metrics or 'not measured'}\nreads: {' and '.join(read)}{doubts}"
+    return f"{model.reference}: {metrics or 'not measured'}\nreads: {' and '.join(read)}{blocks}{doubts}"
 
 
 def _class_weights(given: list[str] | None, *, balanced: bool) -> str | dict[str, float] | None:
@@ -300,6 +364,7 @@ def _detail(status: JobStatus) -> str:
             ("backbones", ", ".join([status.spec.backbone, *(one.backbone for one in status.spec.more_backbones)])),
             ("embedding", ", ".join(status.spec.slices) or status.spec.embedding),
             ("head", head_summary(status.spec.head) if status.spec.head else None),
+            ("fine-tuned", None if status.spec.fine_tune is None else f"behind {status.spec.fine_tune.cut}"),
             ("loss", None if loss is None or loss.kind == "auto" else loss.kind),
             ("selected by", status.spec.fit.select_by or None),
             ("restarts", status.num_restarts or None),

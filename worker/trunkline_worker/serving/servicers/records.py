@@ -9,6 +9,7 @@ from trunkline_wire import codecs, fits, messages
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, HeadConfig
+from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
 from trunkline_wire.v1 import dataset_pb2, registry_pb2, training_pb2
 
 from trunkline_worker.store.evaluations import Evaluation
@@ -31,6 +32,7 @@ _HEADS = {
     training_pb2.HEAD_KIND_MLP: "mlp",
     training_pb2.HEAD_KIND_CONV: "conv",
     training_pb2.HEAD_KIND_PROTOTYPE: "prototype",
+    training_pb2.HEAD_KIND_TAIL: "tail",
 }
 _ACTIVATIONS = {training_pb2.ACTIVATION_RELU: "relu", training_pb2.ACTIVATION_GELU: "gelu"}
 _FUSIONS = {
@@ -109,6 +111,8 @@ def head_from_proto(message: training_pb2.HeadConfig) -> HeadConfig:
         tap=message.tap,
         fuse=_choice(_FUSIONS, message.fuse, training_pb2.FUSION_CONCAT, "fusion"),
         fuse_width=message.fuse_width,
+        slices=tuple(message.slices),
+        lora_rank=message.lora_rank,
     )
 
 
@@ -124,6 +128,8 @@ def head_to_proto(head: HeadConfig) -> training_pb2.HeadConfig:
         tap=head.tap,
         fuse=_code(_FUSIONS, head.fuse),
         fuse_width=head.fuse_width,
+        slices=head.slices,
+        lora_rank=head.lora_rank,
     )
 
 
@@ -192,6 +198,7 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
         calibrate=fit.calibrate if fit.HasField("calibrate") else True,
         more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
         sweep=_sweep_from_proto(message.sweep) if message.HasField("sweep") else None,
+        fine_tune=fine_tune_from_proto(message.fine_tune) if message.HasField("fine_tune") else None,
     )
 
 
@@ -258,6 +265,7 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
             training_pb2.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
         ],
         sweep=_sweep_to_proto(spec.sweep),
+        fine_tune=fine_tune_to_proto(spec.fine_tune),
     )
 
 
@@ -320,6 +328,7 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
         conformal=_conformal_to_proto(record.conformal),
         warnings=record.warnings,
         trials=[registry_pb2.Trial(**vars(one)) for one in record.trials],
+        fine_tuning=None if record.fine_tuning is None else registry_pb2.FineTuning(**vars(record.fine_tuning)),
     )
 
 
