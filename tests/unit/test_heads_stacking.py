@@ -190,5 +190,6 @@ def test_damaged_bytes_are_named():
 def test_every_field_of_the_config_decides_or_is_known_not_to():
     """A new field of ``HeadConfig`` must find its way into the stacked pass."""
     assert {one.name for one in dataclasses.fields(HeadConfig)} == {
-        *("kind", "hidden", "activation", "batch_norm", "dropout", "channels", "tap", "fuse", "fuse_width")
+        *("kind", "hidden", "activation", "batch_norm", "dropout", "channels", "tap", "fuse", "fuse_width"),
+        *("slices", "lora_rank"),  # of tails, which are not stacked
     }

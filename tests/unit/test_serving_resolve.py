@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import LossConfig
+from trunkline_wire.fits import FineTuneConfig, LossConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import (
     IMAGES,
@@ -19,7 +19,7 @@ from trunkline_wire.specs import (
     bottleneck_fingerprint,
     local_space,
 )
-from trunkline_worker.serving.backends import Backends
+from trunkline_worker.serving.backends import Backends, TuningLimits
 from trunkline_worker.serving.resolve import resolve
 from trunkline_worker.store.records import BackboneChoice, DatasetRecord, DatasetSource, JobSpec
 
@@ -324,3 +324,51 @@ def test_a_convolutional_head_takes_no_slices() -> None:
     code, message = refused(dataset(IMAGES), head=CONV, solver="adamw", embedding="slices", slices=("pooled",))
     assert code is ErrorCode.INVALID_ARGUMENT
     assert "no slices" in message
+
+
+@pytest.mark.parametrize(
+    ("first", "cut", "expected"),
+    [
+        (IMAGES, "", "one"),
+        (IMAGES, "two", "two"),
+        (IMAGES, "between", "between"),
+        (space("second", "between"), "", "two"),
+    ],
+)
+def test_fine_tuning_begins_before_the_last_stage_or_where_it_is_told_to(
+    first: FeatureSpace, cut: str, expected: str
+) -> None:
+    job = run(dataset(first), fine_tune=FineTuneConfig(cut=cut, lora_rank=4))
+    assert job.fine_tune == FineTuneConfig(cut=expected, lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "code", "what"),
+    [
+        (dataset(IMAGES), {"cut": "nowhere"}, ErrorCode.NOT_FOUND, "no cut 'nowhere'"),
+        (dataset(IMAGES), {"cut": "vector"}, ErrorCode.INVALID_ARGUMENT, "is no map"),
+        (dataset(space("second", "two")), {"cut": "one"}, ErrorCode.INVALID_ARGUMENT, "lies before the cut"),
+        (dataset(space("second", "vector")), {}, ErrorCode.INVALID_ARGUMENT, "name a cut"),
+        (dataset(IMAGES, SENSOR), {}, ErrorCode.INVALID_ARGUMENT, "further inputs"),
+        (dataset(SENSOR), {}, ErrorCode.INVALID_ARGUMENT, "no backbone whose blocks"),
+        (dataset(IMAGES), {"max_workers": 2}, ErrorCode.INVALID_ARGUMENT, "at most 1 workers.*tuning_workers"),
+        (dataset(IMAGES, num_rows=10**9), {}, ErrorCode.INVALID_ARGUMENT, "tuning_memory_mb"),
+    ],
+)
+def test_what_cannot_be_fine_tuned(record: DatasetRecord, changes: dict[str, Any], code: ErrorCode, what: str) -> None:
+    with pytest.raises(WireError, match=what) as error:
+        run(record, fine_tune=FineTuneConfig(**changes))
+    assert error.value.code is code
+
+
+def test_fine_tuning_reads_no_slice_before_its_cut() -> None:
+    with pytest.raises(WireError, match=r"'one.mean' lies before the cut 'two'"):
+        run(dataset(IMAGES), embedding="slices", slices=("one.mean",), fine_tune=FineTuneConfig(cut="two"))
+
+
+def test_a_cluster_need_not_fine_tune() -> None:
+    engines = {name: Engine(name, size) for name, size in SIZES.items()}
+    backends = Backends(engines, None, None, tuning=TuningLimits(max_workers=0))  # type: ignore[arg-type]
+    with pytest.raises(WireError) as error:
+        asyncio.run(resolve(JobSpec("m", "d", "", 0, fine_tune=FineTuneConfig()), dataset(IMAGES), backends))
+    assert error.value.code is ErrorCode.UNSUPPORTED

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import LossConfig, OptimiserConfig
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace, local_space
 from trunkline_worker.store.clock import ManualClock
@@ -20,9 +20,11 @@ from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.jobs import StaleLeaseError
 from trunkline_worker.store.metadata import MetadataStore
 from trunkline_worker.store.records import (
+    TUNING_JOB,
     BackboneChoice,
     Candidate,
     Event,
+    FineTuning,
     JobRecord,
     JobSpec,
     JobState,
@@ -557,3 +559,20 @@ def test_jobs_and_models_that_are_not_there(store: MetadataStore) -> None:
     for call in everything_a_holder_does(store, "nobody", 1):
         assert code_of(call) is ErrorCode.NOT_FOUND
     assert code_of(lambda: store.models.get("t", "a b")) is ErrorCode.INVALID_ARGUMENT
+
+
+def test_fine_tuning_jobs_wait_for_whoever_does_them(store: MetadataStore) -> None:
+    tuning = submit(store, spec=replace(SPEC, fine_tune=FineTuneConfig(cut="blocks.4", lora_rank=8)))
+    assert store.jobs.has_queued(TUNING_JOB) and not store.jobs.has_queued()
+    head = submit(store)
+    assert leased(store).job.id == head.id
+    assert store.jobs.lease("lane2", 10.0) is None
+    lease = store.jobs.lease("tuning", 10.0, TUNING_JOB)
+    assert lease is not None
+    assert lease.job.id == tuning.id
+    assert lease.job.spec.fine_tune == FineTuneConfig(cut="blocks.4", lora_rank=8)
+    record = FineTuning(
+        True, "kept", "blocks.4", "accuracy", 0.1, 0.05, 0.2, {"accuracy": 0.8}, {"accuracy": 0.9}, 7, 3
+    )
+    published = store.jobs.succeed(tuning.id, lease.fence, replace(MODEL, fine_tuning=record))
+    assert store.models.get("t", published.reference).fine_tuning == record

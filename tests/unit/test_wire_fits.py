@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import (
+    BATCH_NORM_ADAPT,
     HIGHER_IS_BETTER,
     LOSSES,
     LOWER_IS_BETTER,
+    FineTuneConfig,
     LossConfig,
     OptimiserConfig,
     check_metric,
@@ -18,6 +20,8 @@ from trunkline_wire.fits import (
     is_metric,
 )
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION, TASKS
+from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
+from trunkline_wire.v1 import training_pb2 as pb
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -103,3 +107,38 @@ def test_metrics() -> None:
     with pytest.raises(WireError, match="'rmse' is not a metric of classes; one of accuracy"):
         check_metric("rmse", CLASSIFICATION)
     assert not is_metric("luck")
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"lora_rank": -1}, "the rank"),
+        ({"epochs": 100_000}, "epochs"),
+        ({"batch_size": -1}, "batches"),
+        ({"learning_rate": NAN}, "learning rate"),
+        ({"layer_decay": 1.5}, "from stage to stage"),
+        ({"weight_decay": -0.1}, "weight decay"),
+        ({"batch_norm": "off"}, "frozen, adapt"),
+        ({"min_workers": 0}, "workers"),
+        ({"min_workers": 3, "max_workers": 2}, "3 to 2"),
+    ],
+)
+def test_fine_tuning_that_cannot_be(values: dict[str, Any], what: str) -> None:
+    with pytest.raises(WireError, match=what) as error:
+        FineTuneConfig(**values)
+    assert error.value.code is ErrorCode.INVALID_ARGUMENT
+
+
+def test_fine_tuning_goes_through_its_message() -> None:
+    for one in (
+        FineTuneConfig(),
+        FineTuneConfig("blocks.4", 8, 10, 64, 1e-3, 0.5, 0.1, BATCH_NORM_ADAPT, 2, 4),
+    ):
+        message = fine_tune_to_proto(one)
+        assert message is not None
+        assert fine_tune_from_proto(message) == one
+    assert fine_tune_to_proto(None) is None
+    assert fine_tune_from_proto(pb.FineTuneConfig(min_workers=3)) == FineTuneConfig(min_workers=3, max_workers=3)
+    with pytest.raises(WireError) as error:
+        fine_tune_from_proto(pb.FineTuneConfig(batch_norm=9))  # type: ignore[arg-type]
+    assert error.value.code is ErrorCode.UNSUPPORTED
