@@ -13,7 +13,7 @@ def cluster(tmp_path_factory):
     """The embedded cluster that all tests of a run share."""
     from clusters import EmbeddedCluster
 
-    running = EmbeddedCluster(tmp_path_factory.mktemp("cluster"), lease_s="5")
+    running = EmbeddedCluster(tmp_path_factory.mktemp("cluster"), lease_s="5", tuning_workers="2")
     try:
         yield running.up()
     finally:

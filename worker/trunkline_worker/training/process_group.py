@@ -49,7 +49,7 @@ class _OneAddressBackend(Backend):
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _join, host=host, port=port, rank=rank, size=size, backend=backend
+                    rank, _join, host=host, port=port, world_rank=rank, world_size=size, backend=backend
                 )
                 for rank in range(size)
             ]
@@ -71,25 +71,25 @@ def _listen() -> tuple[str, int]:
     return host, sock.getsockname()[1]
 
 
-def _join(host: str, port: int, rank: int, size: int, backend: str) -> None:
+def _join(host: str, port: int, world_rank: int, world_size: int, backend: str) -> None:
     import torch.distributed as dist
 
     name = interface_of(ray.util.get_node_ip_address())
     if name:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
-    sock = _listening.pop("store", None) if rank == 0 else None
+    sock = _listening.pop("store", None) if world_rank == 0 else None
     timeout = timedelta(seconds=TIMEOUT_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]  # torch has it in C++
         host,
         port,
-        size,
-        is_master=rank == 0,
+        world_size,
+        is_master=world_rank == 0,
         timeout=timeout,
         wait_for_workers=False,
         # The store closes it.
         master_listen_fd=None if sock is None else sock.detach(),
     )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=world_rank, world_size=world_size, timeout=timeout)
 
 
 def _leave() -> None:
