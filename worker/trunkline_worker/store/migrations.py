@@ -48,5 +48,12 @@ def _from_2(connection: sa.Connection) -> None:
     connection.execute(sa.text(_BOTTLENECKS))
 
 
-STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2}
+def _from_3(connection: sa.Connection) -> None:
+    """Rows of a dataset stand in groups, and some of them are views of one picture."""
+    connection.execute(sa.text(f"ALTER TABLE dataset_contents ADD COLUMN row_groups {_BYTES[connection.dialect.name]}"))
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN num_groups INTEGER DEFAULT 0 NOT NULL"))
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN views INTEGER DEFAULT 1 NOT NULL"))
+
+
+STEPS: Mapping[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """By the version that a step starts from; it ends at the one after it."""

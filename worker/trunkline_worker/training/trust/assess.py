@@ -92,6 +92,7 @@ def assess(
     l2: float,
     seed: int,
     row_ids: Sequence[bytes] = (),
+    groups_A: Indices | None = None,
     is_calibrated: bool = True,
     progress: Progress,
 ) -> Assessment:
@@ -108,6 +109,7 @@ def assess(
         l2: A strength for linear fits that look for wrong labels.
         seed: Of everything random.
         row_ids: What rows were made from; empty if not known.
+        groups_A: Group of each row. None: each is its own.
         is_calibrated: Whether to fit a temperature.
         progress: Told how far it is; may raise to stop.
     """
@@ -126,7 +128,8 @@ def assess(
     suspects, num_examined = [], 0
     classes_A = None if labels.class_indices is None else np.asarray(labels.class_indices, dtype=np.int64)
     if task == CLASSIFICATION and classes_A is not None:
-        picked = subsample(classes_A, len(classes_A), _EXAMINED_ROWS, _EXAMINED_CLASSES, generator)
+        picked = subsample(classes_A, len(classes_A), _EXAMINED_ROWS, _EXAMINED_CLASSES, generator, groups_A)
+        picked_groups_N = None if groups_A is None else groups_A[picked]
         num_examined = len(picked)
         x_ND = columns_AD[torch.from_numpy(picked).to(columns_AD.device)].float()
         fitted = standardisation(x_ND, widths)
@@ -136,9 +139,10 @@ def assess(
             len(labels.class_names),
             l2 or 1.0,
             generator,
+            groups_N=picked_groups_N,
             check=progress.check,
         )
-        found = find_suspects(said_NK, classes_A[picked])
+        found = find_suspects(said_NK, classes_A[picked], picked_groups_N)
         suspects = [replace(one, row=int(picked[one.row])) for one in found]
     progress.tell("assess", 0.8)
     is_one_of = task in (CLASSIFICATION, ORDINAL)
@@ -147,6 +151,7 @@ def assess(
         training_index,
         validation_index,
         row_ids=row_ids,
+        groups_N=groups_A,
         class_names=labels.class_names,
         classes_N=classes_A if is_one_of else None,
         labels_NK=labels.targets if task == MULTI_LABEL else None,
