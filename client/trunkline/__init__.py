@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trunkline.augment import Augment
     from trunkline.client import Client
     from trunkline.connection import connect
     from trunkline.datasets import Dataset, UploadReport
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerOutOfMemoryError,
     )
+    from trunkline.estimates import UploadEstimate
     from trunkline.heads import MLP, Conv, Linear, Prototype
     from trunkline.local_models import LocalModel, local_model
     from trunkline.local_vectors import LocalFeatures, local_features
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyExistsError",
+    "Augment",
     "AuthenticationError",
     "BadLabelsError",
     "CallCancelledError",
@@ -113,6 +116,7 @@ __all__ = [
     "TlsError",
     "TrunklineError",
     "UnsupportedError",
+    "UploadEstimate",
     "UploadReport",
     "WorkerOutOfMemoryError",
     "connect",
@@ -121,6 +125,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Augment": "trunkline.augment",
     "ClassificationReport": "trunkline.reports",
     "Client": "trunkline.client",
     "Conv": "trunkline.heads",
@@ -144,6 +149,7 @@ _MODULES = {
     "Report": "trunkline.reports",
     "RowPrediction": "trunkline.predictions",
     "Stem": "trunkline.stems",
+    "UploadEstimate": "trunkline.estimates",
     "UploadReport": "trunkline.datasets",
     "connect": "trunkline.connection",
     "local_features": "trunkline.local_vectors",

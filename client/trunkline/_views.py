@@ -127,9 +127,7 @@ def with_views(pictures: Sequence[Picture], views: int, augment: Augmentation | 
     """Return each picture and behind it its changed views, ``views`` in all."""
     if augment is None:
         return list(pictures)
-    return [
-        one if number == 0 else View(one, number, augment, seed) for one in pictures for number in range(views)
-    ]
+    return [one if number == 0 else View(one, number, augment, seed) for one in pictures for number in range(views)]
 
 
 def given_views(

@@ -29,9 +29,9 @@ _RANGES: dict[str, tuple[float, float]] = {
 class Augment:
     """How views of a picture differ from it. The defaults suit photographs of things.
 
-    They do not suit everything: mirrored digits and letters are wrong, as is whatever has a left and a right, so there
-    ``flip=0`` is needed; where colour decides, ``hue`` and ``saturation`` must stay small; where the edge of the picture
-    counts, ``crop=1``. ``Augment()(image, numpy.random.default_rng(0))`` makes a view to look at.
+    They do not suit everything. Mirrored digits and letters are wrong, as is whatever has a left and a right: give
+    ``flip=0`` there. Where colour decides, ``hue`` and ``saturation`` must stay small; where what is at the edge of the
+    picture counts, ``crop=1``. ``Augment()(image, numpy.random.default_rng(0))`` makes a view to look at.
 
     Attributes:
         crop: Least share of the picture's area that is kept, 0.05 to 1. 1: the picture is not cropped.

@@ -65,7 +65,9 @@ def _plain(groups: Any) -> list[Any]:
     try:
         return [one.item() if isinstance(one, np.generic) else one for one in groups]
     except TypeError:
-        raise InvalidArgumentError(f"groups is a {type(groups).__name__}; expected a list or a column", hint=_HINT) from None
+        raise InvalidArgumentError(
+            f"groups is a {type(groups).__name__}; expected a list or a column", hint=_HINT
+        ) from None
 
 
 def _is_missing(value: Any) -> bool:

@@ -69,9 +69,10 @@ class Datasets:
             targets: (N, M), float32, finite; with class names 0 or 1 throughout, a column for each.
 
         Raises:
-            WireError: INVALID_ARGUMENT (name, ids, key, which inputs, groups, views), EMPTY_BATCH, PAYLOAD_TOO_LARGE, SHAPE_MISMATCH,
-                BAD_LABELS, NOT_FINITE; NOT_FOUND where rows are not there; INCOMPATIBLE where rows of one input are
-                from another space or of two codecs; ALREADY_EXISTS where the key was used for something else.
+            WireError: INVALID_ARGUMENT (name, ids, key, which inputs, groups, views), EMPTY_BATCH, PAYLOAD_TOO_LARGE,
+                SHAPE_MISMATCH, BAD_LABELS, NOT_FINITE; NOT_FOUND where rows are not there; INCOMPATIBLE where rows of
+                one input are from another space or of two codecs; ALREADY_EXISTS where the key was used for something
+                else.
         """
         check_name(name, "dataset")
         check_inputs(space, row_ids, more_inputs)

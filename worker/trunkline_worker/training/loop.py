@@ -45,9 +45,9 @@ class TrainingResult:
         head: The head to publish, on the CPU.
         metrics: ``num_rows``, ``num_train_rows``, ``num_validation_rows``, ``num_features``, ``l2``; where pictures
             have views, rows are pictures here and ``num_views`` is what each was trained on in; ``num_groups`` where
-            there are any; with held-out rows what ``measure`` returns for the task; the same with ``train_`` in front, on the training split; and what
-            the solver says of itself. Where the spec asks for a refit on all rows, the scores are those measured before
-            it: afterwards no row is left that the head has not seen.
+            there are any; with held-out rows what ``measure`` returns for the task; the same with ``train_`` in front,
+            on the training split; and what the solver says of itself. Where the spec asks for a refit on all rows, the
+            scores are those measured before it: afterwards no row is left that the head has not seen.
         conformal: What gives sets and intervals of predictions their coverage. None where no rows were held out.
         warnings: What its maker should know before trusting the head.
         found: What the search found; None where nothing was searched.
@@ -80,8 +80,8 @@ def train_head(
 
     Everything is chosen and fitted on the training split; the held-out rows are only measured (and, for heads trained
     in epochs, tell which epoch was best). Of pictures with several views all are trained on, but only the pictures
-    themselves are measured with, and no group is on both sides. Equal arguments give an equal head, to the bit, on one machine with one
-    number of threads.
+    themselves are measured with, and no group is on both sides. Equal arguments give an equal head, to the bit, on one
+    machine with one number of threads.
 
     Args:
         sources: The inputs of the rows, one row per row of the dataset each, in the order in which they enter the head.

@@ -1,4 +1,4 @@
-"""Rows as views of pictures: what is split, counted and measured with are pictures, what is trained on is every view."""
+"""Rows as views of pictures: pictures are split, counted and measured with, and every view is trained on."""
 
 from __future__ import annotations
 
