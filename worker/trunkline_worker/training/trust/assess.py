@@ -18,7 +18,7 @@ from trunkline_worker.training.labels import Labels
 from trunkline_worker.training.metrics import probabilities
 from trunkline_worker.training.ordinal import above
 from trunkline_worker.training.progress import Progress
-from trunkline_worker.training.split import TRUST, Indices, folds, random_stream, subsample
+from trunkline_worker.training.split import TRUST, Indices, folds, num_groups, random_stream, subsample
 from trunkline_worker.training.standardise import standardisation
 from trunkline_worker.training.trust import conformal
 from trunkline_worker.training.trust.bootstrap import share_interval
@@ -54,15 +54,20 @@ class Assessment:
     suspects: tuple[LabelSuspect, ...]
 
 
-def calibrate(task: str, outputs_NK: Tensor, truth: Tensor, seed: int) -> tuple[float, dict[str, float]]:
+def calibrate(
+    task: str, outputs_NK: Tensor, truth: Tensor, seed: int, groups_N: Indices | None = None
+) -> tuple[float, dict[str, float]]:
     """Return the temperature, and how far probabilities are off with and without one.
 
-    For that each half of the rows is judged at the temperature of the other.
+    For that each half of the rows is judged at the temperature of the other; no group is in both, if there are two.
     """
     if task == REGRESSION or len(outputs_NK) < 2:
         return 1.0, {}
     temperature = _temperature(task, outputs_NK, truth)
-    half_N = torch.from_numpy(folds(None, len(outputs_NK), 2, random_stream(seed, TRUST))).to(outputs_NK.device)
+    if num_groups(groups_N, len(outputs_NK)) < 2:
+        groups_N = None
+    halves = folds(None, len(outputs_NK), 2, random_stream(seed, TRUST), groups_N)
+    half_N = torch.from_numpy(halves).to(outputs_NK.device)
     scaled_NK = outputs_NK.double()
     for half in (0, 1):
         other = half_N != half
@@ -115,7 +120,8 @@ def assess(
     """
     task = labels.task
     progress.tell("assess", 0.0)
-    temperature, metrics = calibrate(task, outputs_NK, truth, seed) if is_calibrated else (1.0, {})
+    held_groups_N = None if groups_A is None else groups_A[validation_index]
+    temperature, metrics = calibrate(task, outputs_NK, truth, seed, held_groups_N) if is_calibrated else (1.0, {})
     outputs_NK = outputs_NK.double() / temperature
     answers_NK = outputs_NK if task == REGRESSION else probabilities(task, outputs_NK)
     truths = truth.cpu().numpy()
