@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trunkline.augment import Augment
     from trunkline.client import Client
     from trunkline.connection import connect
     from trunkline.datasets import Dataset, UploadReport
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WorkerOutOfMemoryError,
     )
+    from trunkline.estimates import UploadEstimate
     from trunkline.fine_tuning import FineTune
     from trunkline.heads import MLP, Conv, Linear, Prototype
     from trunkline.local_models import LocalModel, local_model
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyExistsError",
+    "Augment",
     "AuthenticationError",
     "BadLabelsError",
     "CallCancelledError",
@@ -115,6 +118,7 @@ __all__ = [
     "TlsError",
     "TrunklineError",
     "UnsupportedError",
+    "UploadEstimate",
     "UploadReport",
     "WorkerOutOfMemoryError",
     "connect",
@@ -123,6 +127,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Augment": "trunkline.augment",
     "ClassificationReport": "trunkline.reports",
     "Client": "trunkline.client",
     "Conv": "trunkline.heads",
@@ -147,6 +152,7 @@ _MODULES = {
     "Report": "trunkline.reports",
     "RowPrediction": "trunkline.predictions",
     "Stem": "trunkline.stems",
+    "UploadEstimate": "trunkline.estimates",
     "UploadReport": "trunkline.datasets",
     "connect": "trunkline.connection",
     "local_features": "trunkline.local_vectors",

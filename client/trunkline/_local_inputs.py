@@ -101,7 +101,7 @@ def bind_local(local: Local | Sequence[Local] | None, inputs: Any, given: GivenI
         InvalidArgumentError: Something is missing, superfluous or twice there.
         TrunklineError: The rows cannot go in.
     """
-    chosen = _list(local)
+    chosen = local_list(local)
     names = [one.name for one in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -110,7 +110,12 @@ def bind_local(local: Local | Sequence[Local] | None, inputs: Any, given: GivenI
     return [LocalInput(one, _rows(one, own, given) if isinstance(one, LocalModel) else None) for one in chosen]
 
 
-def _list(local: Any) -> list[Local]:
+def local_list(local: Any) -> list[Local]:
+    """Return one local model, several, or none as a list.
+
+    Raises:
+        InvalidArgumentError: One of them is none.
+    """
     chosen = [] if local is None else list(local) if isinstance(local, (list, tuple)) else [local]
     for one in chosen:
         if not isinstance(one, (LocalModel, LocalFeatures)):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from trunkline_wire.limits import MAX_DATASET_ROWS, MAX_INPUTS
 
 from trunkline._deadline import Deadline
@@ -19,8 +21,10 @@ from trunkline.errors import (
     ShapeMismatchError,
     UnsupportedError,
 )
-from trunkline.labels import Labels, MultiLabels, encode_labels
-from trunkline.progress import show_progress
+from trunkline.estimates import UploadEstimate, measured_row_bytes
+from trunkline.groups import encode_groups
+from trunkline.labels import Labels, MultiLabels, encode_labels, repeated
+from trunkline.progress import is_seen, say, show_progress
 from trunkline.records import DatasetRecord, ServerInfo
 
 if TYPE_CHECKING:
@@ -30,8 +34,19 @@ if TYPE_CHECKING:
 class Upload:
     """One upload: the inputs of a dataset, its labels, and what was sent."""
 
-    def __init__(self, calls: Calls, info: ServerInfo, name: str, labels: Labels) -> None:
-        """Keep who is asked, and what the dataset will be called."""
+    def __init__(
+        self,
+        calls: Calls,
+        info: ServerInfo,
+        name: str,
+        labels: Labels,
+        *,
+        groups_N: npt.NDArray[np.uint32] | None = None,
+        views: int = 1,
+    ) -> None:
+        """Keep who is asked, what the dataset will be called, and how its rows belong together."""
+        self._groups_N = groups_N
+        self._views = views
         self._calls = calls
         self._info = info
         self._name = name
@@ -66,6 +81,10 @@ class Upload:
         distinct = sorted(first_number.values())
         missing = self._calls.datasets.find_missing([source.row_ids[number] for number in distinct], deadline)
         wanted = [distinct[index] for index in missing]
+        if wanted and self._views > 1 and is_seen(progress):
+            num_pictures = len(source.row_ids) // self._views
+            num_bytes = round(measured_row_bytes(source, wanted) * len(wanted))
+            say(f"{what}: {UploadEstimate(num_pictures, self._views, num_bytes)}", progress)
         with show_progress(f"Uploading {what}", len(wanted), progress) as bar:
             if not wanted:
                 return
@@ -85,7 +104,9 @@ class Upload:
         inputs = [(one.space, one.row_ids) for one in sources]
         labels = self._labels
         try:
-            record = self._calls.datasets.commit(self._name, inputs, labels, deadline)
+            record = self._calls.datasets.commit(
+                self._name, inputs, labels, deadline, groups_N=self._groups_N, views=self._views
+            )
         except BadLabelsError as error:
             if isinstance(labels, MultiLabels):  # they were checked here
                 raise self._too_old(f"several classes a row ({error.message})") from error
@@ -93,6 +114,10 @@ class Upload:
         # An older cluster takes no notice of what it does not know, and would train without it.
         if tuple(one.space for one in record.inputs) != tuple(one.space for one in sources):
             raise self._too_old(f"several inputs: it made {record.reference} of the first one alone")
+        if self._groups_N is not None and not record.num_groups:
+            raise self._too_old(f"groups: it made {record.reference} without them")
+        if record.views != self._views:
+            raise self._too_old(f"views of pictures: it made {record.reference} of all as if they were pictures")
         if isinstance(labels, MultiLabels) and (record.class_names, record.num_targets) != (
             labels.names,
             len(labels.names),
@@ -111,8 +136,20 @@ class Upload:
         )
 
 
-def check_upload(name: str, labels: Any, num_rows: int) -> Labels:
+def check_upload(
+    name: str, labels: Any, num_rows: int, *, groups: Any = None, views: int = 1
+) -> tuple[Labels, npt.NDArray[np.uint32] | None]:
     """Check what can be checked before anything is computed or sent.
+
+    Args:
+        name: Of the dataset.
+        labels: One for each picture.
+        num_rows: How many there are, every view of a picture being one.
+        groups: One for each picture, or None.
+        views: Of each picture.
+
+    Returns:
+        Labels and groups of each row.
 
     Raises:
         TrunklineError: Of the class that says what is wrong.
@@ -122,7 +159,9 @@ def check_upload(name: str, labels: Any, num_rows: int) -> Labels:
         raise PayloadTooLargeError(
             f"{num_rows} rows in one dataset; at most {MAX_DATASET_ROWS} are accepted", hint="Make several datasets"
         )
-    return encode_labels(labels, num_rows)
+    groups_P = encode_groups(groups, num_rows // views)
+    checked = repeated(encode_labels(labels, num_rows // views), views)
+    return checked, None if groups_P is None else groups_P.repeat(views)
 
 
 def check_inputs(sources: Sequence[RowSource]) -> None:

@@ -22,7 +22,7 @@ from trunkline._inference import DEFAULT_IN_FLIGHT, run, several
 from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
 from trunkline._row_sources import FeatureRows, ImageRows, RowSource, StemRows
 from trunkline._stem_shelf import StemShelf
-from trunkline._upload import Upload, check_upload
+from trunkline._upload import Upload, check_inputs, check_upload
 from trunkline.bottlenecks import Bottlenecks
 from trunkline.config import Settings
 from trunkline.datasets import Dataset
@@ -31,6 +31,7 @@ from trunkline.errors import (
     EmptyBatchError,
     InvalidArgumentError,
 )
+from trunkline.estimates import UploadEstimate, measured_row_bytes
 from trunkline.fine_tuning import FineTune, fine_tune_config
 from trunkline.heads import Head
 from trunkline.losses import ClassWeights, Loss, Optimiser, loss_config, needs_classes, optimiser_config, sweep_config
@@ -42,6 +43,7 @@ from trunkline.stems import AnyStem, stem_list
 from trunkline.training import Job, check_spec_of, make_spec, submit
 
 if TYPE_CHECKING:
+    from trunkline._views import Augmentation
     from trunkline.local_models import LocalModel
     from trunkline.own_stems import OwnStem
     from trunkline.stems import Stem
@@ -246,6 +248,10 @@ class Client:
         local_inputs: Any = None,
         remote: bool = True,
         input_size: int | None = None,
+        groups: Any = None,
+        views: int = 1,
+        augment: Augmentation | None = None,
+        seed: int = 0,
         timeout_s: float | None = None,
         progress: bool | None = None,
     ) -> Dataset:
@@ -271,35 +277,77 @@ class Client:
             remote: False: only local features are sent, and no backbone takes part.
             input_size: With a stem: must be the stem's. Without: what ``train`` takes for this dataset if it is told
                 nothing else; the images are sent as they are.
+            groups: One for each image, such as the patient or the camera that it is from, in any form that labels may
+                have; for a table or a CSV file also the name of a column. Training never has some images of a group to
+                learn from and others to measure with.
+            views: So many of each image: itself, and changed ones to train on only, made here. 1 to 64. All are sent
+                and embedded once: a training has them ready.
+            augment: How changed views are made: ``trunkline.Augment(flip=0)``, or any function of a ``PIL.Image`` and a
+                ``numpy.random.Generator`` that returns a ``PIL.Image``, such as
+                ``trunkline.torch.from_torchvision(transform)``. Default: ``trunkline.Augment()``.
+            seed: Of the views. They depend on it, on the image's content and on their number alone, so that uploading
+                again sends nothing twice.
             timeout_s: Deadline for everything, reconnections included. None: 60 s and 0.25 s a row.
             progress: None: show it if somebody can see it. False: never.
 
         Raises:
             BadLabelsError: Before anything is sent.
+            InvalidArgumentError: Likewise, where arguments do not fit each other.
             ShapeMismatchError: Inputs have different numbers of rows.
             CorruptImageError: One cannot be decoded. What was sent before is kept.
             StorageFullError: The cluster's storage is full. What was acknowledged is kept.
             UnsupportedError: The cluster is too old for several inputs, or for several classes a row.
         """
-        from trunkline.images import labelled
+        from trunkline._views import given_views
+        from trunkline.images import grouped, labelled
 
         stems = stem_list(stem)
         _check_choice(stems, local, remote, input_size)
+        groups = grouped(images, groups)
         images, labels = labelled(images, labels)
-        given = GivenImages(images)
+        given = given_views(GivenImages(images), views, augment, seed, local, local_inputs)
         local_rows = bind_local(local, local_inputs, given)
         num_rows = len(given.pictures) if remote else local_rows[0].num_rows
-        checked = check_upload(name, labels, num_rows)
+        checked, groups_N = check_upload(name, labels, num_rows, groups=groups, views=views)
         self._check_codecs(local_rows)
         deadline = rows_deadline(timeout_s, num_rows)
         deadline.check("upload")
-        sources: list[RowSource] = [StemRows(given.pictures, one) for one in stems]
-        if remote and not stems:
-            sources.append(ImageRows(given.pictures))
-        sources += [one.source() for one in local_rows]
-        upload = Upload(self._calls, self.info, name, checked)
+        sources = _sources(given, stems, local_rows, remote=remote)
+        upload = Upload(self._calls, self.info, name, checked, groups_N=groups_N, views=views)
         size = None if stems else input_size
         return upload.run(sources, deadline=deadline, progress=progress, input_size=size)
+
+    def estimate_upload(
+        self,
+        images: Any,
+        *,
+        stem: AnyStem | Sequence[AnyStem] | None = None,
+        local: Local | Sequence[Local] | None = None,
+        local_inputs: Any = None,
+        remote: bool = True,
+        views: int = 1,
+        augment: Augmentation | None = None,
+        seed: int = 0,
+    ) -> UploadEstimate:
+        """Return what ``upload`` would send if the cluster had nothing of it, measured on a few rows here.
+
+        Nothing is sent or asked. Arguments are those of ``upload``.
+
+        Raises:
+            InvalidArgumentError: Arguments do not fit each other.
+            ShapeMismatchError: Inputs have different numbers of rows.
+            CorruptImageError: One of those that are measured cannot be decoded.
+        """
+        from trunkline._views import given_views
+
+        stems = stem_list(stem)
+        _check_choice(stems, local, remote, None)
+        given = given_views(GivenImages(images), views, augment, seed, local, local_inputs)
+        sources = _sources(given, stems, bind_local(local, local_inputs, given), remote=remote)
+        check_inputs(sources)
+        num_rows = len(sources[0].row_ids)
+        per_row = sum(measured_row_bytes(one, range(num_rows)) for one in sources)
+        return UploadEstimate(num_rows // views, views, round(per_row * num_rows))
 
     def upload_features(
         self,
@@ -311,6 +359,7 @@ class Client:
         codec: str | None = None,
         local: Local | Sequence[Local] | None = None,
         local_inputs: Any = None,
+        groups: Any = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
     ) -> Dataset:
@@ -324,6 +373,7 @@ class Client:
             codec: In which they travel, as in ``stem``. Default: as they are.
             local: As in ``upload``; of vectors at hand, ``trunkline.local_features``.
             local_inputs: What goes into local models, as in ``upload``; there are no images here.
+            groups: As in ``upload``.
             timeout_s: As in ``upload``.
             progress: As in ``upload``.
 
@@ -341,14 +391,15 @@ class Client:
         if num_rows == 0:
             raise EmptyBatchError("there are no features", hint="Give at least one row")
         local_rows = bind_local(local, local_inputs, GivenImages(None))
-        checked = check_upload(name, labels, num_rows)
+        checked, groups_N = check_upload(name, labels, num_rows, groups=groups)
         self._check_codecs(local_rows)
         deadline = rows_deadline(timeout_s, num_rows)
         sources: list[RowSource] = [
             FeatureRows(self._backbones.features(one, where, codec, deadline)) for one, where in pairs
         ]
         sources += [one.source() for one in local_rows]
-        return Upload(self._calls, self.info, name, checked).run(sources, deadline=deadline, progress=progress)
+        upload = Upload(self._calls, self.info, name, checked, groups_N=groups_N)
+        return upload.run(sources, deadline=deadline, progress=progress)
 
     def dataset(self, reference: str, *, timeout_s: float | None = None) -> Dataset:
         """Return a dataset: ``name`` (the newest version) or ``name@version``.
@@ -724,6 +775,16 @@ class Client:
         if found.errors:
             raise found.errors[min(found.errors)]
         return found.matrix_NX
+
+
+def _sources(
+    given: GivenImages, stems: Sequence[AnyStem], local_rows: Sequence[LocalInput], *, remote: bool
+) -> list[RowSource]:
+    """Return the inputs of a dataset, the first one first."""
+    sources: list[RowSource] = [StemRows(given.pictures, one) for one in stems]
+    if remote and not stems:
+        sources.append(ImageRows(given.pictures))
+    return [*sources, *(one.source() for one in local_rows)]
 
 
 def _check_choice(stems: Sequence[AnyStem], local: object, remote: bool, input_size: int | None) -> None:

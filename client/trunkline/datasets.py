@@ -18,7 +18,7 @@ class UploadReport:
     """What an upload cost.
 
     Attributes:
-        num_rows: Rows of the dataset.
+        num_rows: Rows of the dataset, every view of a picture being one.
         rows_sent: Rows put on the wire, those of every input and repetitions after a broken connection included.
         feature_bytes_sent: Bytes of these rows on the wire: values, scales and offsets, after zstd where it was asked
             for. 0 if the cluster had everything.
@@ -64,8 +64,18 @@ class Dataset:
 
     @property
     def num_rows(self) -> int:
-        """How many rows it has."""
+        """How many rows it has. Every view of a picture is one."""
         return self.record.num_rows
+
+    @property
+    def views(self) -> int:
+        """How many rows are views of one picture: the picture itself, then changed ones to train on. 1: none are."""
+        return self.record.views
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups its rows are in, which training never splits. 0: they are not grouped."""
+        return self.record.num_groups
 
     @property
     def digest(self) -> str:
@@ -118,6 +128,8 @@ class Dataset:
             "name": record.name,
             "version": record.version,
             "num_rows": record.num_rows,
+            "num_groups": record.num_groups,
+            "views": record.views,
             "digest": record.digest,
             "backbone": record.space.backbone,
             "cut": record.space.cut,
@@ -142,13 +154,21 @@ class Dataset:
         return _html.facts(
             f"Dataset {self.reference}",
             [
-                ("rows", self.num_rows),
+                ("rows", rows_summary(self)),
                 ("labels", self.labels_summary),
                 *(("input" if number == 0 else "and", describe_source(one)) for number, one in enumerate(self.inputs)),
                 ("digest", self.digest[:16]),
                 ("upload", sent),
             ],
         )
+
+
+def rows_summary(data: Dataset) -> str:
+    """Return how many rows there are, what they are views of, and how they are grouped."""
+    text = f"{data.num_rows}"
+    if data.views > 1:
+        text += f", {data.views} views each of {data.num_rows // data.views} pictures"
+    return text + (f", in {data.num_groups} groups" if data.num_groups else "")
 
 
 def describe_space(space: FeatureSpace) -> str:

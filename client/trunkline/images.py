@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from trunkline_wire.errors import WireError
 from trunkline_wire.limits import MAX_IMAGE_BYTES
-from trunkline_wire.preprocess import decode_image, encode_image, image_from_array, preprocess_image
+from trunkline_wire.preprocess import IMAGE_FORMATS, decode_image, encode_image, image_from_array, preprocess_image
 from trunkline_wire.rows import content_digest
 from trunkline_wire.specs import Preprocessing
 
@@ -39,6 +40,9 @@ LABEL_COLUMNS = ("label", "class", "target", "y")
 """Names of a table's column of labels, the first that is there."""
 
 
+_JPEG_START = b"\xff\xd8\xff"
+
+
 class Picture(ABC):
     """One picture of the user's. Every error names it."""
 
@@ -62,6 +66,14 @@ class Picture(ABC):
     def num_bytes(self) -> int:
         """Return about how many bytes ``encoded`` has, without encoding. Never less."""
 
+    def size(self) -> tuple[int, int]:
+        """Return width and height, upright or not."""
+        return self.decoded().size
+
+    def is_jpeg(self) -> bool:
+        """Whether ``encoded`` is a JPEG file."""
+        return False
+
     def preprocessed(self, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
         """Return the (H, W, C) array that enters the network, uint8."""
         return preprocess_image(self.decoded(), preprocessing)
@@ -84,6 +96,16 @@ class _EncodedPicture(Picture):
             return decode_image(self.encoded())
         except WireError as error:
             raise self._failed(error) from None
+
+    def size(self) -> tuple[int, int]:
+        try:
+            with Image.open(io.BytesIO(self.encoded()), formats=IMAGE_FORMATS) as image:
+                return image.size
+        except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return self.decoded().size  # says what is wrong with it
+
+    def is_jpeg(self) -> bool:
+        return self.encoded().startswith(_JPEG_START)
 
 
 class FilePicture(_EncodedPicture):
@@ -249,18 +271,31 @@ def read_folder(folder: str | Path) -> tuple[list[Path], list[str]]:
 def read_csv(path: str | Path) -> tuple[list[Path], list[str] | None]:
     """Return paths and labels of a CSV file with a header. Relative paths start where the file lies."""
     table = Path(path).expanduser()
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except (OSError, ValueError, csv.Error) as error:
-        raise InvalidArgumentError(f"{table} cannot be read: {error}", hint="Give a CSV file with a header") from error
+    rows, columns = _read_rows(table)
     name = _column_name(columns, PATH_COLUMNS, "paths")
     label = next((one for one in LABEL_COLUMNS if one in columns), None)
     if not rows:
         raise EmptyBatchError(f"{table} has no rows", hint="Give at least one")
     labels = None if label is None else [row[label] for row in rows]
     return [table.parent / row[name] for row in rows], labels
+
+
+def grouped(images: Any, groups: Any) -> Any:
+    """Return the groups of rows, taken from a column of the table or CSV file where one is named.
+
+    Raises:
+        InvalidArgumentError: There is no such column.
+    """
+    if not isinstance(groups, str):
+        return groups
+    if is_table(images):
+        return _column(images, (groups,), "groups")
+    if isinstance(images, (str, Path)) and Path(images).suffix.lower() == ".csv":
+        return _read_column(Path(images).expanduser(), groups)
+    raise InvalidArgumentError(
+        f"groups names a column, {groups!r}, and the images are no table",
+        hint="Give a table or a CSV file, or one group for each image",
+    )
 
 
 def labelled(images: Any, labels: Any) -> tuple[Any, Any]:
@@ -282,6 +317,23 @@ def labelled(images: Any, labels: Any) -> tuple[Any, Any]:
             hint="Give one for each image, or a folder of class folders, or a table with a column 'label'",
         )
     return images, labels
+
+
+def _read_rows(table: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the rows and columns of a CSV file."""
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            return list(reader), list(reader.fieldnames or [])
+    except (OSError, ValueError, csv.Error) as error:
+        raise InvalidArgumentError(f"{table} cannot be read: {error}", hint="Give a CSV file with a header") from error
+
+
+def _read_column(table: Path, name: str) -> list[str | None]:
+    """Return a column of a CSV file. What is empty is missing."""
+    rows, columns = _read_rows(table)
+    _column_name(columns, (name,), "groups")
+    return [row[name] or None for row in rows]
 
 
 def is_table(value: Any) -> bool:

@@ -46,6 +46,22 @@ class MultiLabels:
 Labels = ClassLabels | Targets | MultiLabels
 
 
+def repeated(labels: Labels, times: int) -> Labels:
+    """Return labels with each row's several times, one after another.
+
+    Raises:
+        PayloadTooLargeError: They do not fit a message then.
+    """
+    if times == 1:
+        return labels
+    if isinstance(labels, ClassLabels):
+        return ClassLabels(labels.names, labels.indices_N.repeat(times))
+    if isinstance(labels, Targets):
+        return Targets(labels.values_NM.repeat(times, axis=0))
+    _check_size(labels.values_NK.size * times)
+    return MultiLabels(labels.names, labels.values_NK.repeat(times, axis=0))
+
+
 def encode_labels(labels: Any, num_rows: int) -> Labels:
     """Check labels and bring them into the form that is sent.
 

@@ -42,6 +42,8 @@ class Optimiser:
         precision: ``float32``, ``bfloat16`` or ``float16``, in which layers are multiplied.
         patience: Epochs without a better one after which training ends. 0: it goes on to the last. The best is kept
             either way.
+        mixup: Rows are mixed in pairs, columns and labels alike, by shares from Beta(mixup, mixup): 0.2 mixes most of
+            them a little, 1 evenly. 0: they are not.
     """
 
     warmup: float = 0.05
@@ -49,6 +51,7 @@ class Optimiser:
     ema: float = 0.0
     precision: str = FLOAT32
     patience: int = 0
+    mixup: float = 0.0
 
 
 ClassWeights = str | Mapping[str, float]

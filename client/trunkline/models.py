@@ -25,7 +25,7 @@ from trunkline.datasets import describe_source, describe_space, source_to_dict
 from trunkline.errors import BadLabelsError, InvalidArgumentError, UnsupportedError
 from trunkline.heads import head_summary
 from trunkline.labels import Targets, encode_labels, encode_memberships, label_names
-from trunkline.predictions import Prediction, label_sets
+from trunkline.predictions import Prediction, averaged, label_sets
 from trunkline.progress import show_progress
 from trunkline.records import Candidate, DatasetSource, FineTuning, ModelInput, ModelRecord, Trial
 from trunkline.reports import Report, classification_report, multi_label_report, regression_report
@@ -33,6 +33,7 @@ from trunkline.scores import all_scores
 from trunkline.stems import Stem
 
 if TYPE_CHECKING:
+    from trunkline._views import Augmentation
     from trunkline.client import Client
 
 
@@ -206,6 +207,9 @@ class Model:
         stem: GivenStems = None,
         local: Local | Sequence[Local] | None = None,
         local_inputs: Any = None,
+        views: int = 1,
+        augment: Augmentation | None = None,
+        seed: int = 0,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -227,6 +231,10 @@ class Model:
             local: The local model that it was trained with, or several. Vectors at hand:
                 ``trunkline.local_features``.
             local_inputs: What goes into local models instead of the images, as in ``Client.upload``.
+            views: Predict so many views of each image, itself and changed ones, and return the mean of their
+                probabilities, or values. All of them are sent: it costs as much more.
+            augment: How views are made, as in ``Client.upload``.
+            seed: Of the views, likewise.
             batch_size: Rows that travel together. None: about 2 MiB, 64 rows at most.
             max_in_flight: Most batches without an answer.
             timeout_s: Deadline for everything, retries included. None: 60 s and 0.25 s a row.
@@ -240,9 +248,12 @@ class Model:
             ShapeMismatchError: Inputs have different numbers of rows.
             TrunklineError: Every row failed: the first row's error.
         """
-        given = GivenImages(images)
+        from trunkline._views import given_views
+
+        given = given_views(GivenImages(images), views, augment, seed, local, local_inputs)
         found = check_locals(self.record, bind_local(local, local_inputs, given))
-        return self._predict_given(given, found, stem, batch_size, max_in_flight, timeout_s, progress)
+        prediction = self._predict_given(given, found, stem, batch_size, max_in_flight, timeout_s, progress)
+        return averaged(prediction, views)
 
     def predict_features(
         self,
@@ -311,6 +322,9 @@ class Model:
         stem: GivenStems = None,
         local: Local | Sequence[Local] | None = None,
         local_inputs: Any = None,
+        views: int = 1,
+        augment: Augmentation | None = None,
+        seed: int = 0,
         batch_size: int | None = None,
         timeout_s: float | None = None,
         progress: bool | None = None,
@@ -323,6 +337,9 @@ class Model:
             stem: As in ``predict``.
             local: As in ``predict``.
             local_inputs: As in ``predict``.
+            views: As in ``predict``.
+            augment: As in ``predict``.
+            seed: As in ``predict``.
             batch_size: As in ``predict``.
             timeout_s: As in ``predict``.
             progress: As in ``predict``.
@@ -330,13 +347,16 @@ class Model:
         Raises:
             BadLabelsError: Labels are missing, of another number, or unknown to the model.
         """
+        from trunkline._views import given_views
         from trunkline.images import labelled
 
         images, labels = labelled(images, labels)
-        given = GivenImages(images)
+        given = given_views(GivenImages(images), views, augment, seed, local, local_inputs)
         found = check_locals(self.record, bind_local(local, local_inputs, given))
-        truth = self._truth(labels, self._num_rows(given, found))
-        prediction = self._predict_given(given, found, stem, batch_size, DEFAULT_IN_FLIGHT, timeout_s, progress)
+        truth = self._truth(labels, self._num_rows(given, found) // views)
+        prediction = averaged(
+            self._predict_given(given, found, stem, batch_size, DEFAULT_IN_FLIGHT, timeout_s, progress), views
+        )
         good = np.array([row not in prediction.errors for row in range(len(prediction))])
         outputs, failed = prediction.outputs_NK[good], int((~good).sum())
         if self.task == REGRESSION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Prediction:
             Its ``codec`` is empty if the cluster is too old to say.
         task: ``classification``, ``multi_label``, ``ordinal`` or ``regression``.
         conformal: What ``sets`` and ``intervals`` go by. None if the model has nothing of the kind.
+        views: Views of each picture whose answers were averaged. 1: the picture's own.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Prediction:
     codec_use: CodecUse = field(default_factory=CodecUse)
     task: str = CLASSIFICATION
     conformal: Conformal | None = None
+    views: int = 1
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
@@ -170,6 +172,11 @@ class Prediction:
         return low_NK, high_NK
 
     def _threshold(self, coverage: float) -> float:
+        if self.views > 1:
+            raise UnsupportedError(
+                "sets and intervals go by what the model said of pictures alone, not of the average over their views",
+                hint="Predict without views= for these",
+            )
         if self.conformal is None:
             raise UnsupportedError(
                 f"{self.model} was trained without rows held out, or by an older cluster",
@@ -222,6 +229,7 @@ class Prediction:
             "timings": vars(self.timings),
             "wall_s": self.wall_s,
             "codec_use": vars(self.codec_use),
+            "views": self.views,
         }
 
     def __repr__(self) -> str:
@@ -246,6 +254,41 @@ class Prediction:
         trained = f"{use.trained_codec}, embedding error {use.trained_error:.2g}" if use.trained_codec else ""
         facts = [("sent as", _sent(use) if use.codec else ""), ("trained on", trained)]
         return _html.facts(f"Prediction of {self.model}", facts) + _html.table(("row", "prediction", ""), rows)
+
+
+def averaged(prediction: Prediction, views: int) -> Prediction:
+    """Return what a model says about pictures from what it says about their views: the mean of those that did not fail.
+
+    Args:
+        prediction: Of the views, those of a picture one after another.
+        views: Of each picture.
+    """
+    if views == 1:
+        return prediction
+    outputs_NVK = prediction.outputs_NK.reshape(-1, views, prediction.outputs_NK.shape[1]).astype(np.float64)
+    failed = [
+        row for row in range(len(outputs_NVK)) if all(row * views + one in prediction.errors for one in range(views))
+    ]
+    is_good_NV1 = np.ones((len(outputs_NVK), views, 1), dtype=bool)
+    is_good_NV1.reshape(-1)[list(prediction.errors)] = False
+    count_N1 = is_good_NV1.sum(axis=1)
+    total_NK = np.where(is_good_NV1, outputs_NVK, 0.0).sum(axis=1)
+    outputs_NK = np.full(total_NK.shape, np.nan, dtype=np.float32)
+    known_N = count_N1[:, 0] > 0
+    outputs_NK[known_N] = total_NK[known_N] / count_N1[known_N]
+    labels: Sequence[str | tuple[str, ...] | None] = [None] * len(outputs_NK)
+    if prediction.task == MULTI_LABEL:
+        labels = label_sets(outputs_NK, prediction.class_names)
+    elif prediction.class_names:
+        best_N = np.nan_to_num(outputs_NK).argmax(axis=1)
+        labels = [prediction.class_names[best] if known else None for best, known in zip(best_N, known_N, strict=True)]
+    return replace(
+        prediction,
+        outputs_NK=outputs_NK,
+        labels=labels,
+        errors={row: prediction.errors[row * views] for row in failed},
+        views=views,
+    )
 
 
 def label_sets(

@@ -123,6 +123,28 @@ def show_progress(title: str, total: float, wanted: bool | None = None) -> Progr
     return Progress(title, total)
 
 
+def say(text: str, wanted: bool | None = None) -> None:
+    """Say something in a line, wherever a bar would be seen.
+
+    Args:
+        text: What to say.
+        wanted: As for ``show_progress``.
+    """
+    if not is_seen(wanted):
+        return
+    if in_notebook():
+        sys.modules["IPython.display"].display(sys.modules["IPython.display"].HTML(html.escape(text)))
+        return
+    from rich.console import Console
+
+    Console(stderr=True).print(text, markup=False, highlight=False)
+
+
+def is_seen(wanted: bool | None = None) -> bool:
+    """Whether somebody can see what is shown, and it is wanted."""
+    return wanted is not False and (in_notebook() or (sys.stderr is not None and sys.stderr.isatty()))
+
+
 def in_notebook() -> bool:
     """Whether this runs in a Jupyter kernel. Loads nothing."""
     if "IPython.display" not in sys.modules:

@@ -54,6 +54,8 @@ class DatasetRecord:
     Attributes:
         codec: How the rows of the first input were made and sent. See ``Dataset.codec``.
         more_inputs: What stands beside the first input.
+        num_groups: Groups that are never split. 0: rows are not grouped.
+        views: So many rows, one after another, are views of one picture.
     """
 
     name: str
@@ -66,6 +68,8 @@ class DatasetRecord:
     create_time: datetime | None
     codec: str = ""
     more_inputs: tuple[DatasetSource, ...] = ()
+    num_groups: int = 0
+    views: int = 1
 
     @property
     def reference(self) -> str:

@@ -278,7 +278,7 @@ def make_spec(
     if not -(2**63) <= seed < 2**63:
         raise InvalidArgumentError(f"seed is {seed}; expected 64 bits at most")
     fit = FitConfig(
-        solver=_solver(solver, config, loss),
+        solver=_solver(solver, config, loss, mixup=optimiser.mixup),
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -399,13 +399,23 @@ def _differing(asked: LossConfig | OptimiserConfig | None, taken: LossConfig | O
     return next((f"{name} {getattr(asked, name)!r}" for name in names), "")
 
 
-def _solver(solver: str, head: HeadConfig, loss: LossConfig) -> str:
+def _solver(solver: str, head: HeadConfig, loss: LossConfig, *, mixup: float) -> str:
     """Return the solver; ``auto`` is chosen by what there is to solve."""
     if solver not in SOLVERS:
         raise InvalidArgumentError(f"solver is {solver!r}; expected one of {', '.join(SOLVERS)}")
+    if mixup and loss.class_order:
+        raise InvalidArgumentError(
+            "classes in order are not mixed: between two of them lie others", hint="Leave mixup out, or the order"
+        )
+    if mixup and (solver == "lbfgs" or head.kind == PROTOTYPE):
+        raise InvalidArgumentError(
+            "mixup is for what learns in minibatches", hint="Use solver='adamw', with a head other than prototype"
+        )
     has_one_solution = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT)
     is_solved = loss.kind in (AUTO, CROSS_ENTROPY, MSE)
     if solver == "auto":
+        if mixup:
+            return "adamw"
         return "lbfgs" if head.kind == PROTOTYPE or (has_one_solution and is_solved) else "adamw"
     if solver == "lbfgs" and not has_one_solution:
         raise InvalidArgumentError(

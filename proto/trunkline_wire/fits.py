@@ -30,6 +30,9 @@ _WHAT = {
 FLOAT32, BFLOAT16, FLOAT16 = PRECISIONS = ("float32", "bfloat16", "float16")
 """Numbers in which hidden layers are multiplied while they learn. The weights themselves stay float32."""
 
+MAX_MIXUP = 100.0
+"""Largest parameter of the shares: with it rows are mixed half and half nearly always."""
+
 HIGHER_IS_BETTER = {
     CLASSIFICATION: ("accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "average_precision"),
     MULTI_LABEL: ("subset_accuracy", "f1_micro", "f1_macro", "roc_auc", "average_precision"),
@@ -139,6 +142,7 @@ class OptimiserConfig:
         ema: Decay of the moving average of the weights, which is what is kept. 0: the weights themselves are.
         precision: One of ``PRECISIONS``.
         patience: Epochs without a better one after which training ends. 0: it goes on to the last.
+        mixup: Rows are mixed in pairs, columns and labels alike, by shares from Beta(mixup, mixup). 0: they are not.
 
     Raises:
         WireError: INVALID_ARGUMENT.
@@ -149,6 +153,7 @@ class OptimiserConfig:
     ema: float = 0.0
     precision: str = FLOAT32
     patience: int = 0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         """Check each number."""
@@ -164,6 +169,8 @@ class OptimiserConfig:
             )
         if self.patience < 0:
             raise invalid(f"patience is a number of epochs, or 0 for any; got {self.patience}")
+        if not 0.0 <= self.mixup <= MAX_MIXUP:
+            raise invalid(f"mixup is the parameter of a Beta distribution, 0 to {MAX_MIXUP:g}; got {self.mixup}")
 
 
 BATCH_NORM_FROZEN, BATCH_NORM_ADAPT = BATCH_NORMS = ("frozen", "adapt")

@@ -27,6 +27,9 @@ MAX_FIND_ROWS = 100_000
 MAX_INPUTS = 8
 """Most inputs of a dataset or a model, the first included."""
 
+MAX_VIEWS = 64
+"""Most views of one picture, the picture itself included."""
+
 MAX_LOCAL_WIDTH = 65_536
 """Most numbers in a row of local features."""
 

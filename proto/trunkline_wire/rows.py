@@ -47,6 +47,9 @@ def dataset_digest(
     class_indices: Sequence[int] | npt.NDArray[np.integer],
     targets: npt.NDArray[np.float32] | None,
     more_row_ids: Sequence[Sequence[bytes]] = (),
+    *,
+    groups: npt.NDArray[np.integer] | None = None,
+    views: int = 1,
 ) -> str:
     """Return the hex SHA-256 of a dataset: equal rows with equal labels in equal order, equal digest.
 
@@ -56,6 +59,8 @@ def dataset_digest(
         class_indices: One per row, into ``class_names``; empty unless every row is of one class.
         targets: float32, (rows, outputs) or (rows, classes); None where every row is of one class.
         more_row_ids: Those of each other input.
+        groups: Group of each row, numbered as ``number_groups`` does. None: rows are not grouped.
+        views: So many rows, one after another, are views of one picture.
     """
     digest = hashlib.sha256(b"dataset-v1\0")
     digest.update(len(row_ids).to_bytes(8, "little"))
@@ -68,11 +73,25 @@ def dataset_digest(
     digest.update(np.asarray(class_indices, dtype="<u4").tobytes())
     if targets is not None:
         digest.update(f"targets{targets.shape}".encode() + np.ascontiguousarray(targets, dtype="<f4").tobytes())
-    if not more_row_ids:
+    if more_row_ids:
+        whole = hashlib.sha256(b"dataset-inputs-v1\0" + digest.digest())
+        for ids in more_row_ids:
+            whole.update(len(ids).to_bytes(8, "little"))
+            for one in ids:
+                whole.update(one)
+        digest = whole
+    if groups is None and views == 1:
         return digest.hexdigest()
-    whole = hashlib.sha256(b"dataset-inputs-v1\0" + digest.digest())
-    for ids in more_row_ids:
-        whole.update(len(ids).to_bytes(8, "little"))
-        for one in ids:
-            whole.update(one)
-    return whole.hexdigest()
+    arranged = hashlib.sha256(b"dataset-groups-v1\0" + digest.digest() + views.to_bytes(4, "little"))
+    if groups is not None:
+        arranged.update(np.asarray(groups, dtype="<u4").tobytes())
+    return arranged.hexdigest()
+
+
+def number_groups(groups_N: npt.NDArray[np.integer]) -> npt.NDArray[np.uint32]:
+    """Return groups numbered from 0 in the order in which they first come: groups alike, numbers alike."""
+    _, first, inverse_N = np.unique(groups_N, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.uint32)
+    rank[np.argsort(first)] = np.arange(len(first), dtype=np.uint32)
+    numbered_N: npt.NDArray[np.uint32] = rank[inverse_N.reshape(-1)]
+    return numbered_N

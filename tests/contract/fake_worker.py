@@ -37,7 +37,7 @@ from trunkline_wire.limits import (
     MAX_MESSAGE_BYTES,
 )
 from trunkline_wire.names import check_name, parse_reference
-from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
+from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest, number_groups
 from trunkline_wire.specs import FLOAT32, IMAGES, CodecUse, CutSpec, Endpoints, FeatureSpace
 from trunkline_wire.v1 import (
     catalog_pb2,
@@ -723,7 +723,14 @@ class FakeWorker:
         labels = [self._codec_of_rows(tenant, ids, num_rows) for _, ids in inputs]
         names, indices, targets = self._labels(request, num_rows)
         (space, ids), *more = inputs
-        digest = dataset_digest(ids, names, indices, targets, [others for _, others in more])
+        # An old cluster takes no notice of fields that it does not know.
+        views = 1 if self.faults.is_old else request.views or 1
+        is_grouped = bool(request.groups) and not self.faults.is_old
+        groups = number_groups(np.array(request.groups)) if is_grouped else None
+        if len(request.groups) not in (0, num_rows) or num_rows % views:
+            raise WireError(ErrorCode.INVALID_ARGUMENT, "groups or views do not fit the rows")
+        more_ids = [others for _, others in more]
+        digest = dataset_digest(ids, names, indices, targets, more_ids, groups=groups, views=views)
         for message, _ in self.kept.get(("dataset", tenant, request.name), [])[-1:]:
             if message.digest == digest:
                 return message
@@ -739,6 +746,8 @@ class FakeWorker:
                 dataset_pb2.DatasetSource(space=one, codec=label)
                 for (one, _), label in zip(more, labels[1:], strict=True)
             ],
+            num_groups=0 if groups is None else int(groups.max()) + 1,
+            views=0 if self.faults.is_old else views,
         )
         return self.keep("dataset", tenant, message, ([one for _, one in inputs], np.array(indices), targets))
 

@@ -10,6 +10,7 @@ import trunkline
 
 NAMES = [
     "AlreadyExistsError",
+    "Augment",
     "AuthenticationError",
     "BadLabelsError",
     "CallCancelledError",
@@ -61,6 +62,7 @@ NAMES = [
     "TlsError",
     "TrunklineError",
     "UnsupportedError",
+    "UploadEstimate",
     "UploadReport",
     "WorkerOutOfMemoryError",
     "connect",

@@ -181,3 +181,18 @@ def test_a_model_shows_its_task_its_head_and_all_of_its_inputs(task: str, expect
         for one in message.more_inputs
     )
     assert found == inputs
+
+
+def test_rows_that_are_mixed_are_learnt_in_minibatches_unless_something_else_is_said() -> None:
+    mixed = records.spec_from_proto(pb.JobSpec(fit=pb.FitConfig(mixup=0.25)))
+    assert (mixed.solver, mixed.optimiser) == ("adamw", OptimiserConfig(warmup=0.05, mixup=0.25))
+    assert records.spec_from_proto(through_bytes(records.spec_to_proto(mixed))) == mixed
+    said = records.spec_from_proto(pb.JobSpec(fit=pb.FitConfig(mixup=0.25, solver=pb.SOLVER_LBFGS)))
+    assert said.solver == "lbfgs"
+    assert records.spec_from_proto(pb.JobSpec()).solver == "lbfgs"
+
+
+def test_a_dataset_says_how_its_rows_belong_together() -> None:
+    record = DatasetRecord("t", "d", 1, 12, "0" * 64, IMAGES, ("a", "b"), 0, 1.0, num_groups=3, views=4)
+    message = through_bytes(records.dataset_to_proto(record))
+    assert (message.num_groups, message.views, message.num_rows) == (3, 4, 12)

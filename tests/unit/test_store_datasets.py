@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from trunkline_worker.store.clock import ManualClock
 from trunkline_worker.store.database import Database
 from trunkline_worker.store.failpoints import Failpoints, SimulatedKill
 from trunkline_worker.store.metadata import MetadataStore
-from trunkline_worker.store.records import DatasetRecord, DatasetSource
+from trunkline_worker.store.records import DatasetRecord, DatasetSource, JobSpec
 
 SPACE = FeatureSpace("net", "blocks.2", 96, "f" * 64)
 OTHER_SPACE = FeatureSpace("net", "blocks.3", 96, "e" * 64)
@@ -375,3 +376,75 @@ def test_what_is_no_reference(store: MetadataStore, reference: str) -> None:
 def test_a_version_that_is_not_there(store: MetadataStore) -> None:
     commit(store)
     assert code_of(lambda: store.datasets.get("t", "digits@2")) is ErrorCode.NOT_FOUND
+
+
+def test_groups_are_kept_whatever_their_numbers_and_are_part_of_the_digest(store: MetadataStore) -> None:
+    plain = commit(store)
+    record = commit(store, groups=[7, 4, 7, 9])
+    assert (record.version, record.num_groups, plain.num_groups) == (2, 3, 0)
+    assert record.digest != plain.digest
+    content = store.datasets.rows("t", "digits")
+    assert content.groups is not None
+    assert content.groups.tolist() == [0, 1, 0, 2]
+    assert store.datasets.rows("t", "digits@1").groups is None
+    assert commit(store, groups=np.array([1, 0, 1, 5])) == record, "the same rows belong together"
+    assert commit(store, groups=[0, 0, 1, 2]).version == 3
+    assert store.datasets.get("t", "digits@2") == record
+
+
+def test_views_are_kept_and_are_part_of_the_digest(store: MetadataStore) -> None:
+    plain = commit(store, class_indices=[0, 0, 1, 1])
+    record = commit(store, class_indices=[0, 0, 1, 1], views=2)
+    assert (record.version, record.views, record.num_rows, plain.views) == (2, 2, 4, 1)
+    assert record.digest != plain.digest
+    assert commit(store, class_indices=[0, 0, 1, 1], views=0) == commit(store, class_indices=[0, 0, 1, 1], views=1)
+    targets = np.float32([[1, 2], [1, 2], [3, 4], [3, 4]])
+    assert (
+        commit(store, class_names=[], class_indices=[], targets=targets, views=2, groups=[5, 5, 6, 6]).num_groups == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "match"),
+    [
+        ({"groups": [0, 1, 2]}, ErrorCode.INVALID_ARGUMENT, "3 groups for 4 rows"),
+        ({"groups": [3, 3, 3, 3]}, ErrorCode.INVALID_ARGUMENT, "all rows are in one group.*leave the groups out"),
+        ({"views": 65}, ErrorCode.INVALID_ARGUMENT, "65 views of a picture; 1 to 64"),
+        ({"views": 1000}, ErrorCode.INVALID_ARGUMENT, "1000 views"),
+        ({"views": 3}, ErrorCode.INVALID_ARGUMENT, "4 rows are no whole number of pictures with 3 views"),
+        ({"views": 2}, ErrorCode.BAD_LABELS, "row 1 is a view of the picture in row 0 and has another label"),
+        (
+            {"views": 2, "class_indices": [0, 0, 1, 1], "groups": [0, 0, 1, 0]},
+            ErrorCode.INVALID_ARGUMENT,
+            "row 3 is a view of the picture in row 2 and is in another group",
+        ),
+        (
+            {
+                "views": 2,
+                "class_names": [],
+                "class_indices": [],
+                "targets": np.float32([[1, 2], [1, 2], [3, 4], [3, 5]]),
+            },
+            ErrorCode.BAD_LABELS,
+            "row 3 is a view of the picture in row 2 and has another label",
+        ),
+    ],
+)
+def test_groups_and_views_that_do_not_fit_the_rows(
+    store: MetadataStore, changes: dict[str, Any], code: ErrorCode, match: str
+) -> None:
+    with pytest.raises(WireError, match=match) as caught:
+        commit(store, **changes)
+    assert caught.value.code is code
+    assert store.datasets.list("t") == []
+
+
+def test_a_class_in_one_group_is_refused_when_a_job_would_hold_groups_out(store: MetadataStore) -> None:
+    record = commit(store, class_names=["a", "b"], class_indices=[0, 1, 0, 1], groups=[0, 1, 2, 1])
+    spec = JobSpec("head", record.reference, "net", 96)
+    with pytest.raises(WireError, match=r"all rows of class 'b' are in one group.*validation fraction to 0") as caught:
+        store.jobs.submit("t", spec, "k1")
+    assert caught.value.code is ErrorCode.BAD_LABELS
+    assert store.jobs.submit("t", replace(spec, validation_fraction=0.0), "k2").spec.validation_fraction == 0.0
+    fine = commit(store, class_names=["a", "b"], class_indices=[0, 1, 0, 1], groups=[0, 1, 2, 3])
+    assert store.jobs.submit("t", replace(spec, dataset=fine.reference), "k3").spec.dataset == fine.reference

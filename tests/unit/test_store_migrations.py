@@ -154,6 +154,19 @@ UPDATE store_info SET schema_version = 2;
 """
 """What the second version has beyond the first, and what it says of the rows below."""
 
+TO_VERSION_3 = """
+ALTER TABLE datasets ADD COLUMN more_inputs TEXT DEFAULT '[]' NOT NULL;
+ALTER TABLE dataset_contents ADD COLUMN more_row_ids {blob};
+CREATE TABLE bottlenecks (
+    tenant VARCHAR NOT NULL,
+    sha256 VARCHAR(64) NOT NULL,
+    create_time FLOAT NOT NULL,
+    PRIMARY KEY (tenant, sha256)
+);
+UPDATE store_info SET schema_version = 3;
+"""
+"""What the third version has beyond the second."""
+
 SQLITE_WORDS = {"serial": "INTEGER", "blob": "BLOB", "without_rowid": "\n WITHOUT ROWID"}
 POSTGRES_WORDS = {"serial": "SERIAL", "blob": "BYTEA", "without_rowid": ""}
 COLUMNS_OF_1 = {
@@ -275,12 +288,13 @@ def fill(connection: sa.Connection, words: dict[str, str], version: int) -> None
         insert = sa.text(f"INSERT INTO {table} ({columns}) VALUES ({values})")
         for row in rows:
             connection.execute(insert, dict(zip(names, row, strict=True)))
-    for statement in TO_VERSION_2.split(";\n") if version == 2 else ():
-        if statement.strip():
-            connection.exec_driver_sql(statement)
+    for step in (TO_VERSION_2, TO_VERSION_3)[: version - 1]:
+        for statement in step.replace("{blob}", words["blob"]).split(";\n"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def version(request: pytest.FixtureRequest) -> int:
     """Of the database that a test starts from."""
     return int(request.param)
@@ -381,6 +395,7 @@ def test_what_was_there_is_read_back_and_old_models_count_as_exact(url: str) -> 
     assert (content.row_ids, content.class_indices.tolist()) == (ROWS[:2], LABELS)
     assert content.record.digest == digest_of(ROWS[:2])
     assert (content.more_row_ids, content.record.more_inputs) == ((), ())
+    assert (content.groups, content.record.num_groups, content.record.views) == (None, 0, 1)
     assert store.datasets.rows("t", "pictures").record.space == IMAGES
     assert store.rows.missing("t", ROWS) == []
     assert store.embeddings.missing("t", "key", ROWS) == [2, 3, 4, 5]
@@ -409,6 +424,8 @@ def test_work_goes_on_in_a_migrated_database(url: str) -> None:
     assert store.datasets.commit("t", "halves", SPACE, ROWS[:2], CLASSES, [1, 0], None, "k4", more).version == 3
     assert store.datasets.rows("t", "halves").more_row_ids == (LOCAL_ROWS,)
     assert store.datasets.rows("t", "halves@1").more_row_ids == ()
+    grouped = store.datasets.commit("t", "halves", SPACE, ROWS[:2], CLASSES, LABELS, None, "k5", groups=[8, 3])
+    assert (grouped.version, grouped.num_groups) == (4, 2)
     store.bottlenecks.add("t", "b" * 64)
     store.bottlenecks.check("t", "b" * 64)
     lease = store.jobs.lease("lane", 10.0)

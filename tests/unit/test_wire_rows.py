@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 
 import numpy as np
-from trunkline_wire.rows import ROW_ID_BYTES, content_digest, dataset_digest, row_id
+from trunkline_wire.rows import ROW_ID_BYTES, content_digest, dataset_digest, number_groups, row_id
 from trunkline_wire.specs import (
     IMAGES,
     FeatureSpace,
@@ -103,3 +103,21 @@ def test_fingerprints_depend_on_weights_cut_and_every_part_of_the_preprocessing(
     prints += [embedding_fingerprint("w", one) for one in [base, *variants]]
     assert len(set(prints)) == len(prints)
     assert feature_fingerprint("w", "cut", dataclasses.replace(base)) == prints[0]
+
+
+def test_groups_and_views_change_a_digest_only_where_there_are_any():
+    ids = [bytes([number]) * 32 for number in range(4)]
+    plain = dataset_digest(ids, ["a", "b"], [0, 0, 1, 1], None)
+    assert dataset_digest(ids, ["a", "b"], [0, 0, 1, 1], None, groups=None, views=1) == plain
+    arranged = [
+        dataset_digest(ids, ["a", "b"], [0, 0, 1, 1], None, groups=groups, views=views)
+        for groups in (None, np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1]))
+        for views in (1, 2)
+    ]
+    assert arranged[0] == plain
+    assert len(set(arranged)) == 6
+
+
+def test_groups_are_numbered_as_they_come():
+    assert number_groups(np.array([9, 2, 9, 5, 2])).tolist() == [0, 1, 0, 2, 1]
+    assert number_groups(np.array([9])).dtype == np.uint32

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from trunkline_wire.codecs import encode_array, encoded_size
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.limits import MAX_FIND_ROWS
@@ -113,7 +115,14 @@ class DatasetCalls:
             yield chunk, len(chunk.row_ids)
 
     def commit(
-        self, name: str, inputs: Sequence[tuple[FeatureSpace, Sequence[bytes]]], labels: Labels, deadline: Deadline
+        self,
+        name: str,
+        inputs: Sequence[tuple[FeatureSpace, Sequence[bytes]]],
+        labels: Labels,
+        deadline: Deadline,
+        *,
+        groups_N: npt.NDArray[np.uint32] | None = None,
+        views: int = 1,
     ) -> DatasetRecord:
         """Make a dataset of rows that are stored.
 
@@ -122,6 +131,8 @@ class DatasetCalls:
             inputs: Where the rows of each input live, and their ids. The first one first.
             labels: Of the rows.
             deadline: Of the call.
+            groups_N: Of the rows, if they are grouped.
+            views: So many rows, one after another, are views of one picture.
         """
         (space, row_ids), *more = inputs
         request = pb.CommitDatasetRequest(
@@ -130,6 +141,8 @@ class DatasetCalls:
             row_ids=row_ids,
             idempotency_key=uuid.uuid4().hex,
             more_inputs=[pb.DatasetInput(space=space_to_proto(one), row_ids=ids) for one, ids in more],
+            groups=None if groups_N is None else groups_N.tolist(),
+            views=views if views > 1 else 0,
         )
         try:
             if isinstance(labels, Targets):
@@ -187,4 +200,6 @@ def _dataset(message: pb.Dataset) -> DatasetRecord:
         create_time=from_timestamp(message, "create_time"),
         codec=message.codec,
         more_inputs=tuple(DatasetSource(space_from_proto(one.space), one.codec) for one in message.more_inputs),
+        num_groups=message.num_groups,
+        views=message.views or 1,
     )

@@ -234,6 +234,7 @@ def _fit_to_message(fit: FitConfig) -> pb.FitConfig:
         message.ema = fit.optimiser.ema
         message.precision = _PRECISIONS[fit.optimiser.precision]
         message.patience = fit.optimiser.patience
+        message.mixup = fit.optimiser.mixup
     return message
 
 
@@ -263,6 +264,7 @@ def _optimiser_from_message(fit: pb.FitConfig) -> OptimiserConfig | None:
             ema=fit.ema,
             precision=_PRECISION_NAMES.get(fit.precision, ""),
             patience=fit.patience,
+            mixup=fit.mixup,
         )
     return None
 

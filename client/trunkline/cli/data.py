@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trunkline.cli.options import (
+    AugmentOption,
     Codec,
     InputSize,
     LocalFile,
@@ -17,6 +18,9 @@ from trunkline.cli.options import (
     Precision,
     StemOption,
     Threads,
+    Views,
+    ViewSeed,
+    find_augment,
     find_local,
     find_stem,
 )
@@ -47,20 +51,49 @@ def upload(
     remote: Annotated[
         bool, typer.Option("--remote/--no-remote", help="Send images or features of a stem, not local features alone.")
     ] = True,
+    groups_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the CSV file whose equal values belong together: no training splits them."),
+    ] = None,
+    views: Views = 1,
+    augment: AugmentOption = None,
+    view_seed: ViewSeed = 0,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what would be sent at most, and send nothing.")
+    ] = False,
 ) -> None:
     """Make a dataset of labelled images. Sends only what the cluster lacks; run it again after a failure."""
+    changes = find_augment(augment)
     local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         found = find_stem(
             client, stem, input_size, codec=codec, precision=precision, max_error=max_error, threads=threads
         )
-        data = client.upload(images, name=name, stem=found, local=local_model, remote=remote, input_size=input_size)
+        if estimate:
+            said = client.estimate_upload(
+                images, stem=found, local=local_model, remote=remote, views=views, augment=changes, seed=view_seed
+            )
+            session.emit({**vars(said), "num_rows": said.num_rows}, str(said))
+            return
+        data = client.upload(
+            images,
+            name=name,
+            stem=found,
+            local=local_model,
+            remote=remote,
+            input_size=input_size,
+            groups=groups_column,
+            views=views,
+            augment=changes,
+            seed=view_seed,
+        )
     report = data.report
     assert report is not None
     codecs = dict.fromkeys(one.codec for one in data.inputs if one.codec)
     as_codec = f" as {' and '.join(codecs)}" if codecs else ""
+    of_views = f" ({data.views} views of each picture)" if data.views > 1 else ""
     text = (
-        f"{data.reference}: {data.num_rows} rows, {report.rows_sent} sent{as_codec} "
+        f"{data.reference}: {data.num_rows} rows{of_views}, {report.rows_sent} sent{as_codec} "
         f"({report.feature_bytes_sent / 1e6:.1f} MB) in {report.seconds:.1f} s"
     )
     size = f" --input-size {input_size}" if input_size and found is None else ""
@@ -96,12 +129,12 @@ def datasets(
 
 
 def _detail(data: Dataset) -> str:
-    from trunkline.datasets import describe_source
+    from trunkline.datasets import describe_source, rows_summary
 
     return facts(
         [
             ("dataset", data.reference),
-            ("rows", data.num_rows),
+            ("rows", rows_summary(data)),
             ("labels", data.labels_summary),
             ("classes", ", ".join(data.class_names)),
             *(("and" if number else "input", describe_source(one)) for number, one in enumerate(data.inputs)),

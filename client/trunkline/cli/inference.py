@@ -11,6 +11,7 @@ from trunkline_wire.heads import CLASSIFICATION, ORDINAL, REGRESSION
 
 from trunkline.cli.data import Images
 from trunkline.cli.options import (
+    AugmentOption,
     Codec,
     InputSize,
     LocalFile,
@@ -20,6 +21,9 @@ from trunkline.cli.options import (
     Precision,
     StemOption,
     Threads,
+    Views,
+    ViewSeed,
+    find_augment,
     find_local,
     find_model_stem,
     find_stem,
@@ -82,10 +86,14 @@ def predict(
     local: LocalFile = None,
     local_name: LocalName = None,
     local_input_size: LocalInputSize = None,
+    views: Views = 1,
+    augment: AugmentOption = None,
+    view_seed: ViewSeed = 0,
     batch_size: BatchSize = None,
 ) -> None:
     """Predict pictures. Those that cannot be read fail alone; the exit code is 1 then."""
     paths = _paths(images)
+    changes = find_augment(augment)
     local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
@@ -99,7 +107,15 @@ def predict(
             max_error=max_error,
             threads=threads,
         )
-        found = chosen.predict(paths, stem=found_stem, local=local_model, batch_size=batch_size)
+        found = chosen.predict(
+            paths,
+            stem=found_stem,
+            local=local_model,
+            views=views,
+            augment=changes,
+            seed=view_seed,
+            batch_size=batch_size,
+        )
     data = found.to_dict()
     for row, path in zip(data["rows"], paths, strict=True):
         row["path"] = str(path)
@@ -127,9 +143,13 @@ def evaluate(
     local: LocalFile = None,
     local_name: LocalName = None,
     local_input_size: LocalInputSize = None,
+    views: Views = 1,
+    augment: AugmentOption = None,
+    view_seed: ViewSeed = 0,
     batch_size: BatchSize = None,
 ) -> None:
     """Measure a model on labelled pictures."""
+    changes = find_augment(augment)
     local_model = find_local(local, local_name, local_input_size)
     with session.connect() as client:
         chosen = client.model(model)
@@ -151,7 +171,15 @@ def evaluate(
             max_error=max_error,
             threads=threads,
         )
-        report = chosen.evaluate(images, stem=found_stem, local=local_model, batch_size=batch_size)
+        report = chosen.evaluate(
+            images,
+            stem=found_stem,
+            local=local_model,
+            views=views,
+            augment=changes,
+            seed=view_seed,
+            batch_size=batch_size,
+        )
     session.emit(report.to_dict(), report.summary())
     reached = getattr(report, "accuracy", None) if min_accuracy is not None else getattr(report, "r2", None)
     wanted = min_accuracy if min_accuracy is not None else min_r2

@@ -94,6 +94,9 @@ def train(
     ] = 0.0,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=_ADAMW)] = "float32",
     patience: Annotated[int, typer.Option(help="Epochs without a better one; 0: all.", rich_help_panel=_ADAMW)] = 0,
+    mixup: Annotated[
+        float, typer.Option(help="Mix rows in pairs, by shares from Beta(mixup, mixup); 0: no.", rich_help_panel=_ADAMW)
+    ] = 0.0,
     l2: Annotated[
         float | None, typer.Option(help="L2 penalty, or weight decay. Left out: chosen by cross-validation.")
     ] = None,
@@ -163,7 +166,7 @@ def train(
             class_weights=_class_weights(class_weight, balanced=balanced),
             ordinal=ordinal,
             select_by=select_by,
-            optimiser=Optimiser(warmup, clip_norm, ema, precision, patience),
+            optimiser=Optimiser(warmup, clip_norm, ema, precision, patience, mixup),
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,

@@ -10,6 +10,7 @@ import typer
 from trunkline.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from trunkline.augment import Augment
     from trunkline.client import Client
     from trunkline.local_models import LocalModel
     from trunkline.models import Model
@@ -40,6 +41,49 @@ LocalName = Annotated[
 LocalInputSize = Annotated[
     int | None, typer.Option(help="Side of the square it takes images at, in pixels.", min=1, rich_help_panel=_LOCAL)
 ]
+
+
+_VIEWS = "Views"
+Views = Annotated[
+    int, typer.Option(help="Of each picture: itself and changed ones.", min=1, max=64, rich_help_panel=_VIEWS)
+]
+AugmentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--augment",
+        help="How views change, such as crop=0.8,flip=0. Left out: as trunkline.Augment() does.",
+        metavar="NAME=NUMBER,...",
+        rich_help_panel=_VIEWS,
+    ),
+]
+ViewSeed = Annotated[int, typer.Option(help="Of the views.", rich_help_panel=_VIEWS)]
+
+
+def find_augment(text: str | None) -> Augment | None:
+    """Return how views change, as ``NAME=NUMBER,...`` says, or None.
+
+    Raises:
+        InvalidArgumentError: It says something that is not known, or out of range.
+    """
+    if text is None:
+        return None
+    from dataclasses import fields
+
+    from trunkline.augment import Augment
+
+    known = [one.name for one in fields(Augment)]
+    given: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (one.strip() for one in part.partition("="))
+        try:
+            if name not in known or not equals:
+                raise ValueError
+            given[name] = float(number)
+        except ValueError:
+            raise InvalidArgumentError(
+                f"--augment {part!r} says nothing; expected NAME=NUMBER", hint=f"The names are {', '.join(known)}"
+            ) from None
+    return Augment(**given)
 
 
 def split_stem(text: str) -> tuple[str, str]:

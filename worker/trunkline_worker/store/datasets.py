@@ -14,6 +14,7 @@ from trunkline_wire.specs import FeatureSpace
 
 from trunkline_worker.store import idempotency, schema, serial
 from trunkline_worker.store.context import StoreContext
+from trunkline_worker.store.groups import check_held_groups, checked_groups, checked_views
 from trunkline_worker.store.inputs import check_inputs
 from trunkline_worker.store.labels import bad_labels, checked_classes, checked_targets
 from trunkline_worker.store.records import DatasetContent, DatasetRecord, DatasetSource
@@ -43,6 +44,8 @@ class Datasets:
         targets: npt.NDArray[np.float32] | None,
         idempotency_key: str,
         more_inputs: Sequence[tuple[FeatureSpace, Sequence[bytes]]] = (),
+        groups: Sequence[int] | npt.NDArray[np.integer] | None = None,
+        views: int = 1,
     ) -> DatasetRecord:
         """Name a list of uploaded rows with their labels: the next version of ``name``.
 
@@ -59,20 +62,26 @@ class Datasets:
                 one class.
             idempotency_key: Made by the client, once per commit that it means.
             more_inputs: What stands beside the first input: where the rows live, and their ids in the same order.
+            groups: One per row, whatever the numbers; rows of one group are never split. None or empty: not grouped.
+            views: So many rows, one after another, are views of one picture.
 
         Shape:
             targets: (N, M), float32, finite; with class names 0 or 1 throughout, a column for each.
 
         Raises:
-            WireError: INVALID_ARGUMENT (name, ids, key, which inputs), EMPTY_BATCH, PAYLOAD_TOO_LARGE, SHAPE_MISMATCH,
-                BAD_LABELS, NOT_FINITE; NOT_FOUND where rows are not there; INCOMPATIBLE where rows of one input are
-                from another space or of two codecs; ALREADY_EXISTS where the key was used for something else.
+            WireError: INVALID_ARGUMENT (name, ids, key, which inputs, groups, views), EMPTY_BATCH, PAYLOAD_TOO_LARGE,
+                SHAPE_MISMATCH, BAD_LABELS, NOT_FINITE; NOT_FOUND where rows are not there; INCOMPATIBLE where rows of
+                one input are from another space or of two codecs; ALREADY_EXISTS where the key was used for something
+                else.
         """
         check_name(name, "dataset")
         check_inputs(space, row_ids, more_inputs)
         indices = checked_classes(len(row_ids), class_names, class_indices, has_targets=targets is not None)
         values = checked_targets(len(row_ids), class_names, targets)
-        digest = dataset_digest(row_ids, class_names, indices, values, [ids for _, ids in more_inputs])
+        views = checked_views(len(row_ids), views, indices, values)
+        grouped = checked_groups(len(row_ids), groups, views)
+        more_ids = [ids for _, ids in more_inputs]
+        digest = dataset_digest(row_ids, class_names, indices, values, more_ids, groups=grouped, views=views)
         space_texts = [serial.space_to_text(one) for one in (space, *(one for one, _ in more_inputs))]
         content = idempotency.content_sha256(name, space_texts[0], digest, *space_texts[1:])
         context = self._context
@@ -104,6 +113,8 @@ class Datasets:
                     create_time=now,
                     codec=codec,
                     more_inputs=sources,
+                    num_groups=0 if grouped is None else int(grouped.max()) + 1,
+                    views=views,
                 )
                 connection.execute(
                     context.database.insert_or_ignore(_contents).values(
@@ -112,7 +123,8 @@ class Datasets:
                         row_ids=b"".join(row_ids),
                         class_indices=indices.tobytes(),
                         targets=b"" if values is None else values.tobytes(),
-                        more_row_ids=b"".join(one for _, ids in more_inputs for one in ids) or None,
+                        more_row_ids=b"".join(one for ids in more_ids for one in ids) or None,
+                        row_groups=None if grouped is None else grouped.tobytes(),
                     )
                 )
                 connection.execute(
@@ -128,6 +140,8 @@ class Datasets:
                         create_time=now,
                         codec=record.codec,
                         more_inputs=sources_text,
+                        num_groups=record.num_groups,
+                        views=views,
                     )
                 )
             idempotency.remember(
@@ -173,6 +187,7 @@ class Datasets:
             more_row_ids=tuple(
                 more_ids[start : start + record.num_rows] for start in range(0, len(more_ids), record.num_rows)
             ),
+            groups=_groups(content.row_groups),
         )
 
     def find(self, connection: sa.Connection, tenant: str, reference: str) -> DatasetRecord:
@@ -193,8 +208,8 @@ class Datasets:
             )
         return _record(row)
 
-    def check_trainable(self, connection: sa.Connection, record: DatasetRecord) -> None:
-        """Check that the labels have something to tell apart.
+    def check_trainable(self, connection: sa.Connection, record: DatasetRecord, *, hold_out: bool) -> None:
+        """Check that the labels have something to tell apart, on both sides where groups are held out.
 
         Raises:
             WireError: BAD_LABELS.
@@ -202,15 +217,20 @@ class Datasets:
         if not record.class_names:
             return
         packed = connection.execute(
-            sa.select(_contents.c.class_indices, _contents.c.targets).where(
+            sa.select(_contents.c.class_indices, _contents.c.targets, _contents.c.row_groups).where(
                 _contents.c.tenant == record.tenant, _contents.c.digest == record.digest
             )
         ).one()
         if record.num_targets:
             if not np.frombuffer(packed.targets, dtype="<f4").any():
                 raise bad_labels(f"no row of {record.reference} is of any class; training needs one or more")
-        elif len(np.unique(np.frombuffer(packed.class_indices, dtype="<u4"))) < 2:
+            return
+        classes_N = np.frombuffer(packed.class_indices, dtype="<u4")
+        if len(np.unique(classes_N)) < 2:
             raise bad_labels(f"every row of {record.reference} is of one class; training needs two or more")
+        groups_N = _groups(packed.row_groups)
+        if groups_N is not None:
+            check_held_groups(record.class_names, classes_N, groups_N, hold_out=hold_out)
 
     def _stored_codec(
         self, connection: sa.Connection, tenant: str, space: FeatureSpace, row_ids: Sequence[bytes]
@@ -241,6 +261,10 @@ def _unpacked(row_ids: bytes) -> list[bytes]:
     return [bytes(row_ids[start : start + ROW_ID_BYTES]) for start in range(0, len(row_ids), ROW_ID_BYTES)]
 
 
+def _groups(packed: bytes | None) -> npt.NDArray[np.uint32] | None:
+    return None if packed is None else np.frombuffer(bytearray(packed), dtype="<u4")
+
+
 def _newest(connection: sa.Connection, tenant: str, name: str) -> sa.Row[tuple[object, ...]] | None:
     query = sa.select(_table).where(_table.c.tenant == tenant, _table.c.name == name)
     return connection.execute(query.order_by(_table.c.version.desc()).limit(1)).one_or_none()
@@ -259,4 +283,6 @@ def _record(row: sa.Row[tuple[object, ...]]) -> DatasetRecord:
         create_time=row.create_time,
         codec=row.codec,
         more_inputs=serial.sources_from_text(row.more_inputs),
+        num_groups=row.num_groups,
+        views=row.views,
     )

@@ -39,7 +39,7 @@ class Evaluation:
     """See ``Evaluation`` in registry.proto.
 
     Attributes:
-        rows: Places in the dataset, (N,), ascending.
+        rows: Places in the dataset, (N,), ascending; among its pictures, where these have views.
         num_held_out: Of so many.
         classes: (N,), or None.
         targets: (N, K), or None.

@@ -50,8 +50,8 @@ class Jobs:
 
         Raises:
             WireError: INVALID_ARGUMENT (names, key), NOT_FOUND for the dataset, BAD_LABELS where it holds one class
-                only, or where a row may be of several and none is of any; ALREADY_EXISTS where the key was used for
-                another job.
+                only, where a row may be of several and none is of any, or where all rows of a class are in one group
+                and groups are held out; ALREADY_EXISTS where the key was used for another job.
         """
         check_name(spec.model, "model")
         for backbone in (spec.backbone, *(one.backbone for one in spec.more_backbones)):
@@ -64,7 +64,7 @@ class Jobs:
             if earlier is not None:
                 return leases.record(leases.find(connection, tenant, earlier))
             dataset = self._datasets.find(connection, tenant, spec.dataset)
-            self._datasets.check_trainable(connection, dataset)
+            self._datasets.check_trainable(connection, dataset, hold_out=spec.validation_fraction > 0)
             job_id = self._context.new_id()
             last_number = connection.execute(sa.select(sa.func.max(_table.c.number))).scalar()
             connection.execute(

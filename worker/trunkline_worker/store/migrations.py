@@ -49,7 +49,10 @@ def _from_2(connection: sa.Connection) -> None:
 
 
 def _from_3(connection: sa.Connection) -> None:
-    """Jobs are of several kinds."""
+    """Rows of a dataset stand in groups, some are views of one picture, and jobs are of several kinds."""
+    connection.execute(sa.text(f"ALTER TABLE dataset_contents ADD COLUMN row_groups {_BYTES[connection.dialect.name]}"))
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN num_groups INTEGER DEFAULT 0 NOT NULL"))
+    connection.execute(sa.text("ALTER TABLE datasets ADD COLUMN views INTEGER DEFAULT 1 NOT NULL"))
     connection.execute(sa.text("ALTER TABLE jobs ADD COLUMN kind VARCHAR DEFAULT 'head' NOT NULL"))
 
 

@@ -42,7 +42,8 @@ class DatasetRecord:
 
     ``space`` is ``IMAGES`` where the rows are images. ``codec`` says how the rows were made and sent, as
     ``codec_label`` does; empty where that is not known. ``more_inputs`` stand beside them. Class names and
-    ``num_targets`` together: a row may be of several classes.
+    ``num_targets`` together: a row may be of several classes. ``num_groups`` is 0 where rows are not grouped. ``views``
+    rows, one after another, are views of one picture, the first of them the picture itself.
     """
 
     tenant: str
@@ -56,6 +57,8 @@ class DatasetRecord:
     create_time: float
     codec: str = ""
     more_inputs: tuple[DatasetSource, ...] = ()
+    num_groups: int = 0
+    views: int = 1
 
     @property
     def reference(self) -> str:
@@ -74,6 +77,7 @@ class DatasetContent:
         targets: float32 (rows, outputs), or (rows, classes) of 0 and 1 where a row may be of several classes; None
             where every row is of one.
         more_row_ids: The same for each of ``record.more_inputs``.
+        groups: uint32, the group of each row; None where they are not grouped.
     """
 
     record: DatasetRecord
@@ -81,6 +85,7 @@ class DatasetContent:
     class_indices: npt.NDArray[np.uint32]
     targets: npt.NDArray[np.float32] | None
     more_row_ids: tuple[list[bytes], ...] = ()
+    groups: npt.NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ dataset_contents = sa.Table(
     sa.Column("targets", sa.LargeBinary, nullable=False),
     # Ids of the other inputs' rows, packed likewise, input after input; NULL where there are none.
     sa.Column("more_row_ids", sa.LargeBinary),
+    # Group of each row as <u4; NULL where they are not grouped. Not "groups", which some databases keep to themselves.
+    sa.Column("row_groups", sa.LargeBinary),
 )
 
 datasets = sa.Table(
@@ -91,6 +93,10 @@ datasets = sa.Table(
     sa.Column("codec", sa.String, nullable=False, server_default=""),
     # Space and codec of each input beside the first.
     sa.Column("more_inputs", sa.Text, nullable=False, server_default="[]"),
+    # 0: rows are not grouped.
+    sa.Column("num_groups", sa.Integer, nullable=False, server_default=sa.text("0")),
+    # So many rows, one after another, are views of one picture.
+    sa.Column("views", sa.Integer, nullable=False, server_default=sa.text("1")),
     sa.ForeignKeyConstraint(["tenant", "digest"], ["dataset_contents.tenant", "dataset_contents.digest"]),
 )
 

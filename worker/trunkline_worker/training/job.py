@@ -81,6 +81,8 @@ def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
         job.spec,
         row_ids=[b"".join(ids) for ids in zip(content.row_ids, *content.more_row_ids, strict=True)],
         tail=_tail(lease, tools, keeper, read[0], content.row_ids),
+        groups=content.groups,
+        num_views=record.views,
         on_event=keeper.report,
         should_stop=keeper.should_stop,
     )

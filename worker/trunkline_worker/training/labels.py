@@ -48,6 +48,17 @@ class Labels:
             return len(self.class_names) - self.is_ordinal
         return 0 if self.targets is None or self.targets.ndim != 2 else self.targets.shape[1]
 
+    def of_pictures(self, num_views: int) -> Labels:
+        """Return one of every so many: the labels of pictures, whose views have them all."""
+        if num_views == 1:
+            return self
+        indices, targets = self.class_indices, self.targets
+        return replace(
+            self,
+            class_indices=None if indices is None else indices[::num_views],
+            targets=None if targets is None else targets[::num_views],
+        )
+
     def ordered(self, class_order: Sequence[str]) -> Labels:
         """Return the labels with their classes in an order, which means something from then on.
 

@@ -16,12 +16,14 @@ from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
 from trunkline_worker.store.evaluations import Evaluation, sample
+from trunkline_worker.store.groups import check_held_groups
 from trunkline_worker.store.records import Conformal, Event, FineTuning, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, quantile_of, soften
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.minibatch import run_head
+from trunkline_worker.training.pictures import Pictures
 from trunkline_worker.training.progress import Progress, TrainingCancelled
 from trunkline_worker.training.scoring import Candidate
 from trunkline_worker.training.search import Found, search
@@ -42,10 +44,11 @@ class TrainingResult:
 
     Attributes:
         head: The head to publish, on the CPU.
-        metrics: ``num_rows``, ``num_train_rows``, ``num_validation_rows``, ``num_features``, ``l2``; with held-out rows
-            what ``measure`` returns for the task; the same with ``train_`` in front, on the training split; and what
-            the solver says of itself. Where the spec asks for a refit on all rows, the scores are those measured before
-            it: afterwards no row is left that the head has not seen.
+        metrics: ``num_rows``, ``num_train_rows``, ``num_validation_rows``, ``num_features``, ``l2``; where pictures
+            have views, rows are pictures here and ``num_views`` is what each was trained on in; ``num_groups`` where
+            there are any; with held-out rows what ``measure`` returns for the task; the same with ``train_`` in front,
+            on the training split; and what the solver says of itself. Where the spec asks for a refit on all rows, the
+            scores are those measured before it: afterwards no row is left that the head has not seen.
         conformal: What gives sets and intervals of predictions their coverage. None where no rows were held out.
         warnings: What its maker should know before trusting the head.
         found: What the search found; None where nothing was searched.
@@ -72,14 +75,17 @@ def train_head(
     *,
     row_ids: Sequence[bytes] = (),
     tail: TailSource | None = None,
+    groups: npt.NDArray[np.integer] | None = None,
+    num_views: int = 1,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
 ) -> TrainingResult:
     """Choose slices, fit a head, measure it on held-out rows, and fit it once more on all of them.
 
     Everything is chosen and fitted on the training split; the held-out rows are only measured (and, for heads trained
-    in epochs, tell which epoch was best). Equal arguments give an equal head, to the bit, on one machine with one
-    number of threads.
+    in epochs, tell which epoch was best). Of pictures with several views all are trained on, but only the pictures
+    themselves are measured with, and no group is on both sides. Equal arguments give an equal head, to the bit, on one
+    machine with one number of threads.
 
     Args:
         sources: The inputs of the rows, one row per row of the dataset each, in the order in which they enter the head.
@@ -90,6 +96,8 @@ def train_head(
         row_ids: What each row was made from, to find copies by; of a row with several inputs, their ids one behind the
             other. Empty if not known.
         tail: Where the blocks begin that the spec asks to be fine-tuned, and who trains them.
+        groups: Group of each row. None: each picture is its own.
+        num_views: So many rows, one after another, are views of one picture, the first the picture itself.
         on_event: Takes events of the phases ``select``, ``fit``, ``tune`` and ``assess``, a few dozen at most.
         should_stop: Asked between steps.
 
@@ -105,7 +113,9 @@ def train_head(
     if spec.loss.class_order:
         spec = replace(spec, loss=_in_order(spec.loss, labels.class_names))
         labels = labels.ordered(spec.loss.class_order)
-    check_labels(labels, num_rows, hold_out=spec.validation_fraction > 0)
+    pictures = Pictures.of(num_rows, num_views, groups)
+    labels = labels.of_pictures(num_views)
+    check_labels(labels, pictures.count, hold_out=spec.validation_fraction > 0)
     spec.loss.kind_for(labels.task)
     check_metric(spec.select_by, labels.task)
     _check_weights(spec, labels)
@@ -113,12 +123,9 @@ def train_head(
     for source in sources:
         check_embedding(source.tensor, num_rows, source.width)
     truth, classes_N = _truth(labels, first_ND.device)
-    training_index, validation_index = hold_out(
-        classes_N, num_rows, spec.validation_fraction, random_stream(spec.seed, HOLD_OUT)
-    )
-    if labels.task == MULTI_LABEL:
-        assert labels.targets is not None
-        training_index, validation_index = keep_both(labels.targets, training_index, validation_index)
+    training_index, validation_index = _split(labels, classes_N, pictures, spec)
+    trained_on = pictures.take(training_index)
+    training_rows = torch.from_numpy(pictures.views(training_index)).to(truth.device)
 
     training_classes_N = None if classes_N is None else classes_N[training_index]
     tries_slices = spec.sweep is not None and bool(spec.sweep.embeddings)
@@ -126,25 +133,26 @@ def train_head(
     if tries_slices:
         chosen = [list(one.slices) for one in sources]
     else:
-        chosen, candidates = _choose(sources, labels.task, truth, classes_N, training_index, spec, progress)
+        chosen, candidates = _choose(sources, labels.task, truth, classes_N, training_index, spec, progress, pictures)
     found: Found | None = None
     if spec.sweep is not None:
-        searched = Rows(_side_by_side(sources, chosen), truth).take(torch.from_numpy(training_index).to(truth.device))
+        searched = Rows(_side_by_side(sources, chosen), pictures.spread(truth)).take(training_rows)
         settled = None if tries_slices else chosen
-        found = search(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, progress)
+        found = search(
+            *(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, progress, trained_on)
+        )
         spec, chosen = found.spec, [found.slices] if found.slices is not None else chosen
     inputs = [source.head_input(slices) for source, slices in zip(sources, chosen, strict=True)]
     columns_ND = _side_by_side(sources, chosen)
 
-    everything = Rows(columns_ND, truth)
-    training = (
-        everything.take(torch.from_numpy(training_index).to(truth.device)) if len(validation_index) else everything
-    )
-    validation = everything.take(torch.from_numpy(validation_index).to(truth.device))
+    everything = Rows(columns_ND, pictures.spread(truth))
+    training = everything.take(training_rows) if len(validation_index) else everything
+    as_taken = Rows(pictures.firsts(columns_ND), truth)
+    validation = as_taken.take(torch.from_numpy(validation_index).to(truth.device))
     widths = [width for one in inputs for width in one.widths]
     l2 = spec.l2
     if l2 < 0:
-        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress)
+        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress, trained_on)
 
     again = spec.refit and len(validation_index) > 0
     fit = fit_head(
@@ -159,14 +167,15 @@ def train_head(
         span=(0.0, 0.6 if again else 1.0),
     )
     held_out = run_head(fit.head, validation.x_ND) if len(validation) else fit.head.output.bias.new_zeros((0, 1))
-    on_training = run_head(fit.head, training.x_ND)
+    seen = Rows(trained_on.firsts(training.x_ND), trained_on.firsts(training.truth))
+    on_training = run_head(fit.head, seen.x_ND)
     details, curves = fit.details, fit.curves
     tuned: Tuned | None = None
     if tail is not None and spec.fine_tune is not None:
         progress.tell("fit", 1.0, details, always=True)
         tuned = fine_tune(
             *(spec, labels.task, labels.num_outputs, sources[0], tail, truth, classes_N),
-            *(training_index, validation_index, held_out, progress),
+            *(training_index, validation_index, held_out, progress, pictures),
         )
         curves = {**curves, **tuned.curves}
     head = fit.head if tuned is None or tuned.head is None else tuned.head
@@ -181,7 +190,7 @@ def train_head(
         progress.tell("fit", 1.0, details, always=True)
     assessed = assess(
         labels,
-        columns_ND,
+        as_taken.x_ND,
         widths,
         training_index,
         validation_index,
@@ -189,7 +198,8 @@ def train_head(
         validation.truth,
         l2=l2,
         seed=spec.seed,
-        row_ids=row_ids,
+        row_ids=row_ids[::num_views],
+        groups_A=pictures.groups_P,
         is_calibrated=spec.calibrate,
         progress=progress,
     )
@@ -199,15 +209,17 @@ def train_head(
         return measure(labels.task, outputs / assessed.temperature, rows.truth, quantile=quantile_of(spec))
 
     metrics = {
-        "num_rows": float(num_rows),
-        "num_train_rows": float(len(training)),
+        "num_rows": float(pictures.count),
+        "num_train_rows": float(len(seen)),
         "num_validation_rows": float(len(validation)),
         "num_features": float(sum(widths)),
         "l2": l2,
+        **({"num_views": float(num_views)} if num_views > 1 else {}),
+        **({"num_groups": float(pictures.num_groups)} if pictures.groups_P is not None else {}),
         **details,
         **measured(held_out, validation),
         **assessed.metrics,
-        **{f"train_{name}": value for name, value in measured(on_training, training).items()},
+        **{f"train_{name}": value for name, value in measured(on_training, seen).items()},
     }
     trained = TrainedHead(head, labels.task, tuple(labels.class_names))
     progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)
@@ -224,6 +236,28 @@ def train_head(
         evaluation,
         None if tuned is None else tuned.record,
     )
+
+
+def _split(
+    labels: Labels, classes_P: npt.NDArray[np.int64] | None, pictures: Pictures, spec: JobSpec
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the pictures to train on and those to measure with."""
+    groups_P = pictures.groups_P
+    if groups_P is not None:
+        check_held_groups(labels.class_names, classes_P, groups_P, hold_out=spec.validation_fraction > 0)
+    training_index, validation_index = hold_out(
+        classes_P, pictures.count, spec.validation_fraction, random_stream(spec.seed, HOLD_OUT), groups_P
+    )
+    if labels.task == MULTI_LABEL:
+        assert labels.targets is not None
+        training_index, validation_index = keep_both(labels.targets, training_index, validation_index, groups_P)
+    if groups_P is not None and spec.validation_fraction > 0 and not len(validation_index):
+        raise WireError(
+            ErrorCode.BAD_LABELS,
+            "no group can be held out and every label still be learnt with and without; name groups more finely, add "
+            "rows in other groups, or set the validation fraction to 0",
+        )
+    return training_index, validation_index
 
 
 def _in_order(loss: LossConfig, class_names: Sequence[str]) -> LossConfig:
@@ -256,6 +290,7 @@ def _choose(
     training_index: npt.NDArray[np.int64],
     spec: JobSpec,
     progress: Progress,
+    pictures: Pictures,
 ) -> tuple[list[list[SliceSpec]], list[Candidate]]:
     """Return the slices of each source that enter the head, and the sets that were tried."""
     named = slices_by_source(spec.slices, sources) if spec.embedding == "slices" else []
@@ -268,7 +303,9 @@ def _choose(
             chosen.append(list(source.slices))
         elif spec.embedding == "auto":
             candidates = choose_slices(
-                source.tensor, source.slices, task, truth, classes_N, training_index, spec.seed, progress
+                *(pictures.firsts(source.tensor), source.slices, task, truth, classes_N, training_index, spec.seed),
+                progress,
+                pictures.groups_P,
             )
             prefix = f"{source.name}:" if number else ""
             tried += [replace(one, slices=tuple(prefix + name for name in one.slices)) for one in candidates]

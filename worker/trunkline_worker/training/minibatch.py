@@ -15,6 +15,7 @@ from trunkline_wire.heads import CLASSIFICATION, CONV, LINEAR
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.learner import Learner, Schedule
+from trunkline_worker.training.mixup import Mixer
 from trunkline_worker.training.objective import Objective
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
@@ -74,7 +75,7 @@ def fit_minibatches(
         training: Rows to train on.
         validation: Rows to choose the epoch by, or None for the last one.
         plan: Length, speed and portions.
-        seed: Of the parameters, the order of the rows and the dropout.
+        seed: Of the parameters, the order of the rows, the dropout and how rows are mixed.
         badness: Says how bad the outputs of the validation rows are. None: the loss does.
         stop_after: Epochs to run of those that are planned; 0: all.
         check: Called before each step; may raise to stop.
@@ -106,6 +107,7 @@ def fit_minibatches(
         # As the solver that runs to convergence counts it, see `softmax`.
         penalty_factor=2.0 if objective.task == CLASSIFICATION and head.output.out_features == 2 else 1.0,
     )
+    mixer = Mixer(plan.optimiser.mixup, seed) if plan.optimiser.mixup else None
     best, best_epoch = math.inf, 0
     best_state: dict[str, Tensor] = {}
     last = stop_after or plan.epochs
@@ -115,10 +117,14 @@ def fit_minibatches(
         head.train()
         for rows in _batches(order_N, plan.batch_size):
             check()
-            x_BD = head.standardise(training.x_ND[rows].float())
+            x_BD, truth = head.standardise(training.x_ND[rows].float()), training.truth[rows]
+            mix = None if mixer is None else mixer.draw(len(rows), x_BD.device)
+            if mix is not None:
+                x_BD = mix.columns(x_BD)
             with learner.precision():
                 outputs = head.forward_standardised(x_BD, draw)
-            loss = objective.loss(outputs.float(), training.truth[rows])
+            outputs = outputs.float()
+            loss = objective.loss(outputs, truth) if mix is None else mix.loss(objective, outputs, truth)
             is_finite &= learner.step(loss)
             total_loss += float(loss.detach()) * len(rows)
         losses = {"loss": total_loss / num_rows}

@@ -110,6 +110,7 @@ def cross_validate_ordinal(
     grid: Sequence[float],
     *,
     weights_N: Tensor | None = None,
+    scored_N: Tensor | None = None,
     badness: Callable[[Tensor], float] | None = None,
     check: Callable[[], None],
 ) -> dict[float, float]:
@@ -119,6 +120,7 @@ def cross_validate_ordinal(
     """
     design = prepare(x_ND)
     weights_N = design.x_NR.new_ones(len(classes_N)) if weights_N is None else weights_N.to(design.x_NR)
+    counted_N = weights_N if scored_N is None else weights_N * scored_N
     above_NT = above(classes_N, num_classes).to(design.x_NR)
 
     def score(l2: float) -> float:
@@ -141,6 +143,6 @@ def cross_validate_ordinal(
         if badness is not None:
             return badness(held_out_NT)
         loss_NT = functional.softplus(held_out_NT) - above_NT * held_out_NT
-        return float((loss_NT.sum(dim=1) * weights_N).sum() / weights_N.sum())
+        return float((loss_NT.sum(dim=1) * counted_N).sum() / counted_N.sum())
 
     return score_strengths(grid, score)

@@ -139,6 +139,7 @@ def cross_validate_outputwise(
     folds_N: Tensor,
     grid: Sequence[float],
     *,
+    scored_N: Tensor | None = None,
     badness: Callable[[Tensor], float] | None = None,
     check: Callable[[], None],
 ) -> dict[float, float]:
@@ -153,6 +154,7 @@ def cross_validate_outputwise(
         start: From what the outputs of some rows should be to the intercepts to start from.
         folds_N: Fold of each row.
         grid: Strengths to try.
+        scored_N: Which rows are measured by; the others are trained on alone. None: all.
         badness: Says it of the outputs of all rows, each by a fit that has not seen it.
         check: Called between steps; may raise to stop.
     """
@@ -172,8 +174,10 @@ def cross_validate_outputwise(
             )
             outputs_NK = design.x_NR[outside_N] @ fit.weights_DK + fit.bias_K
             held_out_NK[outside_N] = outputs_NK
-            total += float(loss(outputs_NK, truth_NK[outside_N])[0].sum())
-        return total / truth_NK.numel() if badness is None else badness(held_out_NK)
+            some = slice(None) if scored_N is None else scored_N[outside_N]
+            total += float(loss(outputs_NK[some], truth_NK[outside_N][some])[0].sum())
+        count = truth_NK.numel() if scored_N is None else truth_NK[scored_N].numel()
+        return total / count if badness is None else badness(held_out_NK)
 
     return score_strengths(grid, score)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trunkline_worker.training.lbfgs import minimise
 
-# Shape suffix legend: N = rows, D = columns, M = outputs, A = kernels, S = strengths
+# Shape suffix legend: N = rows, D = columns, M = outputs, A = kernels, S = strengths, G = groups of one size,
+# B = rows of a group
 
 _MAX_CLOSED_FORM = 4096
 _FLOOR = 1e-10
@@ -77,17 +78,21 @@ def _iterate(x_ND: Tensor, targets_NM: Tensor, l2: float, check: Callable[[], No
     return minimum.x_PV.view(shape).double()
 
 
-def left_out_predictions(kernels_ANN: Tensor, targets_NM: Tensor, strengths: Sequence[float]) -> Tensor:
+def left_out_predictions(
+    kernels_ANN: Tensor, targets_NM: Tensor, strengths: Sequence[float], groups_N: Tensor | None = None
+) -> Tensor:
     """Predict each row by kernel ridge, intercept free, fitted to all the other rows: for every kernel and strength.
 
     With ``C`` the kernel plus the penalty, ``u = C^-1 1`` and ``P = C^-1 - u u' / (1' u)``, what row ``i`` is off by,
     once it is left out, is ``(P Y)[i] / P[i, i]``: one inverse serves all rows. As the intercept is fitted without the
-    row too, nothing about its target reaches its prediction.
+    row too, nothing about its target reaches its prediction. A group of rows that are left out together is off by
+    ``P[g, g]^-1 (P Y)[g]``, ``P[g, g]`` being its rows and columns.
 
     Args:
         kernels_ANN: Mean diagonal near 1. Their type is the one that is computed in.
         targets_NM: What to predict.
         strengths: Penalty per row, so ``strength * N`` on the diagonal.
+        groups_N: Group of each row, two groups at least: all rows of it are left out at a time. None: each is its own.
 
     Shape:
         returns (A, S, N, M).
@@ -103,5 +108,25 @@ def left_out_predictions(kernels_ANN: Tensor, targets_NM: Tensor, strengths: Seq
     total_AS11 = u_ASN1.sum(dim=2, keepdim=True)
     dual_ASNM = inverse_ASNN @ targets_NM
     dual_ASNM -= u_ASN1 * (dual_ASNM.sum(dim=2, keepdim=True) / total_AS11)
+    if groups_N is not None:
+        return targets_NM - _left_out_residuals(inverse_ASNN, u_ASN1, total_AS11, dual_ASNM, groups_N)
     diagonal_ASN1 = inverse_ASNN.diagonal(dim1=2, dim2=3)[..., None] - u_ASN1.square() / total_AS11
     return targets_NM - dual_ASNM / diagonal_ASN1
+
+
+def _left_out_residuals(
+    inverse_ASNN: Tensor, u_ASN1: Tensor, total_AS11: Tensor, dual_ASNM: Tensor, groups_N: Tensor
+) -> Tensor:
+    """Return what the rows of each group are off by, once all of it is left out. Groups of one size go together."""
+    residual_ASNM = torch.empty_like(dual_ASNM)
+    _, dense_N, size_G = torch.unique(groups_N, return_inverse=True, return_counts=True)
+    order_N = torch.argsort(dense_N, stable=True)
+    start_G = size_G.cumsum(0) - size_G
+    for size in torch.unique(size_G).tolist():
+        index_GB = order_N[start_G[size_G == size][:, None] + torch.arange(size, device=order_N.device)]
+        u_ASGB = u_ASN1.squeeze(3)[:, :, index_GB]
+        block_ASGBB = inverse_ASNN[:, :, index_GB[:, :, None], index_GB[:, None, :]]
+        block_ASGBB = block_ASGBB - u_ASGB[..., :, None] * u_ASGB[..., None, :] / total_AS11[..., None]
+        solved_ASGBM = torch.linalg.solve(block_ASGBB, dual_ASNM[:, :, index_GB])
+        residual_ASNM[:, :, index_GB] = solved_ASGBM
+    return residual_ASNM

@@ -72,6 +72,8 @@ def score_sets(
     truth: Tensor,
     *,
     strengths: Sequence[float] = STRENGTHS,
+    groups_N: Tensor | None = None,
+    counted_N: Tensor | None = None,
     check: Callable[[float], None],
 ) -> list[Candidate]:
     """Score sets of slices, in the order given.
@@ -83,6 +85,8 @@ def score_sets(
         task: ``classification`` or ``regression``.
         truth: Class indices, (N,), counted from 0 without gaps; or targets, (N, M).
         strengths: Penalties per row to try.
+        groups_N: Group of each row, which is left out with all of it. None: each row is its own.
+        counted_N: Which rows are scored, some of them at least. None: all of which something is known, left out.
         check: Called between chunks with the fraction done; may raise to stop.
     """
     names = list(kernels)
@@ -97,12 +101,13 @@ def score_sets(
     for start in range(0, len(sets), size):
         check(start / len(sets))
         kernels_ANN = (share_AB[start : start + size] @ kernels_BC).view(-1, num_rows, num_rows)
-        predictions_ASNM = left_out_predictions(kernels_ANN, targets_NM, strengths)
+        predictions_ASNM = left_out_predictions(kernels_ANN, targets_NM, strengths, groups_N)
         if task == CLASSIFICATION:
-            score_AS, accuracy_AS = _score_classes(predictions_ASNM, truth)
+            score_AS, accuracy_AS = _score_classes(predictions_ASNM, truth, counted_N)
             accuracies.append(accuracy_AS)
         else:
-            score_AS = 1.0 - (predictions_ASNM - targets_NM).square().mean(dim=(2, 3))
+            squared_ASNM = (predictions_ASNM - targets_NM).square()
+            score_AS = 1.0 - (squared_ASNM if counted_N is None else squared_ASNM[:, :, counted_N]).mean(dim=(2, 3))
         scores.append(score_AS.double())
     score_AS = torch.cat(scores)
     best_A = score_AS.argmax(dim=1, keepdim=True)
@@ -125,14 +130,14 @@ def _targets(task: str, truth: Tensor) -> Tensor:
     return centred_NM / torch.where(std_M > 0, std_M, torch.ones_like(std_M))
 
 
-def _score_classes(predictions_ASNM: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _score_classes(predictions_ASNM: Tensor, truth: Tensor, counted_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return minus the cross-entropy at the best temperature, and the accuracy, each (A, S).
 
     Accuracy alone is too coarse to choose by: on a few hundred rows many sets share one value. Cross-entropy needs
     probabilities; a temperature turns ridge's scores into such. A row that is its class's only one is not counted:
     left out, nothing is known of its class.
     """
-    known = torch.nonzero(torch.bincount(truth)[truth] > 1).squeeze(1)
+    known = torch.nonzero(torch.bincount(truth)[truth] > 1 if counted_N is None else counted_N).squeeze(1)
     if len(known) < len(truth):
         predictions_ASNM, truth = predictions_ASNM[:, :, known], truth[known]
     top_ASN1, winner_ASN1 = predictions_ASNM.max(dim=3, keepdim=True)

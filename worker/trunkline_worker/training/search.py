@@ -17,6 +17,7 @@ from trunkline_wire.specs import SliceSpec
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.choose import L2_PER_COLUMN, WEIGHT_DECAY
 from trunkline_worker.training.fit import Rows, selected_badness
+from trunkline_worker.training.pictures import Pictures
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.sources import Source
 from trunkline_worker.training.sweep.plan import Configuration, Trial, winner
@@ -54,6 +55,7 @@ def search(
     training: Rows,
     classes_N: npt.NDArray[np.int64] | None,
     progress: Progress,
+    pictures: Pictures | None = None,
 ) -> Found:
     """Try every value with every other, and settle on one.
 
@@ -64,8 +66,9 @@ def search(
         chosen: The slices that enter the head, of each source; None where slices are tried.
         task: One of ``heads.TASKS``.
         training: The training rows: the columns of ``chosen`` side by side, or all of the only source.
-        classes_N: Class of each row, or None.
+        classes_N: Class of each picture, or None.
         progress: Told how far it is; may raise to stop.
+        pictures: What the training rows are views of, and their groups. None: each row is one, and its own group.
 
     Raises:
         WireError: UNSUPPORTED for classes in order; INVALID_ARGUMENT where there is more than one input whose slices
@@ -100,6 +103,7 @@ def search(
         score=score,
         check=progress.check,
         on_done=lambda done: progress.tell("sweep", done),
+        pictures=pictures,
     )
     won = winner(trials)
     message = f"{len(trials)} configurations; won by {metric} {won.score:.4g}: {won.configuration}"

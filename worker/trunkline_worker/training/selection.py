@@ -82,6 +82,8 @@ def select_slices(
     task: str,
     truth: Tensor,
     *,
+    groups_N: Tensor | None = None,
+    counted_N: Tensor | None = None,
     check: Callable[[float], None],
 ) -> list[Candidate]:
     """Score sets of slices; the best comes first.
@@ -91,13 +93,20 @@ def select_slices(
         slices: Which columns are which.
         task: ``classification`` or ``regression``.
         truth: Class indices, (N,), counted from 0 without gaps; or targets, (N, M).
+        groups_N: As for ``score_sets``.
+        counted_N: Likewise.
         check: Called with the fraction done; may raise to stop.
     """
     kernels = slice_kernels(x_ND, slices)
     widths = {one.name: one.width for one in slices}
 
     def score(sets: Sequence[tuple[str, ...]], start: float, stop: float) -> list[Candidate]:
-        return score_sets(sets, kernels, widths, task, truth, check=lambda done: check(start + (stop - start) * done))
+        return score_sets(
+            *(sets, kernels, widths, task, truth),
+            groups_N=groups_N,
+            counted_N=counted_N,
+            check=lambda done: check(start + (stop - start) * done),
+        )
 
     ranked = _rank(score(candidate_sets(slices), 0.0, 0.6))
     second = extended_sets(ranked, slices)

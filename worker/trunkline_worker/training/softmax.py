@@ -181,6 +181,7 @@ def cross_validate_l2(
     *,
     weights_N: Tensor | None = None,
     smoothing: float = 0.0,
+    scored_N: Tensor | None = None,
     badness: Callable[[Tensor], float] | None = None,
     check: Callable[[], None],
 ) -> dict[float, float]:
@@ -196,6 +197,7 @@ def cross_validate_l2(
         grid: Strengths to try.
         weights_N: As for ``fit_softmax``; held-out rows count as much.
         smoothing: Likewise.
+        scored_N: Which rows are measured by; the others are trained on alone. None: all.
         badness: Says it of the logits of all rows, (N, K), each by a fit that has not seen it.
         check: Called between steps; may raise to stop.
     """
@@ -203,7 +205,8 @@ def cross_validate_l2(
     weights_N = design.x_NR.new_ones(len(classes_N)) if weights_N is None else weights_N.to(design.x_NR)
     fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
     training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR) * weights_N
-    held_out_PN = (folds_N[None, :] == fold_P[:, None]).to(design.x_NR) * weights_N
+    counted_N = weights_N if scored_N is None else weights_N * scored_N
+    held_out_PN = (folds_N[None, :] == fold_P[:, None]).to(design.x_NR) * counted_N
     own_1N = folds_N[None].to(torch.int64)
     solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
     solution[:, -1] = _log_shares(classes_N, num_classes, weights_N).to(solution)
@@ -216,7 +219,7 @@ def cross_validate_l2(
         loss_PN, log_PNK = _losses(design.x_NR, classes_N, solution)
         if badness is not None:
             return badness(log_PNK.gather(0, own_1N[:, :, None].expand(1, -1, num_classes))[0])
-        return float((loss_PN * held_out_PN).sum() / weights_N.sum())
+        return float((loss_PN * held_out_PN).sum() / counted_N.sum())
 
     return score_strengths(grid, score)
 

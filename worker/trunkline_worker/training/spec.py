@@ -45,6 +45,8 @@ def check_spec(spec: JobSpec) -> HeadConfig:
         spec.loss.kind not in (AUTO, CROSS_ENTROPY, MSE) or spec.loss.is_weighted or spec.loss.label_smoothing
     ):
         raise invalid("a prototype head is what its rows have in common: it has no loss or weights; leave them out")
+    if spec.optimiser.mixup:
+        _check_mixup(spec)
     if spec.loss.class_order and (spec.head.kind != LINEAR or spec.solver != "lbfgs"):
         raise invalid("classes in order are learnt by linear heads with solver 'lbfgs'; leave head and solver out")
     if spec.select_by and not is_metric(spec.select_by):
@@ -81,6 +83,18 @@ def _check_fine_tune(spec: JobSpec) -> None:
             "fine-tuned blocks are kept only where held-out rows say that they help; hold some out: a validation "
             "fraction above 0"
         )
+
+
+def _check_mixup(spec: JobSpec) -> None:
+    """Check that rows can be mixed: in minibatches, where what lies between two labels means something."""
+    if spec.loss.class_order:
+        raise invalid("classes in order are not mixed: between two of them lie others; leave mixup out")
+    if spec.head.kind == PROTOTYPE:
+        raise invalid("a prototype head is made in closed form: nothing is learnt in minibatches; leave mixup out")
+    if spec.sweep is not None:
+        raise invalid("a sweep does not mix rows; leave mixup out")
+    if spec.solver == "lbfgs":
+        raise invalid("solver 'lbfgs' takes all rows at once, as they are; for mixup train with solver 'adamw'")
 
 
 def _check_sweep(spec: JobSpec) -> None:

@@ -97,6 +97,8 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
             targets,
             request.idempotency_key,
             more_inputs,
+            list(request.groups),
+            request.views,
             timeout_s=call.remaining_s(),
         )
         return pb.CommitDatasetResponse(dataset=dataset_to_proto(record))

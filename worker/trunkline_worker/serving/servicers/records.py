@@ -91,6 +91,8 @@ def dataset_to_proto(record: DatasetRecord) -> dataset_pb2.Dataset:
             dataset_pb2.DatasetSource(space=messages.space_to_proto(one.space), codec=one.codec)
             for one in record.more_inputs
         ],
+        num_groups=record.num_groups,
+        views=record.views,
     )
 
 
@@ -160,6 +162,7 @@ def _optimiser_from_proto(fit: training_pb2.FitConfig) -> OptimiserConfig:
         ema=fit.ema,
         precision=_choice(_PRECISIONS, fit.precision, training_pb2.PRECISION_FLOAT32, "precision"),
         patience=fit.patience,
+        mixup=fit.mixup,
     )
 
 
@@ -172,8 +175,9 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     fit = message.fit
     head = head_from_proto(message.head)
     loss = loss_from_proto(fit)
-    # Convex, so that a solver that goes to convergence finds the one solution; or nothing to solve.
-    convex = loss.kind in (fits.AUTO, fits.CROSS_ENTROPY, fits.MSE)
+    # Convex, so that a solver that goes to convergence finds the one solution; or nothing to solve. Rows are mixed anew
+    # in every step, which only minibatches have.
+    convex = loss.kind in (fits.AUTO, fits.CROSS_ENTROPY, fits.MSE) and (not fit.mixup or bool(loss.class_order))
     convex = head.kind == PROTOTYPE or (head.kind == LINEAR and head.fuse == CONCAT and convex)
     default_solver = training_pb2.SOLVER_LBFGS if convex else training_pb2.SOLVER_ADAM
     return JobSpec(
@@ -260,6 +264,7 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
             ema=spec.optimiser.ema,
             precision=_code(_PRECISIONS, spec.optimiser.precision),
             patience=spec.optimiser.patience,
+            mixup=spec.optimiser.mixup,
         ),
         more_backbones=[
             training_pb2.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones

@@ -108,8 +108,8 @@ class _Ensemble:
         self._rows, self._truth, self._folds, self._configurations = rows, truth, folds, configurations
         device = rows.x_ND.device
         self._generators = [torch.Generator().manual_seed(one) for one in draws]
-        # Folds differ in size by a row. Side by side they go in step with the smallest: of the others, another row is
-        # left out of each epoch.
+        # Folds differ in size, by a row or by what groups make of them. Side by side they go in step with the smallest:
+        # of the others, other rows are left out of each epoch.
         self._num_rows = min(len(one) for one in rows.folds.training)
         heads = []
         for generator in self._generators:

@@ -197,9 +197,9 @@ def linear_outputs(
     parts = list(
         portions(len(family.start_PRK), _SEARCH_BYTES // (4 * (_VECTORS * penalised_RK.numel() + len(design.x_NR))))
     )
-    training_FN = torch.ones((len(rows.folds), len(design.x_NR)), device=design.x_NR.device)
-    for training_N, held in zip(training_FN, rows.folds.held, strict=True):
-        training_N[held] = 0.0
+    training_FN = torch.zeros((len(rows.folds), len(design.x_NR)), device=design.x_NR.device)
+    for training_N, training in zip(training_FN, rows.folds.training, strict=True):
+        training_N[training] = 1.0
     path, search = _Path(family.start_PRK), Search()
     order = sorted(range(len(strengths)), key=lambda one: -strengths[one])
     for done, number in enumerate(order):

@@ -23,7 +23,10 @@ Result = tuple[int, HeldOut | str]
 
 @dataclass(frozen=True)
 class Folds:
-    """Which rows each fold holds out, and which it trains on: ascending."""
+    """Which rows each fold holds out, and which it trains on: ascending.
+
+    Together they are all rows, but for changed views of pictures that are held out: nothing is measured with these.
+    """
 
     held: tuple[Tensor, ...]
     training: tuple[Tensor, ...]
@@ -33,11 +36,11 @@ class Folds:
         return len(self.held)
 
     @classmethod
-    def of(cls, fold_N: Tensor, num_folds: int) -> Folds:
-        """Sort rows by their fold."""
+    def of(cls, fold_N: Tensor, num_folds: int, scored_N: Tensor | None = None) -> Folds:
+        """Sort rows by their fold. ``scored_N``: which may be held out; None: all."""
         masks = [fold_N == fold for fold in range(num_folds)]
         return cls(
-            tuple(mask_N.nonzero().squeeze(1) for mask_N in masks),
+            tuple((mask_N if scored_N is None else mask_N & scored_N).nonzero().squeeze(1) for mask_N in masks),
             tuple((~mask_N).nonzero().squeeze(1) for mask_N in masks),
         )
 

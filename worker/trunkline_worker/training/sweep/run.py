@@ -12,6 +12,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import CLASSIFICATION, REGRESSION, invalid
 from trunkline_wire.specs import SliceSpec
 
+from trunkline_worker.training.pictures import Pictures
 from trunkline_worker.training.sources import Source
 from trunkline_worker.training.split import FOLDS, Indices, folds, random_stream
 from trunkline_worker.training.sweep.closed_form import ridge_outputs
@@ -42,6 +43,7 @@ def run_sweep(
     score: Score,
     check: Callable[[], None],
     on_done: Callable[[float], None],
+    pictures: Pictures | None = None,
 ) -> list[Trial]:
     """Cross-validate configurations of a head on the training rows. All see the same folds.
 
@@ -53,13 +55,14 @@ def run_sweep(
         slices: Which columns are which.
         task: ``classification``, ``multi_label`` or ``regression``.
         truth: Class indices, (N,), counted from 0; 0 and 1, (N, M); or values, (N, M). On the same device.
-        classes_N: Class of each row, which the folds are even in; None unless there are classes.
+        classes_N: Class of each picture, which the folds are even in; None unless there are classes.
         configurations: What to try.
         num_folds: Folds, at least 2.
         seed: Of the folds, the first weights, the order of the rows and the dropout.
         score: How good outputs are.
         check: Called between steps; what it raises to stop is let through.
         on_done: Called with the fraction done, which never falls.
+        pictures: What the rows are views of, and their groups. None: each row is one, and its own group.
 
     Returns:
         A trial for each configuration, in the order given. Equal arguments give equal trials, to the bit, on one
@@ -67,11 +70,13 @@ def run_sweep(
 
     Raises:
         WireError: INVALID_ARGUMENT if there is nothing to try, or if all configurations fail: with the reasons.
-            BAD_LABELS if there are fewer rows than folds.
+            BAD_LABELS if there are fewer rows, or groups of them, than folds.
     """
-    _check_sizes(configurations, num_folds, len(x_ND))
-    fold_N = torch.from_numpy(folds(classes_N, len(x_ND), num_folds, random_stream(seed, FOLDS)))
-    of_rows = Folds.of(fold_N.to(x_ND.device), num_folds)
+    pictures = pictures or Pictures(len(x_ND))
+    _check_sizes(configurations, num_folds, pictures)
+    fold_P = folds(classes_N, pictures.count, num_folds, random_stream(seed, FOLDS), pictures.groups_P)
+    fold_N = pictures.spread(torch.from_numpy(fold_P)).to(x_ND.device)
+    of_rows = Folds.of(fold_N, num_folds, pictures.scored(x_ND.device))
     num_outputs = int(truth.max()) + 1 if task == CLASSIFICATION else truth.shape[1]
     source = Source("", x_ND, tuple(slices))
     trials: dict[int, Trial] = {}
@@ -101,15 +106,16 @@ def run_sweep(
     return ordered
 
 
-def _check_sizes(configurations: Sequence[Configuration], num_folds: int, num_rows: int) -> None:
+def _check_sizes(configurations: Sequence[Configuration], num_folds: int, pictures: Pictures) -> None:
     if not configurations:
         raise invalid("a sweep needs at least one configuration")
     if num_folds < 2:
         raise invalid(f"a sweep needs at least 2 folds; got {num_folds}")
-    if num_rows < num_folds:
+    what = "rows" if pictures.groups_P is None else "groups"
+    if pictures.num_groups < num_folds:
         raise WireError(
             ErrorCode.BAD_LABELS,
-            f"{num_rows} rows to train on cannot make {num_folds} folds; add rows, or ask for less",
+            f"{pictures.num_groups} {what} to train on cannot make {num_folds} folds; add {what}, or ask for less",
         )
 
 

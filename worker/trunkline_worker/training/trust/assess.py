@@ -18,7 +18,7 @@ from trunkline_worker.training.labels import Labels
 from trunkline_worker.training.metrics import probabilities
 from trunkline_worker.training.ordinal import above
 from trunkline_worker.training.progress import Progress
-from trunkline_worker.training.split import TRUST, Indices, folds, random_stream, subsample
+from trunkline_worker.training.split import TRUST, Indices, folds, num_groups, random_stream, subsample
 from trunkline_worker.training.standardise import standardisation
 from trunkline_worker.training.trust import conformal
 from trunkline_worker.training.trust.bootstrap import share_interval
@@ -54,15 +54,20 @@ class Assessment:
     suspects: tuple[LabelSuspect, ...]
 
 
-def calibrate(task: str, outputs_NK: Tensor, truth: Tensor, seed: int) -> tuple[float, dict[str, float]]:
+def calibrate(
+    task: str, outputs_NK: Tensor, truth: Tensor, seed: int, groups_N: Indices | None = None
+) -> tuple[float, dict[str, float]]:
     """Return the temperature, and how far probabilities are off with and without one.
 
-    For that each half of the rows is judged at the temperature of the other.
+    For that each half of the rows is judged at the temperature of the other; no group is in both, if there are two.
     """
     if task == REGRESSION or len(outputs_NK) < 2:
         return 1.0, {}
     temperature = _temperature(task, outputs_NK, truth)
-    half_N = torch.from_numpy(folds(None, len(outputs_NK), 2, random_stream(seed, TRUST))).to(outputs_NK.device)
+    if num_groups(groups_N, len(outputs_NK)) < 2:
+        groups_N = None
+    halves = folds(None, len(outputs_NK), 2, random_stream(seed, TRUST), groups_N)
+    half_N = torch.from_numpy(halves).to(outputs_NK.device)
     scaled_NK = outputs_NK.double()
     for half in (0, 1):
         other = half_N != half
@@ -92,6 +97,7 @@ def assess(
     l2: float,
     seed: int,
     row_ids: Sequence[bytes] = (),
+    groups_A: Indices | None = None,
     is_calibrated: bool = True,
     progress: Progress,
 ) -> Assessment:
@@ -108,12 +114,14 @@ def assess(
         l2: A strength for linear fits that look for wrong labels.
         seed: Of everything random.
         row_ids: What rows were made from; empty if not known.
+        groups_A: Group of each row. None: each is its own.
         is_calibrated: Whether to fit a temperature.
         progress: Told how far it is; may raise to stop.
     """
     task = labels.task
     progress.tell("assess", 0.0)
-    temperature, metrics = calibrate(task, outputs_NK, truth, seed) if is_calibrated else (1.0, {})
+    held_groups_N = None if groups_A is None else groups_A[validation_index]
+    temperature, metrics = calibrate(task, outputs_NK, truth, seed, held_groups_N) if is_calibrated else (1.0, {})
     outputs_NK = outputs_NK.double() / temperature
     answers_NK = outputs_NK if task == REGRESSION else probabilities(task, outputs_NK)
     truths = truth.cpu().numpy()
@@ -126,7 +134,8 @@ def assess(
     suspects, num_examined = [], 0
     classes_A = None if labels.class_indices is None else np.asarray(labels.class_indices, dtype=np.int64)
     if task == CLASSIFICATION and classes_A is not None:
-        picked = subsample(classes_A, len(classes_A), _EXAMINED_ROWS, _EXAMINED_CLASSES, generator)
+        picked = subsample(classes_A, len(classes_A), _EXAMINED_ROWS, _EXAMINED_CLASSES, generator, groups_A)
+        picked_groups_N = None if groups_A is None else groups_A[picked]
         num_examined = len(picked)
         x_ND = columns_AD[torch.from_numpy(picked).to(columns_AD.device)].float()
         fitted = standardisation(x_ND, widths)
@@ -136,9 +145,10 @@ def assess(
             len(labels.class_names),
             l2 or 1.0,
             generator,
+            groups_N=picked_groups_N,
             check=progress.check,
         )
-        found = find_suspects(said_NK, classes_A[picked])
+        found = find_suspects(said_NK, classes_A[picked], picked_groups_N)
         suspects = [replace(one, row=int(picked[one.row])) for one in found]
     progress.tell("assess", 0.8)
     is_one_of = task in (CLASSIFICATION, ORDINAL)
@@ -147,6 +157,7 @@ def assess(
         training_index,
         validation_index,
         row_ids=row_ids,
+        groups_N=groups_A,
         class_names=labels.class_names,
         classes_N=classes_A if is_one_of else None,
         labels_NK=labels.targets if task == MULTI_LABEL else None,

@@ -31,6 +31,9 @@ _MAX_CONSTANT = 0.5
 _MAX_SUSPECTS = 0.01
 """Share of the labels."""
 
+_LEAST_GROUPS = 10
+"""Held-out groups. Rows of one group are alike, and intervals count them as if they were not."""
+
 _CHUNK_VALUES = 2**24
 
 
@@ -50,6 +53,7 @@ class Evidence:
         num_right: Held-out rows whose class was said right; None where no accuracy is claimed.
         suspects: Rows whose label is doubtful.
         num_examined: Rows whose labels were examined for that; 0: all.
+        groups_N: Group of each row; None: they are not grouped.
     """
 
     embedding_ND: Tensor
@@ -62,6 +66,7 @@ class Evidence:
     num_right: int | None = None
     suspects: Sequence[Suspect] = ()
     num_examined: int = 0
+    groups_N: Indices | None = None
 
 
 def warnings(evidence: Evidence) -> list[str]:
@@ -72,6 +77,7 @@ def warnings(evidence: Evidence) -> list[str]:
         *_contradictions(evidence, digests),
         *_suspects(evidence),
         *_too_few_rows(evidence),
+        *_too_few_groups(evidence),
         *_imbalance(evidence),
         *_constant_columns(evidence),
     ]
@@ -82,16 +88,19 @@ def _leakage(evidence: Evidence, digests: Sequence[bytes]) -> Iterable[str]:
     by_content = _on_both_sides(evidence, evidence.row_ids)
     by_embedding = _on_both_sides(evidence, digests) - by_content
     flatter = "so the scores are better than they would be on new rows"
+    grouped = evidence.groups_N is not None
     if by_content:
+        apart, once = (", in another group", "give copies one group") if grouped else ("", "upload each row once")
         yield (
-            f"{len(by_content)} of {num_held} held-out rows have the same content as a training row, {flatter}; upload "
-            "each row once, and train again"
+            f"{len(by_content)} of {num_held} held-out rows have the same content as a training row{apart}, {flatter}; "
+            f"{once}, and train again"
         )
     if by_embedding:
         others = "other " if by_content else ""
+        apart, once = (" in another group", "give them one group") if grouped else ("", "keep one of each")
         yield (
-            f"{len(by_embedding)} {others}held-out rows of {num_held} have exactly the embedding of a training row, "
-            f"{flatter}; look for copies that were saved anew, keep one of each, and train again"
+            f"{len(by_embedding)} {others}held-out rows of {num_held} have exactly the embedding of a training row"
+            f"{apart}, {flatter}; look for copies that were saved anew, {once}, and train again"
         )
 
 
@@ -152,6 +161,18 @@ def _too_few_rows(evidence: Evidence) -> Iterable[str]:
         yield (
             f"the accuracy of {evidence.num_right / num_held:.3f} is measured on {num_held} rows and may lie anywhere "
             f"from {low:.2f} to {high:.2f} (95 %); hold more rows out before comparing it with anything"
+        )
+
+
+def _too_few_groups(evidence: Evidence) -> Iterable[str]:
+    if evidence.groups_N is None or not len(evidence.validation_index):
+        return
+    count = len(np.unique(evidence.groups_N[evidence.validation_index]))
+    if count < _LEAST_GROUPS:
+        held = "1 group" if count == 1 else f"{count} groups"
+        yield (
+            f"the {_rows(len(evidence.validation_index))} held out are of {held} only, so how the scores would be on "
+            "rows of new groups is known less well than their intervals say; add groups, or hold more out"
         )
 
 

@@ -20,13 +20,14 @@ from trunkline_worker.store.records import FineTuning, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, quantile_of
 from trunkline_worker.training.metrics import measure
+from trunkline_worker.training.pictures import Pictures
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.sources import Source
 from trunkline_worker.training.split import TRUST, random_stream
 from trunkline_worker.training.tuning.compare import compare
 from trunkline_worker.training.tuning.work import StartHead, TailTrainer, TuningOutcome, TuningWork, filled_in
 
-# Shape suffix legend: N = rows of the dataset, K = outputs
+# Shape suffix legend: N = pictures of the dataset, K = outputs
 
 Indices = npt.NDArray[np.int64]
 
@@ -59,7 +60,7 @@ class Tuned:
     Attributes:
         record: For whoever asks why.
         head: On the CPU. Only if it is kept.
-        outputs_NK: Its outputs for all rows, as it was when it was judged. Only if it is kept.
+        outputs_NK: Its outputs for all pictures, as it was when it was judged. Only if it is kept.
         curves: By epoch.
     """
 
@@ -103,6 +104,7 @@ def fine_tune(
     validation_index: Indices,
     before_NK: Tensor,
     progress: Progress,
+    pictures: Pictures,
 ) -> Tuned:
     """Train the last blocks behind a head that is fitted first, and say whether that helped.
 
@@ -115,36 +117,40 @@ def fine_tune(
         num_outputs: Of the head.
         source: The first input, with its embedding.
         tail: Where blocks begin.
-        truth: Of all rows.
-        classes_N: Class of each row, or None.
-        training_index: Rows to learn from.
+        truth: Of all pictures.
+        classes_N: Class of each picture, or None.
+        training_index: Pictures to learn from.
         validation_index: Held-out ones.
         before_NK: What the head alone says of these.
         progress: Told how far it is; may raise to stop.
+        pictures: How the rows belong together.
     """
     assert spec.fine_tune is not None
-    config = filled_in(replace(spec.fine_tune, cut=tail.cut), len(training_index))
+    config = filled_in(replace(spec.fine_tune, cut=tail.cut), len(training_index) * pictures.num_views)
     progress.tell(PHASE, 0.0)
     # One solution, found to the end, is the best start there is, whatever is minimised then.
     loss = replace(spec.loss, kind=AUTO) if spec.loss.kind in (FOCAL, QUANTILE) else spec.loss
     linear = replace(spec, head=HeadConfig(LINEAR), solver="lbfgs", loss=loss)
-    slices = _slices(spec, source, tail, task, truth, classes_N, training_index, progress)
+    slices = _slices(spec, source, tail, task, truth, classes_N, training_index, progress, pictures)
     names = tuple(one.name for one in slices)
-    everything = Rows(source.columns(slices), truth)
+    everything = Rows(source.columns(slices), pictures.spread(truth))
 
     def work_on(name: str, index: Indices) -> TuningWork:
-        rows = everything.take(torch.from_numpy(index).to(truth.device))
+        row_index = pictures.views(index)
+        rows = everything.take(torch.from_numpy(row_index).to(truth.device))
         own_classes_N = None if classes_N is None else classes_N[index]
         l2 = spec.l2
         if l2 < 0:
-            l2 = choose_l2(linear, task, rows, own_classes_N, [one.width for one in slices], _quiet(progress))
+            widths = [one.width for one in slices]
+            l2 = choose_l2(linear, task, rows, own_classes_N, widths, _quiet(progress), pictures.take(index))
         inputs = [source.head_input(slices)]
         start = fit_head(linear, task, num_outputs, inputs, rows, None, l2, _quiet(progress), span=(0.0, 1.0)).head
         return TuningWork(
             *(name, config, spec, task, names, tail.map_shape, StartHead.of(start)),
-            truth=truth.cpu().numpy(),
-            training_index=index,
-            wanted_index=np.arange(len(everything)) if name == MEASURE else index[:0],
+            truth=everything.truth.cpu().numpy(),
+            training_index=row_index,
+            # Of the pictures themselves: changed views are for training alone.
+            wanted_index=np.arange(pictures.count) * pictures.num_views if name == MEASURE else index[:0],
         )
 
     def run(work: TuningWork, start: float, stop: float) -> TuningOutcome:
@@ -162,7 +168,7 @@ def fine_tune(
     verdict = compare(task, spec.select_by, before_NK.cpu(), outputs_NK[held_out], own_truth, generator)
     last, runs = measured, [measured]
     if verdict.is_better and spec.refit:
-        last = run(work_on(REFIT, np.arange(len(everything))), 0.6, 0.95)
+        last = run(work_on(REFIT, np.arange(pictures.count)), 0.6, 0.95)
         runs.append(last)
     quantile = quantile_of(spec)
     record = FineTuning(
@@ -196,6 +202,7 @@ def _slices(
     classes_N: Indices | None,
     training_index: Indices,
     progress: Progress,
+    pictures: Pictures,
 ) -> list[SliceSpec]:
     """Return what the tail is to make: the best slices behind the cut, and the last layer, so that all of it learns."""
     behind = [one for one in source.slices if one.name in tail.slices]
@@ -205,7 +212,8 @@ def _slices(
         chosen = (POOLED,)
     else:
         found = choose_slices(
-            source.tensor, behind, task, truth, classes_N, training_index, spec.seed, _quiet(progress)
+            *(pictures.firsts(source.tensor), behind, task, truth, classes_N, training_index, spec.seed),
+            *(_quiet(progress), pictures.groups_P),
         )
         chosen = (*found[0].slices, POOLED)
     return source.take(tuple(dict.fromkeys(chosen)))
