@@ -213,6 +213,7 @@ class ModelRecord:
 
     ``codec`` and ``codec_error`` say how the rows that it was trained on were made and sent, as ``codec_label`` does,
     and the embedding error of that. An empty codec is not known and counts as exact. ``candidates`` are best first.
+    ``outliers_sha256`` is empty where it cannot say how unlike its training rows a row is.
     """
 
     tenant: str
@@ -240,6 +241,7 @@ class ModelRecord:
     warnings: tuple[str, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
     evaluation_sha256: str = ""
+    outliers_sha256: str = ""
 
     @property
     def reference(self) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import LossConfig, check_metric
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
+from trunkline_wire.heads import CLASSIFICATION, CONV, MULTI_LABEL, ORDINAL
 from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
+from trunkline_worker.heads.outliers import Detector
 from trunkline_worker.store.evaluations import Evaluation, sample
 from trunkline_worker.store.records import Conformal, Event, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
@@ -29,6 +30,7 @@ from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
 from trunkline_worker.training.trust.assess import assess
+from trunkline_worker.training.trust.outliers import fit_detector
 
 __all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
 
@@ -49,6 +51,7 @@ class TrainingResult:
         warnings: What its maker should know before trusting the head.
         found: What the search found; None where nothing was searched.
         evaluation: For the report: answers on held-out rows and the like.
+        outliers: Says how unlike its training rows a row is; None for a head that reads a map.
         candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``. Those of each
             further backbone follow, their slices named ``BACKBONE:SLICE``.
     """
@@ -60,6 +63,7 @@ class TrainingResult:
     warnings: tuple[str, ...] = ()
     found: Found | None = None
     evaluation: Evaluation | None = None
+    outliers: Detector | None = None
 
 
 def train_head(
@@ -190,12 +194,18 @@ def train_head(
         **assessed.metrics,
         **{f"train_{name}": value for name, value in measured(on_training, training).items()},
     }
+    outliers = None
+    if spec.head.kind != CONV:  # of a map, where places differ, means and covariances say nothing
+        outliers = fit_detector(
+            training.x_ND, training_classes_N, validation.x_ND, inputs, spec.seed, check=progress.check
+        )
     head = TrainedHead(fit.head, labels.task, tuple(labels.class_names))
     progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)
     evaluation = sample(
         validation_index, validation.truth.cpu().numpy(), assessed.answers_NK, curves, assessed.suspects
     )
-    return TrainingResult(head.to("cpu"), metrics, candidates, assessed.conformal, assessed.warnings, found, evaluation)
+    trust = assessed.conformal, assessed.warnings
+    return TrainingResult(head.to("cpu"), metrics, candidates, *trust, found, evaluation, outliers)
 
 
 def _in_order(loss: LossConfig, class_names: Sequence[str]) -> LossConfig:

@@ -320,6 +320,7 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
         conformal=_conformal_to_proto(record.conformal),
         warnings=record.warnings,
         trials=[registry_pb2.Trial(**vars(one)) for one in record.trials],
+        has_outlier_scores=bool(record.outliers_sha256),
     )
 
 
