@@ -315,6 +315,7 @@ class ModelRecord:
         conformal: What gives sets and intervals their coverage. None where no rows were held out, and in lists.
         warnings: What its maker should know before trusting it.
         trials: What a sweep tried, in its order. Empty in lists.
+        has_outlier_scores: Whether it can say how unlike its training rows a row is.
     """
 
     name: str
@@ -340,6 +341,7 @@ class ModelRecord:
     conformal: Conformal | None = None
     warnings: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    has_outlier_scores: bool = False
 
     @property
     def reference(self) -> str:

@@ -73,6 +73,7 @@ def _model(message: pb.Model) -> ModelRecord:
         conformal=_conformal(message),
         warnings=tuple(message.warnings),
         trials=tuple(_trial(one) for one in message.trials),
+        has_outlier_scores=message.has_outlier_scores,
     )
 
 

@@ -143,8 +143,8 @@ class HeadCache:
             raise WireError(
                 ErrorCode.WORKER_OOM,
                 f"this model's {self._what} takes {size_bytes / _MIB:.1f} MiB and this worker keeps "
-                f"{self._max_bytes / _MIB:.1f} MiB of {self._what}s at most; train a smaller head, or ask the operator to "
-                "raise head_memory_mb",
+                f"{self._max_bytes / _MIB:.1f} MiB of {self._what}s at most; train a smaller head, or ask the operator "
+                "to raise head_memory_mb",
             )
         number, total = self._num_loaded + 1, self._bytes + size_bytes
         going: list[str] = []

@@ -179,7 +179,7 @@ class LocalEngine:
             capacity=head_capacity,
             max_bytes=head_bytes // 4,
             executor=self._threads.short_pool,
-            what="detector of outliers",
+            what="outlier detector",
         )
         self._bottlenecks = Bottlenecks(load_bottleneck, self._threads)
         self._batcher: Batcher[Work] = Batcher(

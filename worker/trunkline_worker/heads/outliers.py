@@ -26,7 +26,6 @@ _FARTHEST = 1e6
 
 _METADATA_KEY = "trunkline_outliers"
 _MAX_HEADER_BYTES = 2**20
-_TENSORS = ("mean", "scale", "directions", "whitening", "centres", "distances", "shares")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -124,11 +123,15 @@ class Detector:
         return torch.stack(squares).mean(dim=0).sqrt()
 
     def _tensors(self) -> dict[str, Tensor]:
-        values = (
-            *(self.mean_D, self.scale_D, self.directions_PD, self.whitening_PP, self.centres_CP),
-            *(self.distances_Q, self.shares_R),
-        )
-        return dict(zip(_TENSORS, values, strict=True))
+        return {
+            "mean": self.mean_D,
+            "scale": self.scale_D,
+            "directions": self.directions_PD,
+            "whitening": self.whitening_PP,
+            "centres": self.centres_CP,
+            "distances": self.distances_Q,
+            "shares": self.shares_R,
+        }
 
 
 def outliers_path(sha256: str) -> str:
@@ -170,26 +173,30 @@ def detector_from_bytes(data: bytes) -> Detector:
         if not 2 <= size <= min(_MAX_HEADER_BYTES, len(data) - 8):
             raise _corrupt("its header has a wrong length")
         metadata = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA_KEY])
-        if type(metadata["format"]) is int and metadata["format"] != FORMAT_VERSION:
+        version = _whole(metadata["format"])
+        if version != FORMAT_VERSION:
             raise WireError(
                 ErrorCode.UNSUPPORTED,
-                f"outlier scores of format {metadata['format']}; this worker reads {FORMAT_VERSION}. Upgrade the worker",
+                f"outlier scores of format {version}; this worker reads {FORMAT_VERSION}. Upgrade the worker",
             )
         tensors = safetensors.torch.load(data)
-        if set(tensors) != set(_TENSORS):
-            raise _corrupt("tensors are missing, or unknown")
         detector = Detector(
-            tuple(str(one) for one in metadata["slices"]),
-            _whole(metadata["more_width"]),
-            *(tensors[name] for name in _TENSORS[:5]),
-            float(metadata["residual"]),
-            *(tensors[name] for name in _TENSORS[5:]),
-            _whole(metadata["num_rows"]),
-            bool(metadata["is_held_out"]),
+            slices=tuple(str(one) for one in metadata["slices"]),
+            more_width=_whole(metadata["more_width"]),
+            mean_D=tensors["mean"],
+            scale_D=tensors["scale"],
+            directions_PD=tensors["directions"],
+            whitening_PP=tensors["whitening"],
+            centres_CP=tensors["centres"],
+            residual=float(metadata["residual"]),
+            distances_Q=tensors["distances"],
+            shares_R=tensors["shares"],
+            num_rows=_whole(metadata["num_rows"]),
+            is_held_out=bool(metadata["is_held_out"]),
         )
+        _check(detector)
     except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise _corrupt("it cannot be read") from error
-    _check(detector)
     return detector
 
 
@@ -203,7 +210,7 @@ def _check(detector: Detector) -> None:
     for name, one in detector._tensors().items():
         if one.dtype != torch.float32 or not bool(torch.isfinite(one).all()):
             raise _corrupt(f"tensor {name} is not of finite numbers in float32")
-    columns, directions = detector.mean_D.numel(), detector.whitening_PP.shape[-1]
+    columns, directions = detector.mean_D.numel(), len(detector.directions_PD)
     fits = (
         detector.mean_D.shape == detector.scale_D.shape == (columns,)
         and detector.directions_PD.shape == (directions, columns)
