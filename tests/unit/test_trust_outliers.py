@@ -78,7 +78,7 @@ def test_with_classes_it_is_that_of_the_nearest_one_under_one_covariance() -> No
     )
     between = (rows[classes == 0].mean(axis=0) + rows[classes == 1].mean(axis=0))[None] / 2
     # The middle of two classes is where no row lies; to whoever knows no classes it is near the mean.
-    assert says(fit(rows, classes), between)[0, 1] > 0.99 > says(fit(rows), between)[0, 1] + 0.3
+    assert says(fit(rows, classes), between)[0, 1] > 0.95 > says(fit(rows), between)[0, 1] + 0.25
 
 
 def test_the_training_rows_are_at_1_on_average() -> None:
