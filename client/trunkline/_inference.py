@@ -26,8 +26,8 @@ Answer = TypeVar("Answer", RawPrediction, RawEmbedding)
 class Collected:
     """Answers put together.
 
-    ``matrix_NX`` is NaN in rows that failed. ``codec_use`` is that of the batch with the largest error: pictures may
-    travel in one form or another.
+    ``matrix_NX`` is NaN in rows that failed, and so is ``outliers_N2``, None unless asked for. ``codec_use`` is that of
+    the batch with the largest error: pictures may travel in one form or another.
     """
 
     matrix_NX: npt.NDArray[np.float32]
@@ -37,6 +37,7 @@ class Collected:
     slices: tuple[SliceSpec, ...] = ()
     timings: Timings = field(default_factory=Timings)
     codec_use: CodecUse = field(default_factory=CodecUse)
+    outliers_N2: npt.NDArray[np.float32] | None = None
 
 
 class Collector(Generic[Answer]):
@@ -86,12 +87,18 @@ class Collector(Generic[Answer]):
                 result.codec_use = answer.codec_use
             if isinstance(answer, RawPrediction):
                 result.model = answer.model
+                if answer.outliers_B2 is not None:
+                    if result.outliers_N2 is None:
+                        result.outliers_N2 = np.full((num_rows, 2), np.nan, dtype=np.float32)
+                    result.outliers_N2[numbers] = answer.outliers_B2
                 for number, label in zip(numbers, answer.labels, strict=False):
                     result.labels[number] = label or None
             else:
                 result.slices = answer.slices
         for number in errors:
             result.matrix_NX[number] = np.nan
+            if result.outliers_N2 is not None:
+                result.outliers_N2[number] = np.nan
             result.labels[number] = None
         return result
 
@@ -100,6 +107,7 @@ class Collector(Generic[Answer]):
         found = Collected(_matrix(answer), {}, timings=answer.timings, codec_use=answer.codec_use)
         if isinstance(answer, RawPrediction):
             found.model = answer.model
+            found.outliers_N2 = answer.outliers_B2
             found.labels = [one or None for one in answer.labels] or [None] * self._feed.num_rows
         else:
             found.labels = [None] * self._feed.num_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from trunkline_wire.heads import MULTI_LABEL, REGRESSION, HeadConfig
+from trunkline_wire.heads import CONV, MULTI_LABEL, REGRESSION, HeadConfig
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline import _html
@@ -84,6 +84,14 @@ class Model:
     def warnings(self) -> tuple[str, ...]:
         """What its maker should know before trusting it: copies of training rows among those held out, and the like."""
         return self.record.warnings
+
+    @property
+    def has_outlier_scores(self) -> bool:
+        """Whether ``predict(..., outliers=True)`` says how unlike its training rows a row is.
+
+        Heads that read a map do not, nor do models that an older cluster trained.
+        """
+        return self.record.has_outlier_scores
 
     @property
     def space(self) -> FeatureSpace:
@@ -210,6 +218,7 @@ class Model:
         views: int = 1,
         augment: Augmentation | None = None,
         seed: int = 0,
+        outliers: bool = False,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -235,6 +244,7 @@ class Model:
                 probabilities, or values. All of them are sent: it costs as much more.
             augment: How views are made, as in ``Client.upload``.
             seed: Of the views, likewise.
+            outliers: Whether to say how unlike the model's training rows each row is: see ``Prediction.unusual``.
             batch_size: Rows that travel together. None: about 2 MiB, 64 rows at most.
             max_in_flight: Most batches without an answer.
             timeout_s: Deadline for everything, retries included. None: 60 s and 0.25 s a row.
@@ -245,6 +255,7 @@ class Model:
                 by more from what the model was trained on than is allowed; or a local model is another one, or its
                 features travel in another codec.
             InvalidArgumentError: A local model is missing, or is none of this model's.
+            UnsupportedError: The model has no outlier scores.
             ShapeMismatchError: Inputs have different numbers of rows.
             TrunklineError: Every row failed: the first row's error.
         """
@@ -252,7 +263,8 @@ class Model:
 
         given = given_views(GivenImages(images), views, augment, seed, local, local_inputs)
         found = check_locals(self.record, bind_local(local, local_inputs, given))
-        prediction = self._predict_given(given, found, stem, batch_size, max_in_flight, timeout_s, progress)
+        self._check_outliers(outliers)
+        prediction = self._predict_given(given, found, stem, batch_size, max_in_flight, timeout_s, progress, outliers)
         return averaged(prediction, views)
 
     def predict_features(
@@ -263,6 +275,7 @@ class Model:
         codec: str | None = None,
         local: Local | Sequence[Local] | None = None,
         local_inputs: Any = None,
+        outliers: bool = False,
         batch_size: int | None = None,
         max_in_flight: int = DEFAULT_IN_FLIGHT,
         timeout_s: float | None = None,
@@ -277,6 +290,7 @@ class Model:
             codec: In which they travel, as in ``Client.stem``. Default: as they are.
             local: As in ``predict``.
             local_inputs: What goes into local models; there are no images here.
+            outliers: As in ``predict``.
             batch_size: As in ``predict``.
             max_in_flight: As in ``predict``.
             timeout_s: As in ``predict``.
@@ -290,6 +304,7 @@ class Model:
             IncompatibleModelError: They come from other weights, or a local model is another one.
             InvalidArgumentError: Features of a backbone or a local model are missing, or are none of this model's.
         """
+        self._check_outliers(outliers)
         inputs = self.inputs
         sources = [one for one in inputs if not one.space.is_local]
         own = [one.space for one in sources]
@@ -312,7 +327,8 @@ class Model:
             features_of_it = by_backbone[needed.space.backbone]
             check_own(self.reference, needed, features_of_it.space, features_of_it.codec)
         feeds = [FeatureFeed(by_backbone[one.backbone]) for one in own]
-        return self._predict(join(self.record, feeds, found), batch_size, max_in_flight, deadline, progress)
+        feed = join(self.record, feeds, found)
+        return self._predict(feed, batch_size, max_in_flight, deadline, progress, outliers)
 
     def evaluate(
         self,
@@ -423,6 +439,7 @@ class Model:
             "trials": [asdict(one) for one in record.trials],
             "fine_tuning": None if record.fine_tuning is None else asdict(record.fine_tuning),
             "warnings": list(record.warnings),
+            "has_outlier_scores": record.has_outlier_scores,
             "head_sha256": record.head_sha256,
             "more_inputs": [
                 {
@@ -495,6 +512,7 @@ class Model:
         max_in_flight: int,
         timeout_s: float | None,
         progress: bool | None,
+        outliers: bool = False,
     ) -> Prediction:
         readers = BackboneInputs(self.record, self._client._backbones, self._model_stem)
         if not readers.spaces and stem:
@@ -505,10 +523,31 @@ class Model:
         deadline = rows_deadline(timeout_s, self._num_rows(given, local))
         deadline.check("predict")
         feeds = readers.feeds(given.pictures, stem, deadline) if readers.spaces else []
-        return self._predict(join(self.record, feeds, local), batch_size, max_in_flight, deadline, progress)
+        feed = join(self.record, feeds, local)
+        return self._predict(feed, batch_size, max_in_flight, deadline, progress, outliers)
+
+    def _check_outliers(self, outliers: bool) -> None:
+        """Check that the model has outlier scores, if they are asked for.
+
+        Raises:
+            UnsupportedError: It has none.
+        """
+        if not outliers or self.has_outlier_scores:
+            return
+        if self.head is not None and self.head.kind == CONV:
+            why, hint = "its head reads a map, and there are none for these", "Train one that reads slices"
+        else:
+            why, hint = "an older cluster trained it, or answers", "Train it again on a cluster of this version"
+        raise UnsupportedError(f"{self.reference} has no outlier scores: {why}", hint=f"{hint}, or leave outliers out")
 
     def _predict(
-        self, feed: Feed, batch_size: int | None, max_in_flight: int, deadline: Any, progress: bool | None
+        self,
+        feed: Feed,
+        batch_size: int | None,
+        max_in_flight: int,
+        deadline: Any,
+        progress: bool | None,
+        outliers: bool,
     ) -> Prediction:
         calls, started, reference = self._client._calls.inference, time.monotonic(), self.reference
         with show_progress(f"Predicting with {reference}", feed.num_rows, several(feed, batch_size, progress)) as bar:
@@ -516,9 +555,17 @@ class Model:
                 feed,
                 batch_size=batch_size,
                 max_in_flight=max_in_flight,
-                one=lambda batch: calls.predict(feed.space, batch, reference, deadline, backbone=feed.backbone),
+                one=lambda batch: calls.predict(
+                    feed.space, batch, reference, deadline, outliers=outliers, backbone=feed.backbone
+                ),
                 many=lambda batches, window: calls.stream_predict(
-                    feed.space, batches, reference, window=window, deadline=deadline, backbone=feed.backbone
+                    feed.space,
+                    batches,
+                    reference,
+                    window=window,
+                    deadline=deadline,
+                    outliers=outliers,
+                    backbone=feed.backbone,
                 ),
                 on_rows=bar.advance,
             )
@@ -533,6 +580,8 @@ class Model:
             codec_use=found.codec_use,
             task=self.task,
             conformal=self._whole().conformal,
+            outlier_distances=None if found.outliers_N2 is None else found.outliers_N2[:, 0],
+            outlier_scores=None if found.outliers_N2 is None else found.outliers_N2[:, 1],
         )
 
     def _truth(self, labels: Any, num_rows: int) -> Any:

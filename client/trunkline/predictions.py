@@ -14,7 +14,7 @@ from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 from trunkline_wire.specs import CodecUse, Timings
 
 from trunkline import _html
-from trunkline.errors import TrunklineError, UnsupportedError, from_wire
+from trunkline.errors import InvalidArgumentError, TrunklineError, UnsupportedError, from_wire
 from trunkline.records import Conformal
 
 # Shape suffix legend: N = rows, K = classes or outputs
@@ -29,11 +29,15 @@ class RowPrediction:
             numbers, and if the row failed.
         outputs_K: Probabilities of the classes, or values; NaN if the row failed.
         error: Why the row failed, or None.
+        outlier_distance: How far it is from the training rows. None if nobody asked, NaN if the row failed.
+        outlier_score: Share of the rows held out that were nearer. Likewise.
     """
 
     label: str | tuple[str, ...] | None
     outputs_K: npt.NDArray[np.float32]
     error: TrunklineError | None
+    outlier_distance: float | None = None
+    outlier_score: float | None = None
 
     @property
     def text(self) -> str:
@@ -64,6 +68,9 @@ class Prediction:
         task: ``classification``, ``multi_label``, ``ordinal`` or ``regression``.
         conformal: What ``sets`` and ``intervals`` go by. None if the model has nothing of the kind.
         views: Views of each picture whose answers were averaged. 1: the picture's own.
+        outlier_distances: (N,), float32, if asked for: how far each row is from the nearest class of the training
+            rows; these are 1 on average. NaN in rows that failed.
+        outlier_scores: (N,), float32, likewise: the share of the rows held out from training that were nearer, 0 to 1.
     """
 
     model: str
@@ -77,6 +84,8 @@ class Prediction:
     task: str = CLASSIFICATION
     conformal: Conformal | None = None
     views: int = 1
+    outlier_distances: npt.NDArray[np.float32] | None = None
+    outlier_scores: npt.NDArray[np.float32] | None = None
 
     @property
     def probabilities(self) -> npt.NDArray[np.float32]:
@@ -171,6 +180,30 @@ class Prediction:
         )
         return low_NK, high_NK
 
+    def unusual(self, share: float = 0.99) -> npt.NDArray[np.bool_]:
+        """Return which rows are unlike the model's training rows, (N,): what is said of them is a guess.
+
+        They are farther from these than the share ``share`` of the rows held out. Of new rows that are like those,
+        about one in a hundred is called unusual at 0.99; where N rows, fewer than a hundred, were held out, one in N.
+        False in rows that failed.
+
+        Args:
+            share: Above 0, at most 1.
+
+        Raises:
+            UnsupportedError: Outlier scores were not asked for.
+            InvalidArgumentError: The share is out of range.
+        """
+        if self.outlier_scores is None:
+            raise UnsupportedError(
+                "outlier scores were not asked for", hint="Use model.predict(..., outliers=True) and then .unusual()"
+            )
+        if not 0 < share <= 1:
+            raise InvalidArgumentError(f"share is {share}; expected above 0, and at most 1")
+        # As they came: 0.99 is less than 0.99 in float32.
+        scores: npt.NDArray[np.bool_] = self.outlier_scores >= np.float32(share)
+        return scores
+
     def _threshold(self, coverage: float) -> float:
         if self.views > 1:
             raise UnsupportedError(
@@ -203,7 +236,13 @@ class Prediction:
     def __getitem__(self, row: int) -> RowPrediction:
         """Return one row's."""
         row = range(len(self))[row]
-        return RowPrediction(self.labels[row], self.outputs_NK[row], self.errors.get(row))
+        return RowPrediction(
+            self.labels[row],
+            self.outputs_NK[row],
+            self.errors.get(row),
+            None if self.outlier_distances is None else float(self.outlier_distances[row]),
+            None if self.outlier_scores is None else float(self.outlier_scores[row]),
+        )
 
     def __iter__(self) -> Iterator[RowPrediction]:
         """Yield each row's."""
@@ -221,6 +260,8 @@ class Prediction:
                 row["probabilities"] = dict(zip(self.class_names, one.outputs_K.tolist(), strict=True))
             else:
                 row["values"] = one.outputs_K.tolist()
+            if one.error is None and one.outlier_score is not None:
+                row |= {"outlier_distance": one.outlier_distance, "outlier_score": one.outlier_score}
             rows.append(row)
         return {
             "model": self.model,
@@ -288,7 +329,14 @@ def averaged(prediction: Prediction, views: int) -> Prediction:
         labels=labels,
         errors={row: prediction.errors[row * views] for row in failed},
         views=views,
+        outlier_distances=_of_pictures(prediction.outlier_distances, views),
+        outlier_scores=_of_pictures(prediction.outlier_scores, views),
     )
+
+
+def _of_pictures(values: npt.NDArray[np.float32] | None, views: int) -> npt.NDArray[np.float32] | None:
+    """Return what was said of the pictures themselves, the first of their views."""
+    return None if values is None else values[::views]
 
 
 def label_sets(

@@ -359,6 +359,7 @@ class ModelRecord:
         warnings: What its maker should know before trusting it.
         trials: What a sweep tried, in its order. Empty in lists.
         fine_tuning: What came of it; None where it was not tried.
+        has_outlier_scores: Whether it can say how unlike its training rows a row is.
     """
 
     name: str
@@ -385,6 +386,7 @@ class ModelRecord:
     warnings: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     fine_tuning: FineTuning | None = None
+    has_outlier_scores: bool = False
 
     @property
     def reference(self) -> str:

@@ -76,7 +76,7 @@ class FakeEngine:
     async def tune(self, cut="", input_size=0, again=False):
         return fake_backbone.tuning(cut, input_size, again, self.name)
 
-    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None, caller="", wait=False):
+    async def predict(self, space, rows, model, *, more_BE=None, outliers=False, timeout_s=None, caller="", wait=False):
         if space.is_local:
             fake_fusion.check_local_use(model.space, model.codec, space, rows)
             use = CodecUse(quantise.codec_of(rows), 0.0, model.codec, 0.0)
@@ -88,7 +88,11 @@ class FakeEngine:
             columns_BD = np.concatenate([columns_BD, more_BE], axis=1)
         outputs = np.array(self.heads[model.head_sha256](columns_BD), np.float32)
         outputs[list(errors)] = np.nan
-        return Prediction(outputs, errors, codec_use=use)
+        found = None
+        if outliers:
+            found = self.heads[model.outliers_sha256](columns_BD)
+            found[list(errors)] = np.nan
+        return Prediction(outputs, errors, codec_use=use, outliers_B2=found)
 
     async def extract(self, space, rows, slices=(), *, timeout_s=None, caller="", wait=False):
         embedding, found, errors = fake_backbone.embed(space, rows, slices)
@@ -162,6 +166,8 @@ class _Lane:
         head, task, metrics = fake_backbone.fit(columns_BD, content.class_indices, content.targets, record.class_names)
         digest = hashlib.sha256(content_digest(columns_BD) + spec.model.encode()).hexdigest()
         self._heads[digest] = head
+        outliers = "" if spec.head.kind == "conv" else f"{digest}/outliers"
+        self._heads[outliers] = fake_backbone.fit_outliers(columns_BD)
         described = []
         for one in inputs:
             codec = codec_of.get(one.space.source, codec_of.get(""))
@@ -195,6 +201,7 @@ class _Lane:
             ),
             more_inputs=tuple(more),
             head=spec.head,
+            outliers_sha256=outliers,
         )
 
 

@@ -366,6 +366,18 @@ def fit(x, indices, targets, class_names):
     return functools.partial(_of_width, x.shape[1], functools.partial(head, weights)), task, metrics
 
 
+def fit_outliers(x):
+    """Return what says how far rows are from the mean, and the share of these rows that is nearer."""
+    mean = x.mean(axis=0)
+    known = np.sort(np.abs(x - mean).max(axis=1))
+
+    def of(rows):
+        distance = np.abs(rows - mean).max(axis=1)
+        return np.stack([distance, np.searchsorted(known, distance) / len(known)], axis=1).astype(np.float32)
+
+    return of
+
+
 def _of_width(width, head, x):
     if x.shape[1] != width:
         raise WireError(ErrorCode.SHAPE_MISMATCH, f"{x.shape[1]} columns; the head reads {width}")

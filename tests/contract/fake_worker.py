@@ -379,7 +379,10 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
         self.worker.received_bytes += sum(codecs.encoded_size(one) for one in tensors)
 
     def _predict(self, request, context):
-        model, head = self.worker.find("model", context.tenant, request.model)
+        model, (head, outliers) = self.worker.find("model", context.tenant, request.model)
+        asked = request.outlier_scores and not self.worker.faults.is_old
+        if asked and not model.has_outlier_scores:
+            raise WireError(ErrorCode.UNSUPPORTED, f"{model.name} has no outlier scores; train it again")
         _check_stated(request.timeout_s)
         rows, space = codecs.decode(request.features), messages.space_from_proto(request.space)
         more = [_more_rows(one, rows) for one in request.more_inputs]
@@ -396,11 +399,14 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
         columns, errors = fake_fusion.side_by_side(inputs, every)
         self.worker.trunk_rows += len(rows)
         outputs = np.array(head(columns))
+        found = outliers(columns) if asked else np.zeros((0, 2))
         labels = []
         if model.task == registry_pb2.TASK_CLASSIFICATION:
             labels = [model.class_names[k] for k in np.nan_to_num(outputs).argmax(axis=1)]
         for row in errors:
             outputs[row] = np.nan
+            if asked:
+                found[row] = np.nan
             if labels:
                 labels[row] = ""
         return inference_pb2.PredictResponse(
@@ -410,6 +416,8 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             row_errors=self._row_errors(errors, context),
             timings=inference_pb2.trunkline__wire_dot_v1_dot_tensor__pb2.Timings(trunk_s=0.001, total_s=0.002),
             codec_use=messages.codec_use_to_proto(use),
+            outlier_distances=found[:, 0].tolist(),
+            outlier_scores=found[:, 1].tolist(),
         )
 
     def _extract(self, request, context):
@@ -897,5 +905,6 @@ class FakeWorker:
             ],
             more_inputs=more,
             head=spec.head,
+            has_outlier_scores=not self.faults.is_old and spec.head.kind != training_pb2.HEAD_KIND_CONV,
         )
-        return model, head
+        return model, (head, fake_backbone.fit_outliers(columns))

@@ -380,3 +380,19 @@ def test_runtimes_and_which_is_used(run):
     assert run("tune").exit_code == 0
     missing = run("tune", "fake_net", "--cut", "nowhere")
     assert missing.exit_code == 1 and "nowhere" in missing.stderr and "next:  trunkline backbones" in missing.stderr
+
+
+def test_outlier_scores(run, trained, folder):
+    Image.new("RGB", (16, 16), "white").save(folder / "strange.png")
+    plain = run("predict", "m", folder / "a").stdout
+    assert "NEARER" not in plain
+    found = run("predict", "m", folder / "a", folder / "strange.png", "--outliers")
+    header, *rows = found.stdout.strip().splitlines()
+    assert header.split() == ["IMAGE", "LABEL", "PROBABILITY", "DISTANCE", "NEARER"]
+    assert rows[-1].split()[-1] == "1.000" and "strange.png" in rows[-1]
+    data = json.loads(run("predict", "m", folder / "strange.png", "--outliers", "--json").stdout)
+    assert data["rows"][0]["outlier_score"] == 1.0 and data["rows"][0]["outlier_distance"] > 0
+    assert json.loads(run("models", "m", "--json").stdout)["has_outlier_scores"]
+    (folder / "bad.png").write_bytes(b"nothing")
+    failed = run("predict", "m", folder / "bad.png", folder / "strange.png", "--outliers")
+    assert failed.exit_code == 1 and "failed" in failed.stdout and "1.000" in failed.stdout

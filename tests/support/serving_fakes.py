@@ -206,14 +206,15 @@ class FakeEngine:
             raise WireError(ErrorCode.NOT_FOUND, f"no cut {cut!r}; there is mid")
         return replace(fake_tuning(found.name, input_size or 8), backbone=self.name)
 
-    async def predict(self, space, rows, model, *, more_BE=None, timeout_s=None, caller="", wait=False):
+    async def predict(self, space, rows, model, *, more_BE=None, outliers=False, timeout_s=None, caller="", wait=False):
         extraction = await self.extract(space, rows, timeout_s=timeout_s, caller=caller, wait=wait)
         self.last_more = more_BE
         outputs = np.tile(np.float32([0.25, 0.75]), (len(rows), 1))
+        found = np.stack([np.arange(len(rows)), np.full(len(rows), 0.5)], axis=1).astype(np.float32)
         for row in extraction.row_errors:
-            outputs[row] = np.nan
+            outputs[row] = found[row] = np.nan
         use = replace(extraction.codec_use, trained_codec=model.codec, trained_error=model.codec_error)
-        return Prediction(outputs, extraction.row_errors, extraction.timings, use)
+        return Prediction(outputs, extraction.row_errors, extraction.timings, use, found if outliers else None)
 
     async def extract(self, space, rows, slices=(), *, timeout_s=None, caller="", wait=False):
         self.calls += 1

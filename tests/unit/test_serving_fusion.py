@@ -231,6 +231,27 @@ def test_a_row_that_one_backbone_cannot_read_fails_and_the_others_go_on(running)
     assert more[1].tolist() == [*OWN[1], *[7.0] * 6]
 
 
+def test_outlier_scores_of_rows_that_failed_in_any_backbone_are_none(running):
+    running.publish(model("second", outliers_sha256="5" * 64))
+    asked = request(sent(SECOND), rows=[FILES[0], b"seven..", fakes.unreadable("fake")])
+    assert not running.predict(asked).outlier_scores
+    asked.outlier_scores = True
+    answer = running.predict(asked)
+    assert (
+        np.isnan(answer.outlier_distances).tolist() == np.isnan(answer.outlier_scores).tolist() == [True, False, True]
+    )
+    assert (answer.outlier_distances[1], answer.outlier_scores[1]) == (1.0, 0.5)
+
+
+def test_a_model_without_outlier_scores_is_refused_before_any_backbone_is_asked(running):
+    running.publish(model("edge", "second"))
+    asked = request(sent(EDGE, OWN), sent(SECOND))
+    asked.outlier_scores = True
+    error = running.refused(lambda: running.predict(asked))
+    assert error.code is ErrorCode.UNSUPPORTED and "Train it again" in error.message
+    assert [one.calls for one in running.engines.values()] == [0, 0, 0]
+
+
 def test_other_backbones_work_at_the_same_time(running):
     running.publish(model("second", "third"))
     # Each waits until the other has begun.

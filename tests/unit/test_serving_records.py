@@ -1,5 +1,7 @@
 """Records of the store to messages and back: nothing is lost, and what is not said takes the default."""
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf.message import Message
 from trunkline_wire import messages
@@ -167,7 +169,8 @@ def test_a_model_shows_its_task_its_head_and_all_of_its_inputs(task: str, expect
         head=HEADS[2],
     )
     message = through_bytes(records.model_to_proto(record))
-    assert message.task == expected
+    assert message.task == expected and not message.has_outlier_scores
+    assert records.model_to_proto(replace(record, outliers_sha256="5" * 64)).has_outlier_scores
     assert records.head_from_proto(message.head) == HEADS[2]
     found = tuple(
         ModelInput(

@@ -81,6 +81,7 @@ MODEL = ModelRecord(
         ModelInput(local_space("sensor", "c" * 64), "", ("sensor",), 3, "float32"),
     ),
     head=HEAD,
+    outliers_sha256="7" * 64,
 )
 
 

@@ -28,6 +28,7 @@ from trunkline_wire.specs import (
 )
 from trunkline_worker.engine.api import Extraction
 from trunkline_worker.heads.artefact import head_from_bytes, head_path
+from trunkline_worker.heads.outliers import detector_from_bytes, outliers_path
 from trunkline_worker.store import chunks
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.clock import ManualClock
@@ -573,6 +574,7 @@ def test_a_convolutional_head_reads_the_map_at_its_tap(fused):
     assert fused.trunk.slices_of == {"fake": ("mid.map",)}
     assert [(one.slices, one.map_shape) for one in head.inputs] == [(("mid.map",), (3, 2, 2)), (("edge",), ())]
     assert (model.slices, model.head) == (("mid.map",), asked["head"])
+    assert not model.outliers_sha256
     assert model.metrics["accuracy"] > 0.9
     # Neither the embedding nor a map of another shape is taken for it.
     fused.train("pooled", dataset="both", **QUICK)
@@ -697,6 +699,7 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
             "conformal": json.loads(json.dumps(asdict(model.conformal))),
             "warnings": list(model.warnings),
             "evaluation_sha256": model.evaluation_sha256,
+            "outliers_sha256": model.outliers_sha256,
         },
         "job": {
             "model": "head",
@@ -746,6 +749,9 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
     assert evaluation.num_held_out == model.metrics["num_validation_rows"]
     assert evaluation.answers.shape == (len(evaluation.rows), 3)
     assert evaluation.curves["loss"]
+    detector = detector_from_bytes(fused.blobs.get_checked(outliers_path(model.outliers_sha256), model.outliers_sha256))
+    assert (detector.slices, detector.more_width) == (("pooled",), 5)
+    assert detector.is_held_out and detector.num_rows == model.metrics["num_validation_rows"]
 
 
 def test_local_features_of_two_widths_fail_the_job(fused):

@@ -22,7 +22,7 @@ from trunkline._calls.core import Caller, Method, error_from_message
 from trunkline._calls.exchange import Exchange
 from trunkline._calls.matrices import decode_matrix
 from trunkline._deadline import Deadline
-from trunkline.errors import TrunklineError, from_wire
+from trunkline.errors import TrunklineError, UnsupportedError, from_wire
 
 # Shape suffix legend: B = rows, D = embedding width, K = classes or outputs
 
@@ -32,7 +32,10 @@ Rows = npt.NDArray[np.generic] | PackedRows | Sequence[bytes]
 
 @dataclass(frozen=True)
 class RawPrediction:
-    """One batch's answer. ``outputs_BK`` is NaN in rows that failed."""
+    """One batch's answer. ``outputs_BK`` is NaN in rows that failed.
+
+    ``outliers_B2`` likewise, where it was asked for: distances, and shares of rows held out that were nearer.
+    """
 
     model: str
     outputs_BK: npt.NDArray[np.float32]
@@ -40,6 +43,7 @@ class RawPrediction:
     row_errors: Mapping[int, TrunklineError]
     timings: Timings
     codec_use: CodecUse = field(default_factory=CodecUse)
+    outliers_B2: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,14 @@ class InferenceCalls:
         self._caller = caller
 
     def predict(
-        self, space: FeatureSpace, batch: Batch, model: str, deadline: Deadline, *, backbone: str = ""
+        self,
+        space: FeatureSpace,
+        batch: Batch,
+        model: str,
+        deadline: Deadline,
+        *,
+        outliers: bool = False,
+        backbone: str = "",
     ) -> RawPrediction:
         """Predict one batch.
 
@@ -102,9 +113,13 @@ class InferenceCalls:
             batch: The rows.
             model: Reference of the model.
             deadline: Over all tries.
+            outliers: Whether to ask how unlike the model's training rows each row is.
             backbone: Whose replicas can answer all of it themselves. Empty: none, the gateway finds them.
+
+        Raises:
+            UnsupportedError: The cluster takes no notice of ``outliers``.
         """
-        request = _predict_request(space, batch, model, deadline)
+        request = _predict_request(space, batch, model, deadline, outliers)
         answer = self._caller.rows(
             InferenceServiceStub,
             "Predict",
@@ -113,7 +128,7 @@ class InferenceCalls:
             backbone=backbone,
             num_rows=len(batch.row_numbers),
         )
-        return _prediction(answer)
+        return _prediction(answer, outliers)
 
     def extract(self, space: FeatureSpace, batch: Batch, slices: Sequence[str], deadline: Deadline) -> RawEmbedding:
         """Compute the embedding of one batch. A replica of its backbone answers it, or the gateway."""
@@ -136,23 +151,27 @@ class InferenceCalls:
         *,
         window: int,
         deadline: Deadline,
+        outliers: bool = False,
         backbone: str = "",
     ) -> Iterator[tuple[Batch, RawPrediction | TrunklineError]]:
         """Predict many batches with several in flight. Yields each with its answer or its error, as they come.
 
         Replicas of ``backbone`` that can be reached share them, where one is named: ``window`` counts for each.
+        ``outliers`` as for ``predict``.
         """
         method: Method[Batch] = Method(
             InferenceServiceStub,
             "StreamPredict",
-            request=lambda seq, batch: _numbered_predict(seq, _predict_request(space, batch, model, deadline)),
+            request=lambda seq, batch: _numbered_predict(
+                seq, _predict_request(space, batch, model, deadline, outliers)
+            ),
             end=lambda sent: pb.StreamPredictRequest(seq=0, end=error_pb2.EndOfStream(num_messages=sent)),
             result="result",
             num_rows=lambda batch: len(batch.row_numbers),
         )
         answers = self._caller.stream(method, Exchange(batches, window), deadline, backbone=backbone)
         for _, batch, answer in answers:
-            yield batch, answer if isinstance(answer, TrunklineError) else _prediction(answer)
+            yield batch, answer if isinstance(answer, TrunklineError) else _prediction(answer, outliers)
 
     def stream_extract(
         self, space: FeatureSpace, batches: Iterator[Batch], slices: Sequence[str], *, window: int, deadline: Deadline
@@ -195,7 +214,9 @@ def _rows_apart(rows: Rows, compress: bool) -> tuple[tensor_pb2.Tensor, memoryvi
         raise from_wire(error) from None
 
 
-def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: Deadline) -> Apart[pb.PredictRequest]:
+def _predict_request(
+    space: FeatureSpace, batch: Batch, model: str, deadline: Deadline, outliers: bool
+) -> Apart[pb.PredictRequest]:
     features, data = _rows_apart(batch.rows, batch.compress)
     request = pb.PredictRequest(
         space=space_to_proto(space),
@@ -203,6 +224,7 @@ def _predict_request(space: FeatureSpace, batch: Batch, model: str, deadline: De
         model=model,
         timeout_s=deadline.remaining() or 0.0,
         more_inputs=[_input(one) for one in batch.more],
+        outlier_scores=outliers,
     )
     return Apart(request, data)
 
@@ -230,15 +252,26 @@ def _extract_request(
     return Apart(request, data)
 
 
-def _prediction(answer: pb.PredictResponse) -> RawPrediction:
+def _prediction(answer: pb.PredictResponse, outliers: bool) -> RawPrediction:
+    outputs_BK = decode_matrix(answer.outputs)
     return RawPrediction(
         model=answer.model,
-        outputs_BK=decode_matrix(answer.outputs),
+        outputs_BK=outputs_BK,
         labels=tuple(answer.labels),
         row_errors=_row_errors(answer.row_errors),
         timings=timings_from_proto(answer.timings),
         codec_use=codec_use_from_proto(answer.codec_use),
+        outliers_B2=_outliers(answer, len(outputs_BK)) if outliers else None,
     )
+
+
+def _outliers(answer: pb.PredictResponse, num_rows: int) -> npt.NDArray[np.float32]:
+    if not len(answer.outlier_distances) == len(answer.outlier_scores) == num_rows:
+        raise UnsupportedError(
+            f"who answered for {answer.model} does not know outlier scores: it is of an earlier version",
+            hint="Leave outliers=True out, or upgrade the cluster",
+        )
+    return np.stack([answer.outlier_distances, answer.outlier_scores], axis=1).astype(np.float32)
 
 
 def _embedding(apart: Apart[pb.ExtractResponse]) -> RawEmbedding:

@@ -74,6 +74,7 @@ def _model(message: pb.Model) -> ModelRecord:
         warnings=tuple(message.warnings),
         trials=tuple(_trial(one) for one in message.trials),
         fine_tuning=_fine_tuning(message),
+        has_outlier_scores=message.has_outlier_scores,
     )
 
 

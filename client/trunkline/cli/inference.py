@@ -41,6 +41,7 @@ SHOWN_CANDIDATES = 10
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="NAME or NAME@VERSION.")]
 Files = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, folders of them, or CSV files.")]
 SendImages = Annotated[bool, typer.Option("--send-images", help="Send images even if a stem could run here.")]
+Outliers = Annotated[bool, typer.Option("--outliers", help="Say how unlike the training rows each picture is.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows that travel together.", min=1)]
 
 
@@ -89,6 +90,7 @@ def predict(
     views: Views = 1,
     augment: AugmentOption = None,
     view_seed: ViewSeed = 0,
+    outliers: Outliers = False,
     batch_size: BatchSize = None,
 ) -> None:
     """Predict pictures. Those that cannot be read fail alone; the exit code is 1 then."""
@@ -114,6 +116,7 @@ def predict(
             views=views,
             augment=changes,
             seed=view_seed,
+            outliers=outliers,
             batch_size=batch_size,
         )
     data = found.to_dict()
@@ -233,13 +236,19 @@ def _paths(images: list[Path]) -> list[Path]:
 
 
 def _predictions(found: Prediction, paths: list[Path]) -> str:
+    has_outliers = found.outlier_scores is not None
     rows: list[tuple[object, ...]] = []
     for path, one in zip(paths, found, strict=True):
         if one.error is not None:
-            rows.append((path, "-", "failed"))
+            cells: tuple[object, ...] = (path, "-", "failed")
         else:
-            rows.append((path, one.text, f"{float(one.outputs_K.max()):.3f}" if found.class_names else ""))
-    return columns(("IMAGE", "LABEL" if found.class_names else "VALUES", "PROBABILITY"), rows)
+            cells = (path, one.text, f"{float(one.outputs_K.max()):.3f}" if found.class_names else "")
+        if has_outliers:
+            is_known = one.error is None
+            cells += (f"{one.outlier_distance:.2f}", f"{one.outlier_score:.3f}") if is_known else ("", "")
+        rows.append(cells)
+    header = ("IMAGE", "LABEL" if found.class_names else "VALUES", "PROBABILITY")
+    return columns((*header, "DISTANCE", "NEARER") if has_outliers else header, rows)
 
 
 def _metrics(model: Model) -> str:

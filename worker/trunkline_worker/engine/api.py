@@ -49,12 +49,17 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says. ``outputs_BK`` is float32 and NaN in rows that failed."""
+    """What a model says. ``outputs_BK`` is float32 and NaN in rows that failed.
+
+    ``outliers_B2`` likewise, where it was asked for: each row's distance to the training rows, and the share of rows
+    held out that were nearer.
+    """
 
     outputs_BK: npt.NDArray[np.float32]
     row_errors: Mapping[int, WireError] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     codec_use: CodecUse = field(default_factory=CodecUse)
+    outliers_B2: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class Engine(Protocol):
         model: ModelRecord,
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
+        outliers: bool = False,
         timeout_s: float | None = None,
         caller: str = "",
         wait: bool = False,
@@ -162,6 +168,8 @@ class Engine(Protocol):
             rows: The first input.
             model: Whose head.
             more_BE: Columns of the model's other inputs side by side, one row per row. None where it has no others.
+            outliers: Whether to say how unlike the model's training rows each row is. UNSUPPORTED for a model that
+                cannot.
             timeout_s: Seconds that the caller has.
             caller: Whose rows they are: a tenant, or a tenant, ``/`` and one of its connections. Callers share the
                 device fairly.

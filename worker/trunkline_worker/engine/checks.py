@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.finite import check_finite
+from trunkline_wire.heads import CONV
 from trunkline_wire.limits import MAX_CODEC_ERROR
 from trunkline_wire.quantise import INT4, INT8, PackedRows, check_packed, codec_of
 from trunkline_wire.specs import (
@@ -267,6 +268,21 @@ def check_more(model: ModelRecord, more_BE: npt.NDArray[np.float32] | None, num_
             f"the other inputs of model {model.reference} are columns of float32; got {more_BE.dtype}",
         )
     check_finite(more_BE)
+
+
+def check_outliers(model: ModelRecord) -> None:
+    """Check that a model can say how unlike its training rows a row is.
+
+    Raises:
+        WireError: UNSUPPORTED.
+    """
+    if model.outliers_sha256:
+        return
+    if model.head.kind == CONV:
+        why = "its head reads a map, and there are none for these. Train one that reads slices"
+    else:
+        why = "it was trained before there were any. Train it again"
+    raise WireError(ErrorCode.UNSUPPORTED, f"model {model.reference} has no outlier scores: {why}, or leave them out")
 
 
 def check_codec(reference: str, use: CodecUse) -> None:

@@ -33,6 +33,8 @@ class Work:
         slices: Names of the slices wanted. With a head, the head's own.
         head_key: Tells heads apart; empty without one.
         head: The head, or None.
+        detector_key: Tells detectors of outliers apart; empty without one.
+        detector: Runs on the rows and columns of the head, and its outputs stand behind the head's. None: nobody asked.
     """
 
     prepared: Prepared | None
@@ -40,6 +42,8 @@ class Work:
     slices: tuple[str, ...]
     head_key: str = ""
     head: Head | None = None
+    detector_key: str = ""
+    detector: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Compute:
     def _run_heads(self, embedding_BD: Tensor, parts: Sequence[Part[Work]]) -> list[Tensor | WireError]:
         results: list[Tensor | WireError | None] = [None] * len(parts)
         with_head: list[tuple[int, HeadRows]] = []
+        with_detector: list[tuple[int, HeadRows]] = []
         start = 0
         for index, part in enumerate(parts):
             stop, work = start + len(part.rows), part.context
@@ -120,6 +125,9 @@ class Compute:
                 results[index] = work.columns.select(embedding_BD[start:stop], work.slices).clone()
             else:
                 with_head.append((index, HeadRows(work.head_key, work.head, start, stop, part.rows.more_BE)))
+            if work.detector is not None:
+                rows = HeadRows(work.detector_key, work.detector, start, stop, part.rows.more_BE)
+                with_detector.append((index, rows))
             start = stop
         if with_head:
             run = run_heads(embedding_BD, [one for _, one in with_head], parts[0].context.columns)
@@ -127,7 +135,18 @@ class Compute:
             self.stacked_calls += run.num_stacked
             for (index, _), output in zip(with_head, run.results, strict=True):
                 results[index] = output
+        if with_detector:
+            run = run_heads(embedding_BD, [one for _, one in with_detector], parts[0].context.columns)
+            for (index, _), found in zip(with_detector, run.results, strict=True):
+                results[index] = _beside(results[index], found)
         return [one if one is not None else WireError(ErrorCode.INTERNAL, "not run") for one in results]
+
+
+def _beside(outputs_BK: Tensor | WireError | None, found: Tensor | WireError) -> Tensor | WireError:
+    """Put what a detector found beside a head's outputs. Where one of the two failed, so did the rows."""
+    if not isinstance(outputs_BK, Tensor):
+        return found if outputs_BK is None else outputs_BK
+    return found if isinstance(found, WireError) else torch.cat([outputs_BK, found.to(outputs_BK)], dim=1)
 
 
 def _run_trunk(prepared: Prepared, features: npt.NDArray[np.generic], ahead: Ahead | None) -> Tensor:

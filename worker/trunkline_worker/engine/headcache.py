@@ -47,6 +47,7 @@ class HeadCache:
         capacity: int,
         max_bytes: int,
         executor: Executor,
+        what: str = "head",
     ) -> None:
         """Prepare.
 
@@ -57,6 +58,7 @@ class HeadCache:
             capacity: Most heads that are kept.
             max_bytes: Most bytes that they take together.
             executor: Reads and loads off the loop.
+            what: What they are called in what is said to callers.
         """
         self._blobs = blobs
         self._load_head = load_head
@@ -64,6 +66,7 @@ class HeadCache:
         self._capacity = max(1, capacity)
         self._max_bytes = max_bytes
         self._executor = executor
+        self._what = what
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the one used longest ago first
         self._num_loaded = self._bytes = self._num_used = self._used_bytes = 0
         self.num_loads = 0
@@ -139,9 +142,9 @@ class HeadCache:
         if size_bytes > self._max_bytes:
             raise WireError(
                 ErrorCode.WORKER_OOM,
-                f"this model's head takes {size_bytes / _MIB:.1f} MiB and this worker keeps "
-                f"{self._max_bytes / _MIB:.1f} MiB of heads at most; train a smaller head, or ask the operator to "
-                "raise head_memory_mb",
+                f"this model's {self._what} takes {size_bytes / _MIB:.1f} MiB and this worker keeps "
+                f"{self._max_bytes / _MIB:.1f} MiB of {self._what}s at most; train a smaller head, or ask the operator "
+                "to raise head_memory_mb",
             )
         number, total = self._num_loaded + 1, self._bytes + size_bytes
         going: list[str] = []
@@ -160,7 +163,7 @@ class HeadCache:
     def _full(self) -> WireError:
         return WireError(
             ErrorCode.OVERLOADED,
-            f"{self._num_used} models are in use and their heads leave no room for another one: at most "
+            f"{self._num_used} models are in use and their {self._what}s leave no room for another one: at most "
             f"{self._capacity}, and {self._max_bytes / _MIB:.1f} MiB. Retry in {_RETRY_S:.2f} s",
             retry_delay_s=_RETRY_S,
         )

@@ -45,6 +45,7 @@ from trunkline_worker.engine.checks import (
     check_local,
     check_model,
     check_more,
+    check_outliers,
     check_own,
     check_rows,
     check_space,
@@ -64,6 +65,7 @@ from trunkline_worker.engine.targets import LocalKey, Target, TrunkKey
 from trunkline_worker.engine.threads import Threads
 from trunkline_worker.engine.torch_runtimes import place
 from trunkline_worker.engine.tuning import RuntimeChooser
+from trunkline_worker.heads.outliers import detector_from_bytes, outliers_path
 from trunkline_worker.store.blobs import BlobStore
 from trunkline_worker.store.records import ModelRecord
 
@@ -78,6 +80,20 @@ class _Asked(NamedTuple):
     deadline: float | None
     caller: str
     wait: bool
+
+
+class _Loaded(NamedTuple):
+    """What runs behind the trunk, as ``Work`` names it. ``detector`` is None where nobody asked for outlier scores."""
+
+    head_key: str
+    head: Head
+    detector_key: str = ""
+    detector: Head | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns that come out: the head's, and behind them the detector's."""
+        return self.head.num_outputs + (self.detector.num_outputs if self.detector else 0)
 
 
 class LocalEngine:
@@ -115,7 +131,7 @@ class LocalEngine:
             max_queued_rows: Most rows that wait before callers are told to come back.
             max_queued_bytes: Most memory of theirs, as they enter the network, likewise.
             head_capacity: Most heads that are kept in memory.
-            head_bytes: Most bytes that they take together.
+            head_bytes: Most bytes that they take together. What tells outliers may take a quarter as much beside them.
             load_head: Makes a head from checked bytes. None: the worker's own format.
             head_path: Where a head lies, by its SHA-256. None: the worker's own layout.
             load_bottleneck: Finds a bottleneck by its SHA-256. None: there are none.
@@ -161,6 +177,15 @@ class LocalEngine:
             capacity=head_capacity,
             max_bytes=head_bytes,
             executor=self._threads.short_pool,
+        )
+        self._detectors = HeadCache(
+            blobs,
+            load_head=detector_from_bytes,
+            head_path=outliers_path,
+            capacity=head_capacity,
+            max_bytes=head_bytes // 4,
+            executor=self._threads.short_pool,
+            what="outlier detector",
         )
         self._bottlenecks = Bottlenecks(load_bottleneck, self._threads)
         self._batcher: Batcher[Work] = Batcher(
@@ -264,6 +289,7 @@ class LocalEngine:
         model: ModelRecord,
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
+        outliers: bool = False,
         timeout_s: float | None = None,
         caller: str = "",
         wait: bool = False,
@@ -272,17 +298,22 @@ class LocalEngine:
         start, deadline = self._started(timeout_s)
         asked = _Asked(deadline, caller, wait)
         check_more(model, more_BE, len(rows))
+        if outliers:
+            check_outliers(model)
         if space.is_local or model.space.is_local:
-            async with self._head(model) as head:
-                collected, use = await self._run_head_alone(space, rows, model, head, more_BE, asked)
+            async with self._head(model, outliers) as loaded:
+                collected, use = await self._run_head_alone(space, rows, model, loaded, more_BE, asked)
         else:
             target = await self._target(space, rows, space.input_size or model.space.input_size, model.slices)
             needed = first_input(model)
             check_model(model.reference, needed, target.spec, target.cut)
             check_own(model.reference, needed, space, codec_of(rows))
-            async with self._head(model) as head:
-                collected, use = await self._process(target, rows, model, head, more_BE, asked)
-        return Prediction(collected.values, collected.errors, collected.timings(self._since(start)), use)
+            async with self._head(model, outliers) as loaded:
+                collected, use = await self._process(target, rows, model, loaded, more_BE, asked)
+        timings, outputs_BK, outliers_B2 = collected.timings(self._since(start)), collected.values, None
+        if outliers:
+            outputs_BK, outliers_B2 = np.split(outputs_BK, [model.num_outputs], axis=1)
+        return Prediction(outputs_BK, collected.errors, timings, use, outliers_B2)
 
     async def extract(
         self,
@@ -391,7 +422,7 @@ class LocalEngine:
         target: Target,
         rows: Payload,
         model: ModelRecord | None,
-        head: tuple[str, Head] | None,
+        loaded: _Loaded | None,
         more_BE: npt.NDArray[np.float32] | None,
         asked: _Asked,
     ) -> tuple[Collected, CodecUse]:
@@ -402,7 +433,7 @@ class LocalEngine:
             self._runtimes.start(key)
             use = await self._codec_use(target, rows, model, deadline)
             prepared = await self._runtimes.get(key, self._left_s(deadline))
-            work = Work(prepared, target.columns, target.slice_names, *(head or ("", None)))
+            work = Work(prepared, target.columns, target.slice_names, *(loaded or ()))
             if isinstance(rows, np.ndarray) and target.bottleneck is None:
                 result = await self._batcher.submit(key, Rows(rows, more_BE), work, deadline=deadline, hold=hold)
                 collected = Collected.of(result)
@@ -415,7 +446,7 @@ class LocalEngine:
                     hold=hold,
                     deadline=deadline,
                     slice_rows=self._max_rows(key),
-                    width=head[1].num_outputs if head else target.slices[-1].stop,
+                    width=loaded.num_outputs if loaded else target.slices[-1].stop,
                     more_BE=more_BE,
                 )
         collected.fail_overflown()
@@ -426,16 +457,15 @@ class LocalEngine:
         space: FeatureSpace,
         rows: Payload,
         model: ModelRecord,
-        keyed_head: tuple[str, Head],
+        loaded: _Loaded,
         more_BE: npt.NDArray[np.float32] | None,
         asked: _Asked,
     ) -> tuple[Collected, CodecUse]:
         """Run a head on local features: there is nothing for the trunk to do."""
-        head_key, head = keyed_head
-        width = head.num_features - head.more_width
+        width = loaded.head.num_features - loaded.head.more_width
         check_local(model.reference, dataclasses.replace(first_input(model), width=width), space, rows)
         columns = Columns([SliceSpec(space.local_model, 0, width)])
-        work = Work(None, columns, (space.local_model,), head_key, head)
+        work = Work(None, columns, (space.local_model,), *loaded)
         key = LocalKey(space.local_model, width)
         with await self._hold(len(rows), memory_of(rows, more_BE), asked) as hold:
             features = (await self._decoder.packed(rows)).rows if isinstance(rows, PackedRows) else np.asarray(rows)
@@ -468,16 +498,25 @@ class LocalEngine:
         return None if deadline is None else max(deadline - self._clock.monotonic(), 0.0)
 
     @contextlib.asynccontextmanager
-    async def _head(self, model: ModelRecord) -> AsyncIterator[tuple[str, Head]]:
-        """Return the key of a model's head and the head, which stays in memory until the context ends."""
+    async def _head(self, model: ModelRecord, outliers: bool) -> AsyncIterator[_Loaded]:
+        """Return a model's head, and what tells outliers if wanted. They stay in memory until the context ends."""
+        reads = model.slices, sum(one.width for one in model.more_inputs)
         async with self._heads.use(model.head_sha256) as head:
-            more_width = sum(one.width for one in model.more_inputs)
-            if (head.slices, head.more_width, head.num_outputs) != (model.slices, more_width, model.num_outputs):
+            if (head.slices, head.more_width, head.num_outputs) != (*reads, model.num_outputs):
                 raise WireError(
                     ErrorCode.CORRUPT_DATA,
                     f"the head in storage is not the one that {model.reference} was registered with",
                 )
-            yield model.head_sha256, head
+            if not outliers:
+                yield _Loaded(model.head_sha256, head)
+                return
+            async with self._detectors.use(model.outliers_sha256) as detector:
+                if (detector.slices, detector.more_width, detector.num_features) != (*reads, head.num_features):
+                    raise WireError(
+                        ErrorCode.CORRUPT_DATA,
+                        f"the outlier scores in storage are not those that {model.reference} was registered with",
+                    )
+                yield _Loaded(model.head_sha256, head, model.outliers_sha256, detector)
 
     def _max_rows(self, key: Hashable) -> int:
         if not isinstance(key, TrunkKey):

@@ -183,10 +183,13 @@ class Backbone:
         more_BE: npt.NDArray[np.float32] | None,
         timeout_s: float | None,
         caller: str = "",
+        outliers: bool = False,
     ) -> Prediction | WireError:
         """See ``Engine.predict``."""
         return await _returned(
-            self._engine.predict(space, rows, model, more_BE=more_BE, timeout_s=timeout_s, caller=caller)
+            self._engine.predict(
+                space, rows, model, more_BE=more_BE, outliers=outliers, timeout_s=timeout_s, caller=caller
+            )
         )
 
     async def extract(
@@ -317,12 +320,15 @@ class HandleEngine:
         model: ModelRecord,
         *,
         more_BE: npt.NDArray[np.float32] | None = None,
+        outliers: bool = False,
         timeout_s: float | None = None,
         caller: str = "",
         wait: bool = False,
     ) -> Prediction:
         """See ``Engine.predict``. Rows wait where they came from, not a second time in the replica: OVERLOADED."""
-        prediction: Prediction = await self._call("predict", timeout_s, space, rows, model, more_BE, caller=caller)
+        prediction: Prediction = await self._call(
+            "predict", timeout_s, space, rows, model, more_BE, caller=caller, outliers=outliers
+        )
         return prediction
 
     async def extract(

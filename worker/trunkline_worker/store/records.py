@@ -248,6 +248,7 @@ class ModelRecord:
 
     ``codec`` and ``codec_error`` say how the rows that it was trained on were made and sent, as ``codec_label`` does,
     and the embedding error of that. An empty codec is not known and counts as exact. ``candidates`` are best first.
+    ``outliers_sha256`` is empty where it cannot say how unlike its training rows a row is.
     """
 
     tenant: str
@@ -276,6 +277,7 @@ class ModelRecord:
     trials: tuple[TrialRecord, ...] = ()
     evaluation_sha256: str = ""
     fine_tuning: FineTuning | None = None
+    outliers_sha256: str = ""
 
     @property
     def reference(self) -> str:

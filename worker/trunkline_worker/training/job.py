@@ -12,6 +12,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
+from trunkline_worker.heads.outliers import detector_to_bytes, outliers_path
 from trunkline_worker.store.evaluations import evaluation_path, evaluation_to_bytes
 from trunkline_worker.store.records import (
     Candidate,
@@ -118,6 +119,8 @@ def _publish(
     sha256 = hashlib.sha256(data).hexdigest()
     evaluation = b"" if result.evaluation is None else evaluation_to_bytes(result.evaluation)
     evaluation_sha256 = hashlib.sha256(evaluation).hexdigest() if evaluation else ""
+    outliers = b"" if result.outliers is None else detector_to_bytes(result.outliers)
+    outliers_sha256 = hashlib.sha256(outliers).hexdigest() if outliers else ""
     first, *others = (_model_input(one, entry) for one, entry in zip(read, head.inputs, strict=True))
     record = ModelRecord(
         tenant=job.tenant,
@@ -144,12 +147,15 @@ def _publish(
         conformal=result.conformal,
         warnings=result.warnings,
         evaluation_sha256=evaluation_sha256,
+        outliers_sha256=outliers_sha256,
         trials=() if result.found is None else tuple(_trial(one, result.found.won) for one in result.found.trials),
         fine_tuning=result.tuning,
     )
     tools.blobs.put(head_path(sha256), data)
     if evaluation:
         tools.blobs.put(evaluation_path(evaluation_sha256), evaluation)
+    if outliers:
+        tools.blobs.put(outliers_path(outliers_sha256), outliers)
     tools.failpoints.hit("job.head_written")
     tools.blobs.put(manifest_path(job.id, lease.fence), _manifest(record, job.spec, read, result))
     tools.failpoints.hit("job.manifest_written")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import LossConfig, check_metric
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
+from trunkline_wire.heads import CLASSIFICATION, CONV, MULTI_LABEL, ORDINAL
 from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
+from trunkline_worker.heads.outliers import Detector
 from trunkline_worker.store.evaluations import Evaluation, sample
 from trunkline_worker.store.groups import check_held_groups
 from trunkline_worker.store.records import Conformal, Event, FineTuning, JobSpec
@@ -31,6 +32,7 @@ from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
 from trunkline_worker.training.trust.assess import assess
+from trunkline_worker.training.trust.outliers import fit_detector
 from trunkline_worker.training.tuning.tune import TailSource, Tuned, check_tuning, fine_tune
 
 __all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
@@ -54,6 +56,7 @@ class TrainingResult:
         found: What the search found; None where nothing was searched.
         evaluation: For the report: answers on held-out rows and the like.
         tuning: What came of fine-tuning; None where it was not asked for.
+        outliers: Says how unlike its training rows a row is; None for a head that reads a map.
         candidates: Sets of slices that were tried, best first; empty unless the embedding is ``auto``. Those of each
             further backbone follow, their slices named ``BACKBONE:SLICE``.
     """
@@ -66,6 +69,7 @@ class TrainingResult:
     found: Found | None = None
     evaluation: Evaluation | None = None
     tuning: FineTuning | None = None
+    outliers: Detector | None = None
 
 
 def train_head(
@@ -221,6 +225,9 @@ def train_head(
         **assessed.metrics,
         **{f"train_{name}": value for name, value in measured(on_training, seen).items()},
     }
+    outliers = None
+    if head.tail is None and spec.head.kind != CONV:  # of a map, where places differ, means and covariances say nothing
+        outliers = fit_detector(seen.x_ND, training_classes_N, validation.x_ND, inputs, spec.seed, check=progress.check)
     trained = TrainedHead(head, labels.task, tuple(labels.class_names))
     progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)
     evaluation = sample(
@@ -235,6 +242,7 @@ def train_head(
         found,
         evaluation,
         None if tuned is None else tuned.record,
+        outliers,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from trunkline_wire import codecs, messages
 from trunkline_wire.bulk import Apart
 from trunkline_wire.errors import WireError
@@ -14,6 +15,7 @@ from trunkline_wire.heads import CLASSIFICATION, ORDINAL
 from trunkline_wire.v1 import error_pb2
 from trunkline_wire.v1 import inference_pb2 as pb
 
+from trunkline_worker.engine.checks import check_outliers
 from trunkline_worker.serving.backends import Backends
 from trunkline_worker.serving.bottlenecks import find_bottleneck
 from trunkline_worker.serving.boundary import current_call, public_error
@@ -106,6 +108,8 @@ class InferenceServicer:
         rows = codecs.decode(request.features, data)
         space = messages.space_from_proto(request.space)
         model = await self._models.find(call.tenant, request.model)
+        if request.outlier_scores:
+            check_outliers(model)
         engine = self._backends.engine(self._backends.default_backbone if space.is_local else space.backbone)
         if space.bottleneck:
             await find_bottleneck(self._backends, call.tenant, space.bottleneck)
@@ -115,13 +119,15 @@ class InferenceServicer:
             )
         )
         prediction = await turn.until_room(
-            lambda: engine.predict(space, rows, model, more_BE=more.more_BE, **turn.keywords())
+            lambda: engine.predict(
+                space, rows, model, more_BE=more.more_BE, outliers=request.outlier_scores, **turn.keywords()
+            )
         )
         row_errors = {**prediction.row_errors, **more.row_errors}
-        outputs_BK = prediction.outputs_BK
-        if more.row_errors:
-            outputs_BK = outputs_BK.copy()
-            outputs_BK[list(more.row_errors)] = np.nan
+        outputs_BK = _without(prediction.outputs_BK, more.row_errors)
+        outliers_B2 = prediction.outliers_B2
+        if outliers_B2 is not None:
+            outliers_B2 = _without(outliers_B2, more.row_errors)
         labels: list[str] = []
         if model.task in (CLASSIFICATION, ORDINAL):
             # A failed row is NaN throughout; argmax of NaN is 0, so it must be told apart.
@@ -134,6 +140,8 @@ class InferenceServicer:
             row_errors=_row_errors(row_errors),
             timings=messages.timings_to_proto(prediction.timings),
             codec_use=messages.codec_use_to_proto(prediction.codec_use),
+            outlier_distances=None if outliers_B2 is None else outliers_B2[:, 0].tolist(),
+            outlier_scores=None if outliers_B2 is None else outliers_B2[:, 1].tolist(),
         )
 
     async def _extract(
@@ -160,6 +168,15 @@ class InferenceServicer:
             codec_use=messages.codec_use_to_proto(extraction.codec_use),
         )
         return Apart(response, content)
+
+
+def _without(values_BX: npt.NDArray[np.float32], rows: Collection[int]) -> npt.NDArray[np.float32]:
+    """Return the values with NaN in the rows that failed."""
+    if not rows:
+        return values_BX
+    values_BX = values_BX.copy()
+    values_BX[list(rows)] = np.nan
+    return values_BX
 
 
 def _row_errors(errors: Mapping[int, WireError]) -> list[error_pb2.RowError]:

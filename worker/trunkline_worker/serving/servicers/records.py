@@ -334,6 +334,7 @@ def model_to_proto(record: ModelRecord) -> registry_pb2.Model:
         warnings=record.warnings,
         trials=[registry_pb2.Trial(**vars(one)) for one in record.trials],
         fine_tuning=None if record.fine_tuning is None else registry_pb2.FineTuning(**vars(record.fine_tuning)),
+        has_outlier_scores=bool(record.outliers_sha256),
     )
 
 
