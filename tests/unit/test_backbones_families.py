@@ -102,9 +102,7 @@ def test_one_of_each_family_at_every_cut(network: Backbone) -> None:
     assert len(names) >= ONE_PER_FAMILY[network.name][1]
     step = SPREAD.get(network.name, 1)
     cuts = tuple(one for index, one in enumerate(names) if index % step == 0 or one in network.stage_names)
-    result = parity.compare(
-        network, parity.torchvision_reference(network.name), cuts, parity.smallest_size(network)
-    )
+    result = parity.compare(network, parity.torchvision_reference(network.name), cuts, parity.smallest_size(network))
     assert result.error <= parity.RELATIVE_TOLERANCE
 
 

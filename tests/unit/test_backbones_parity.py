@@ -1,4 +1,4 @@
-"""Stem + trunk is the uncut network, on logits and on the embedding. One of each family: `test_backbones_families.py`."""
+"""Stem + trunk is the uncut network. One of each family of torchvision is compared in `test_backbones_families.py`."""
 
 from __future__ import annotations
 
