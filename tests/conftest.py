@@ -37,27 +37,40 @@ def _take_down(running):
     assert left == []
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, for they share fixtures, and in one all those that need a cluster.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Divide the tests among processes."""
+    from sharing import FilesAndCluster
 
-    The latter start first: they take longest, and while they wait for the cluster the others have its core.
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
+    return FilesAndCluster(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Put tests that need a cluster first where several processes share the tests.
+
+    They take longest, and while they wait for the cluster the others have its core.
     """
     if not SEVERAL_PROCESSES:
         return
+    from sharing import needs_cluster
+
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if _needs_cluster(item) else item.path.stem))
-    items.sort(key=lambda item: not _needs_cluster(item))
+        if needs_cluster(item.nodeid) != _is_marked(item):
+            raise pytest.UsageError(
+                f"{item.nodeid}: the marker `ray` and the name disagree; see needs_cluster in tests/support/sharing.py"
+            )
+    items.sort(key=lambda item: not _is_marked(item))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
     """Take the shared cluster down behind the last test of its group: beside the tests to come it only costs time."""
     result = yield
-    if SEVERAL_PROCESSES and _needs_cluster(item) and not (nextitem and _needs_cluster(nextitem)):
+    if SEVERAL_PROCESSES and _is_marked(item) and not (nextitem and _is_marked(nextitem)):
         item.config.stash.get(_END_OF_CLUSTER, contextlib.ExitStack()).close()
     return result
 
 
-def _needs_cluster(item):
+def _is_marked(item):
     return item.get_closest_marker("ray") is not None
