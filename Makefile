@@ -4,6 +4,8 @@ PYTHON ?= python3
 # More arguments for pip, for example `make setup PIP_ARGS='--extra-index-url ...'` to get CPU builds of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes among which `make test` divides the tests; 0: all in one, in the order of the files.
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,7 +60,7 @@ demo: $(DEMO_STAMP) ## Bring a cluster up, train on digits, write a report, take
 
 .PHONY: test
 test: $(DEV_STAMP) ## Run every test but the slow and the GPU ones.
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEV_STAMP) ## Run the slow tests: every model of every family.

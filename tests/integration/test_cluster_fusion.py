@@ -26,7 +26,7 @@ BACKBONE, CUT, SIZE = "efficientnet_lite0", "blocks.2", 64
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A cluster with two backbones, one of them untrained."""
-    running = EmbeddedCluster(tmp_path_factory.mktemp("fusion"))
+    running = EmbeddedCluster(tmp_path_factory.mktemp("fusion"), exact=(BACKBONE, "resnet18"))
     try:
         yield running.up("--backbone", BACKBONE, "--backbone", "resnet18", "--allow-untrained")
     finally:

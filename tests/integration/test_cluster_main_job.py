@@ -44,8 +44,10 @@ def test_a_model_trained_from_features_knows_digits_it_has_not_seen(model):
     assert report.accuracy > 0.93
 
 
-def test_the_same_model_reads_whole_pictures_of_a_client_without_a_stem(cluster, model, stem):
+def test_the_same_model_reads_whole_pictures_of_a_client_without_a_stem(cluster, client, model):
     pictures, _ = digits(332)
+    # Nothing is rounded on the way, so that the answers are the same however near a row is to another class.
+    stem = client.stem(BACKBONE, cut="blocks.2", input_size=96, codec="float32")
     with_stem = model.predict(pictures[300:], stem=stem)
     features = stem(pictures[300:])
     assert features.shape == (32, 40, 12, 12)
@@ -72,8 +74,7 @@ def test_the_same_model_reads_whole_pictures_of_a_client_without_a_stem(cluster,
     )
     ordered = sorted(range(32), key=lambda index: len(str(paths[index])))
     without = np.array(json.loads(done.stdout))
-    # float16 features on one side, none on the other
-    np.testing.assert_allclose(without, with_stem.probabilities[ordered], atol=0.02)
+    np.testing.assert_allclose(without, with_stem.probabilities[ordered], atol=1e-3)
 
 
 def test_a_second_upload_sends_no_row_and_a_second_head_costs_no_trunk_call(client, stem, model):

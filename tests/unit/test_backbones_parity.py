@@ -1,4 +1,4 @@
-"""Stem + trunk is the uncut network: at every cut of every family, on logits and on the embedding."""
+"""Stem + trunk is the uncut network. One of each family of torchvision is compared in `test_backbones_families.py`."""
 
 from __future__ import annotations
 
@@ -12,30 +12,6 @@ from torch import nn
 from trunkline_worker.backbones.catalogue import available_backbones, load_backbone
 from trunkline_worker.backbones.export import sample_images
 
-# One of each family of torchvision, and the least number of cuts that it must have.
-FAMILIES = {
-    "alexnet": 19,
-    "convnext_tiny": 39,
-    "densenet121": 24,
-    "efficientnet_b0": 75,
-    "efficientnet_v2_s": 75,
-    "googlenet": 25,
-    "inception_v3": 30,
-    "maxvit_t": 130,
-    "mnasnet0_5": 70,
-    "mobilenet_v2": 70,
-    "mobilenet_v3_small": 55,
-    "regnet_y_400mf": 35,
-    "resnet18": 22,
-    "resnext50_32x4d": 35,
-    "shufflenet_v2_x0_5": 40,
-    "squeezenet1_1": 29,
-    "swin_t": 40,
-    "swin_v2_t": 40,
-    "vgg11_bn": 35,
-    "vit_b_32": 30,
-    "wide_resnet50_2": 35,
-}
 # At every cut these would take hours; a spread of cuts and every stage's end are tried.
 MOST_WORK = 4e11
 
@@ -45,18 +21,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # beside other processes a pool of spinning threads is slower than one
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_one_of_each_family_at_every_cut(name: str) -> None:
-    backbone = load_backbone(name, allow_untrained=True)
-    cuts = backbone.cut_names[1:]
-    assert len(cuts) >= FAMILIES[name]
-    result = parity.compare(backbone, parity.torchvision_reference(name), cuts, parity.smallest_size(backbone))
-    assert result.error <= parity.RELATIVE_TOLERANCE
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [one for one in available_backbones()[1:] if one not in FAMILIES])
-def test_every_other_network(name: str) -> None:
+@pytest.mark.parametrize("name", available_backbones()[1:])
+def test_every_network_of_torchvision(name: str) -> None:
     backbone = load_backbone(name, allow_untrained=True)
     size = parity.smallest_size(backbone)
     cuts = backbone.cut_names[1:]

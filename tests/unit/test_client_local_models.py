@@ -148,7 +148,7 @@ class TestFunctions:
             (np.zeros((0, 3)), errors.EmptyBatchError, "no rows"),
             ([np.zeros(2), np.zeros(3)], errors.ShapeMismatchError, "row 1 .* has shape .3,.; row 0 has .2,."),
             ([np.zeros(2), None], errors.DtypeMismatchError, "row 1 .* is a NoneType"),
-            ([Image.new("RGB", (2, 2)).getexif], errors.DtypeMismatchError, "method"),
+            pytest.param([Image.new("RGB", (2, 2)).getexif], errors.DtypeMismatchError, "method", id="a method"),
             (np.array([1, "a"], dtype=object), errors.DtypeMismatchError, "row 1 .* is a str"),
             (np.array([[1, None]], dtype=object), errors.DtypeMismatchError, "row 0 .* is a ndarray"),
             (np.float32(3), errors.ShapeMismatchError, "single"),
