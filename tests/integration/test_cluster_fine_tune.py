@@ -13,7 +13,7 @@ from trunkline_worker.cluster.processes import processes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-SIZE = 32
+SIZE = 64
 
 
 @pytest.fixture(scope="module")
