@@ -7,6 +7,7 @@ the others to measure on, alone or as the mean over views of theirs. Views are m
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -30,16 +31,13 @@ INPUT_SIZE = 96
 PER_CLASS = 20
 VIEWS = 4
 AUGMENT = trunkline.Augment(flip=0, rotate=10)
-HEADS = {
-    "linear": {},
-    "MLP": {"head": HeadConfig(MLP, (128,)), "solver": "adamw"},
-    "MLP, mixup 0.2": {"head": HeadConfig(MLP, (128,)), "solver": "adamw", "optimiser": OptimiserConfig(mixup=0.2)},
-}
+_MLP = {"head": HeadConfig(MLP, (128,)), "solver": "adamw", "epochs": 40}
+HEADS = {"linear": {}, "MLP": _MLP, "MLP, mixup 0.2": {**_MLP, "optimiser": OptimiserConfig(mixup=0.2)}}
 
 
-def embed() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], tuple[SliceSpec, ...]]:
-    """Return the embedding of every digit and its views, (N, V, D), the labels, and the slices."""
-    images, labels = digits()
+def embed(count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], tuple[SliceSpec, ...]]:
+    """Return the embedding of the first digits and their views, (N, V, D), the labels, and the slices."""
+    images, labels = (one[:count] for one in digits())
     backbone = load_backbone(DEFAULT_BACKBONE)
     spec = backbone.describe(INPUT_SIZE)
     rows = with_views(pictures(images), VIEWS, AUGMENT, 0)
@@ -85,39 +83,40 @@ def accuracies(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=1797)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    embedding_NVD, labels, slices = embed()
+    embedding_NVD, labels, slices = embed(arguments.pictures)
     table: list[tuple[str, ...]] = [
         (
             *("embedding", "head", "views to train on", "pictures alone: mean (least to most)"),
             *("gain over 1 view", "better in", f"mean over {VIEWS} views"),
         )
     ]
-    for embedding in ("pooled", "auto"):
-        for name, changes in HEADS.items():
-            first: list[float] = []
-            for views in (1, VIEWS):
-                pairs = [
-                    accuracies(embedding_NVD, labels, slices, draw, views, embedding, changes)
-                    for draw in range(arguments.draws)
-                ]
-                alone, mean = [one for one, _ in pairs], [one for _, one in pairs]
-                first = first or alone
-                gains = [one - other for one, other in zip(alone, first, strict=True)]
-                table.append(
-                    (
-                        *(embedding, name, str(views)),
-                        f"{statistics.mean(alone):.4f} ({min(alone):.4f} to {max(alone):.4f})",
-                        f"{statistics.mean(gains):+.4f}" if views > 1 else "-",
-                        f"{sum(one > 0 for one in gains)} of {len(gains)} draws" if views > 1 else "-",
-                        f"{statistics.mean(mean):.4f}",
-                    )
+    for (name, changes), embedding in itertools.product(HEADS.items(), ("pooled", "auto")):
+        first: list[float] = []
+        for views in (1, VIEWS):
+            pairs = [
+                accuracies(embedding_NVD, labels, slices, draw, views, embedding, changes)
+                for draw in range(arguments.draws)
+            ]
+            alone, mean = [one for one, _ in pairs], [one for _, one in pairs]
+            first = first or alone
+            gains = [one - other for one, other in zip(alone, first, strict=True)]
+            table.append(
+                (
+                    *(embedding, name, str(views)),
+                    f"{statistics.mean(alone):.4f} ({min(alone):.4f} to {max(alone):.4f})",
+                    f"{statistics.mean(gains):+.4f}" if views > 1 else "-",
+                    f"{sum(one > 0 for one in gains)} of {len(gains)} draws" if views > 1 else "-",
+                    f"{statistics.mean(mean):.4f}",
                 )
+            )
+            print(*table[-1], sep=" | ", flush=True)
     report(
         "views",
-        f"Views and mixup: digits, {PER_CLASS} a class, {arguments.draws} draws, accuracy on all others",
+        f"Views and mixup: {len(labels)} digits, {PER_CLASS} a class, {arguments.draws} draws, accuracy on all others",
         table,
         [
             f"Draw N takes numpy's default_rng(N). {VIEWS} views: the picture and {VIEWS - 1} made by {AUGMENT}.",

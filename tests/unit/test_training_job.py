@@ -205,6 +205,25 @@ QUICK = {"l2": 0.01, "refit": False}
 """One fit instead of dozens, where it does not matter how good the model is."""
 
 
+def test_a_job_knows_which_rows_are_views_and_which_belong_together(bench):
+    whole = bench.store.datasets.rows("default", "three")
+    order = np.argsort(bench.labels, kind="stable").reshape(-1, 2)  # the views of a picture are of one class
+    groups = (np.arange(len(order)) % 5).repeat(2)
+    ids, labels = [whole.row_ids[row] for row in order.ravel()], bench.labels[order.ravel()]
+    bench.store.datasets.commit(
+        *("default", "viewed", bench.space, ids, ("a", "b", "c"), labels, None, "viewed"), groups=groups, views=2
+    )
+    bench.submit(dataset="viewed", **QUICK)
+    job = bench.run()
+    assert job.state is JobState.SUCCEEDED
+    metrics = bench.store.models.get("default", "head").metrics
+    assert (metrics["num_rows"], metrics["num_views"], metrics["num_groups"]) == (len(order), 2, 5)
+    assert bench.trunk.rows == len(ids)
+    bench.submit("again", dataset="viewed", model="other", **QUICK)
+    bench.run()
+    assert bench.trunk.rows == len(ids), "views are cached like other rows"
+
+
 @pytest.mark.parametrize(
     ("codec", "precision"),
     [
