@@ -17,7 +17,7 @@ from trunkline_wire.specs import POOLED, SliceSpec
 from trunkline_worker.heads.model import TrainedHead
 from trunkline_worker.store.evaluations import Evaluation, sample
 from trunkline_worker.store.records import Conformal, Event, JobSpec
-from trunkline_worker.training.choose import choose_l2, choose_slices
+from trunkline_worker.training.choose import HeldOutSaid, choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, quantile_of, soften
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.metrics import measure
@@ -136,9 +136,9 @@ def train_head(
     )
     validation = everything.take(torch.from_numpy(validation_index).to(truth.device))
     widths = [width for one in inputs for width in one.widths]
-    l2 = spec.l2
+    l2, said = spec.l2, list[HeldOutSaid]()
     if l2 < 0:
-        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress)
+        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress, said.append)
 
     again = spec.refit and len(validation_index) > 0
     fit = fit_head(
@@ -169,6 +169,7 @@ def train_head(
         held_out,
         validation.truth,
         l2=l2,
+        said=said[0] if said else None,
         seed=spec.seed,
         row_ids=row_ids,
         is_calibrated=spec.calibrate,
