@@ -146,7 +146,9 @@ def _first(x: npt.NDArray[np.float32], truth: npt.NDArray[np.int64], count: int)
 def test_headline_scores_on_each_resample_are_scikit_learns(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One resample that takes every row once: the interval is the score itself."""
     draw = np.random.default_rng(0)
-    monkeypatch.setattr(headline, "_resampled", lambda sums, counts, generator: (counts @ sums)[None].repeat(1000, axis=0))
+    monkeypatch.setattr(
+        headline, "_resampled", lambda sums, counts, generator: (counts @ sums)[None].repeat(1000, axis=0)
+    )
     answers = draw.dirichlet(np.ones(4), size=200)
     said = answers.argmax(axis=1)
     if task == "classification":

@@ -1,4 +1,4 @@
-"""How good outputs are, as scikit-learn has it. Every number returned is finite; one that is not defined is left out."""
+"""How good outputs are, as scikit-learn has it. Every number returned is finite; what is not defined is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax problems on a processor: one at a time, in numpy, so that a step of a small one takes some hundred microseconds.
+"""Softmax problems on a processor: one at a time, in numpy. A step of a small one takes some hundred microseconds.
 
 On a processor a small tensor's operation costs less than to start it, and more yet where threads must meet at its end.
 So here rows pass through in portions that a cache holds, whose logits become residuals in place: each row is read from
@@ -134,6 +134,7 @@ def solve(
     *,
     min_slope: float,
     tolerance: float,
+    gradient_tolerance: float = 0.0,
     on_step: Callable[[int, float], None],
     max_iterations: int = 500,
 ) -> Solution:
@@ -146,6 +147,7 @@ def solve(
         start_KV: Where to start.
         min_slope: Least curvature of a logit that is assumed.
         tolerance: As for ``lbfgs.minimise``.
+        gradient_tolerance: The search also ends once no part of the gradient, a row, is above this.
         on_step: Called before each step with its number and the objective; may raise to stop.
         max_iterations: Most steps.
     """
@@ -169,7 +171,8 @@ def solve(
         on_step(iteration, value)
         direction_KV = -history.apply(gradient_KV, gamma, inverse)
         slope = float(np.vdot(gradient_KV, direction_KV))
-        if not -slope > tolerance * abs(value):
+        steepest = float(np.abs(gradient_KV).max())
+        if not (-slope > tolerance * abs(value) and steepest > gradient_tolerance * total):
             return Solution(b_KV, iteration, True)
         length = 1.0
         for _ in range(_MAX_BACKTRACKS):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION, invalid
+from trunkline_wire.heads import CLASSIFICATION, REGRESSION, invalid
 
 from trunkline_worker.training.trust.checks import check_outputs, check_probabilities
 

@@ -53,7 +53,9 @@ def find_suspects(probabilities_NK: Tensor, classes_N: Indices) -> list[LabelSus
     margin_N = sure_NK.max(axis=1) - own_N
     doubtful = np.flatnonzero((margin_N > 0) & known_K[classes_N])
     doubtful = doubtful[np.argsort(-margin_N[doubtful], kind="stable")]
-    return [LabelSuspect(int(row), int(classes_N[row]), int(suggested_N[row]), float(margin_N[row])) for row in doubtful]
+    return [
+        LabelSuspect(int(row), int(classes_N[row]), int(suggested_N[row]), float(margin_N[row])) for row in doubtful
+    ]
 
 
 def cross_validated_probabilities(
