@@ -44,7 +44,7 @@ The last is for rows of single precision, and on a processor for any but small p
 
 _GRADIENT = 1e-4
 """Steepest slope of the mean loss at which these are done as well: what scikit-learn stops at by default. Where classes
-are told apart without a mistake a weak penalty makes the last digits of the objective dear, and no prediction better."""
+are told apart without a mistake a weak penalty makes the last digits of the objective dear; no prediction gains."""
 
 _SMALL_CELLS = 2**16
 """Numbers of rows so few that their fit is as exact as doubles allow, for nothing."""
