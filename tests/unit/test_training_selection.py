@@ -91,6 +91,18 @@ def test_a_column_that_hardly_moves_in_training_does_not_explode_later() -> None
     assert nothing_there.scale_D.tolist() == [1.0] * 4
 
 
+def test_a_column_in_other_units_is_scaled_like_the_others() -> None:
+    """It varies little beside the others, but in most rows: as local features do, and behind a ReLU hardly any does."""
+    draw = np.random.default_rng(0)
+    raw = torch.from_numpy(draw.normal(size=(200, 6)) * [1e-3, 1.0, 100.0, 1.0, 5.0, 1.0] + 50.0).float()
+    raw[:, 3] = torch.from_numpy((draw.random(200) < 0.3) * 1e-2).float()
+    raw[:, 5] = 0.0
+    raw[:4, 5] = 1e-2
+    scaled = (raw - standardisation(raw, [6]).mean_D) / standardisation(raw, [6]).scale_D
+    np.testing.assert_allclose(scaled.std(dim=0, correction=0)[:5], 1.0, rtol=1e-2)
+    assert float(scaled[:, 5].abs().max()) < 0.1
+
+
 def informative(num_rows: int, where: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows of noise in which one slice tells the class."""
     draw = np.random.default_rng(seed)

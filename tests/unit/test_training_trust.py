@@ -10,6 +10,10 @@ import numpy.typing as npt
 import pytest
 import torch
 from sklearn import metrics
+from sklearn.datasets import load_wine
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from trunkline_wire import conformal
 from trunkline_wire.fits import LossConfig
 from trunkline_wire.heads import HeadConfig
@@ -137,6 +141,39 @@ def test_wrong_labels_too_few_rows_and_unequal_classes_are_told() -> None:
     assert "ece" not in none.metrics
 
 
+def test_wrong_labels_of_held_out_rows_are_found_by_the_head_itself() -> None:
+    x, truth = classes(2400, 6, gap=6.0)
+    wrong = truth.copy()
+    _, held_out = hold_out(truth, 2400, 0.3, random_stream(SPEC.seed, HOLD_OUT))
+    turned = {int(row) for row in held_out[::20]}
+    wrong[sorted(turned)] = (wrong[sorted(turned)] + 1) % 3
+    for l2 in (0.1, -1.0):
+        # Which rows are held out depends on the labels given: some of those turned are trained on now.
+        result = train(x, Labels(NAMES, wrong), l2=l2)
+        assert result.evaluation is not None
+        _, held_out = hold_out(wrong, 2400, 0.3, random_stream(SPEC.seed, HOLD_OUT))
+        found = {one.row for one in result.evaluation.suspects}
+        there = turned & set(held_out.tolist())
+        assert len(there) >= 5
+        assert len(there & found) >= 0.8 * len(there)
+        assert len(found - turned) <= 5
+        margins = [one.margin for one in result.evaluation.suspects]
+        assert margins == sorted(margins, reverse=True)
+
+
+def test_wine_is_told_apart_as_well_as_by_scikit_learn() -> None:
+    """Its columns are in units of their own: proline in hundreds, hue around one."""
+    x, truth = load_wine(return_X_y=True)
+    ours, theirs = [], []
+    for seed in range(5):
+        result = train(x.astype(np.float32), Labels(NAMES, truth), seed=seed, l2=-1.0, validation_fraction=0.25)
+        training, held_out = hold_out(truth, len(x), 0.25, random_stream(seed, HOLD_OUT))
+        own = make_pipeline(StandardScaler(), LogisticRegression()).fit(x[training], truth[training])
+        ours.append(result.metrics["accuracy"])
+        theirs.append(own.score(x[held_out], truth[held_out]))
+    assert np.mean(ours) >= np.mean(theirs) - 0.003
+
+
 def _first(x: npt.NDArray[np.float32], truth: npt.NDArray[np.int64], count: int) -> tuple[Any, Labels]:
     picked = np.concatenate([np.flatnonzero(truth == one)[: count // 3] for one in range(3)])
     return x[picked], Labels(NAMES, truth[picked])
@@ -146,7 +183,9 @@ def _first(x: npt.NDArray[np.float32], truth: npt.NDArray[np.int64], count: int)
 def test_headline_scores_on_each_resample_are_scikit_learns(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One resample that takes every row once: the interval is the score itself."""
     draw = np.random.default_rng(0)
-    monkeypatch.setattr(headline, "_resampled", lambda sums, generator: sums.sum(axis=0)[None].repeat(1000, axis=0))
+    monkeypatch.setattr(
+        headline, "_resampled", lambda sums, counts, generator: (counts @ sums)[None].repeat(1000, axis=0)
+    )
     answers = draw.dirichlet(np.ones(4), size=200)
     said = answers.argmax(axis=1)
     if task == "classification":

@@ -10,13 +10,13 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_worker.training.metrics import probabilities
 from trunkline_worker.training.trust.calibration import (
     HIGHEST,
     LOWEST,
     MIN_ROWS,
     expected_calibration_error,
     fit_temperature,
-    probabilities,
     reliability,
 )
 
@@ -59,7 +59,7 @@ def test_no_other_temperature_has_a_lower_cross_entropy_by_scikit_learn(seed: in
     logits = 3.0 * logits
 
     def loss(temperature: float) -> float:
-        return log_loss(truth.numpy(), probabilities(CLASSIFICATION, logits, temperature).numpy(), labels=range(4))
+        return log_loss(truth.numpy(), probabilities(CLASSIFICATION, logits / temperature).numpy(), labels=range(4))
 
     ours = loss(fit_temperature(CLASSIFICATION, logits, truth))
     others = [loss(one) for one in np.geomspace(1.0, 9.0, 200)]
@@ -130,7 +130,7 @@ def test_scaling_makes_too_sure_logits_honest_on_rows_it_was_not_fitted_to() -> 
     logits = 4.0 * logits
     temperature = fit_temperature(CLASSIFICATION, logits[:2000], truth[:2000])
     before = expected_calibration_error(probabilities(CLASSIFICATION, logits[2000:]), truth[2000:])
-    after = expected_calibration_error(probabilities(CLASSIFICATION, logits[2000:], temperature), truth[2000:])
+    after = expected_calibration_error(probabilities(CLASSIFICATION, logits[2000:] / temperature), truth[2000:])
     assert before > 0.2
     assert after < 0.04
 
@@ -219,13 +219,8 @@ def test_what_does_not_belong_together_is_refused(
     assert caught.value.code is code
 
 
-def test_logits_are_not_taken_for_probabilities_nor_numbers_for_logits() -> None:
+def test_logits_are_not_taken_for_probabilities() -> None:
     with pytest.raises(WireError, match="between 0 and 1"):
         expected_calibration_error(torch.tensor([[3.0, -1.0]]), torch.tensor([0]))
-    with pytest.raises(WireError, match="no probabilities"):
-        probabilities(REGRESSION, GOOD)
-    for temperature in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(WireError, match="positive"):
-            probabilities(CLASSIFICATION, GOOD, temperature)
     with pytest.raises(WireError, match="at least one bin"):
         reliability(GOOD, CLASSES, 0)

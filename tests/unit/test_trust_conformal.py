@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trunkline_wire import conformal as wire
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from trunkline_worker.training.trust.calibration import probabilities
+from trunkline_worker.training.metrics import probabilities
 from trunkline_worker.training.trust.conformal import MAX_SCORES, calibration_scores, nonconformity
 
 # N = rows, K = classes, M = values of a row

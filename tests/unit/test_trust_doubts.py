@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from trunkline_worker.store.evaluations import LabelSuspect
 from trunkline_worker.training.trust.doubts import Evidence, warnings
-from trunkline_worker.training.trust.suspects import Suspect
 
 # N = rows, D = columns
 
@@ -129,7 +129,7 @@ def test_labels_contradict_each_other_numbers_do_not() -> None:
 
 
 def test_more_suspects_than_one_in_a_hundred() -> None:
-    suspects = [Suspect(9 + one, 1, 0, 0.5) for one in range(5)]
+    suspects = [LabelSuspect(9 + one, 1, 0, 0.5) for one in range(5)]
     text = only(replace(evidence(), suspects=suspects))
     assert text.startswith(
         "5 of 400 labels (1.2 %) look wrong (the first is row 9, given 'dog', which looks like 'cat')"
@@ -216,7 +216,7 @@ def test_the_gravest_doubt_comes_first() -> None:
         classes_N=few,
         validation_index=HELD[:20],
         num_right=15,
-        suspects=[Suspect(one, 0, 1, 0.5) for one in range(50)],
+        suspects=[LabelSuspect(one, 0, 1, 0.5) for one in range(50)],
     )
     words = ["same content as a", "exactly", "another label", "look wrong", "accuracy", "class 'dog'", "constant"]
     for text, word in zip(warnings(everything), words, strict=True):

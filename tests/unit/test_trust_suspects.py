@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_worker.store.evaluations import LabelSuspect
 from trunkline_worker.training import softmax
 from trunkline_worker.training.split import folds
-from trunkline_worker.training.trust.suspects import Suspect, cross_validated_probabilities, find_suspects
+from trunkline_worker.training.trust.suspects import cross_validated_probabilities, find_suspects
 
 # N = rows, D = columns, K = classes
 
@@ -93,7 +94,7 @@ def test_a_class_of_no_row_or_one_is_left_alone() -> None:
     assert find_suspects(said, np.array([0, 0, 0, 1])) == []
     assert find_suspects(torch.zeros(0, 3), np.zeros(0, np.int64)) == []
     two = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert find_suspects(two, np.array([0, 0, 0, 1, 1])) == [Suspect(0, 0, 1, 1.0)]
+    assert find_suspects(two, np.array([0, 0, 0, 1, 1])) == [LabelSuspect(0, 0, 1, 1.0)]
 
 
 # --- probabilities of rows left out -----------------------------------------------------------------------------------

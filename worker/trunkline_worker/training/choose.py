@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import MSE
-from trunkline_wire.heads import CLASSIFICATION, CONV, MLP, MULTI_LABEL, ORDINAL, PROTOTYPE, REGRESSION
+from trunkline_wire.heads import CLASSIFICATION, CONV, LINEAR, MLP, MULTI_LABEL, ORDINAL, PROTOTYPE, REGRESSION
 from trunkline_wire.specs import SliceSpec
 
 from trunkline_worker.store.records import JobSpec
@@ -111,6 +111,21 @@ def choose_slices(
     return candidates
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOutSaid:
+    """What linear fits to classes said of training rows that they had not seen, at the strength that was chosen.
+
+    Attributes:
+        rows: Which of the training rows, (N,).
+        classes: Which classes the columns stand for, (K,).
+        log_NK: Logarithms of probabilities.
+    """
+
+    rows: Indices
+    classes: Indices
+    log_NK: Tensor
+
+
 def choose_l2(
     spec: JobSpec,
     task: str,
@@ -119,6 +134,7 @@ def choose_l2(
     widths: Sequence[int],
     progress: Progress,
     pictures: Pictures | None = None,
+    on_said: Callable[[HeldOutSaid], None] = lambda said: None,
 ) -> float:
     """Choose the L2 strength for a head on the chosen slices. The grid grows with the columns: so does the kernel.
 
@@ -132,6 +148,8 @@ def choose_l2(
         widths: Of the slices.
         progress: Told how far it is; may raise to stop.
         pictures: What the rows are views of, and their groups. None: each row is one, and its own group.
+        on_said: Takes what was said of held-out rows, of a linear head for classes whose rows count alike and are no
+            views.
 
     Raises:
         WireError: BAD_LABELS for a single group.
@@ -179,14 +197,19 @@ def choose_l2(
                 weights_N = weights_N[torch.from_numpy(picked).to(weights_N.device)]
             if task == CLASSIFICATION:
                 smoothing = spec.loss.label_smoothing
+                said: dict[float, Tensor] = {}
                 scores = cross_validate_l2(
                     *(x_ND, dense_N, len(present), folds_N, grid),
                     weights_N=weights_N,
                     smoothing=smoothing,
                     scored_N=scored_N,
                     badness=badness(dense_N),
+                    keep=said.__setitem__,
                     check=check,
                 )
+                if kind == LINEAR and weights_N is None and not smoothing and pictures.num_views == 1:
+                    log_NK = said[min(scores, key=lambda one: scores[one])]
+                    on_said(HeldOutSaid(picked, present.cpu().numpy(), log_NK))
             else:
                 scores = cross_validate_ordinal(
                     *(x_ND, dense_N, len(present), folds_N, grid),

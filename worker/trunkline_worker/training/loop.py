@@ -19,7 +19,7 @@ from trunkline_worker.heads.outliers import Detector
 from trunkline_worker.store.evaluations import Evaluation, sample
 from trunkline_worker.store.groups import check_held_groups
 from trunkline_worker.store.records import Conformal, Event, FineTuning, JobSpec
-from trunkline_worker.training.choose import choose_l2, choose_slices
+from trunkline_worker.training.choose import HeldOutSaid, choose_l2, choose_slices
 from trunkline_worker.training.fit import Rows, fit_head, quantile_of, soften
 from trunkline_worker.training.labels import Labels, check_embedding, check_labels
 from trunkline_worker.training.metrics import measure
@@ -154,9 +154,9 @@ def train_head(
     as_taken = Rows(pictures.firsts(columns_ND), truth)
     validation = as_taken.take(torch.from_numpy(validation_index).to(truth.device))
     widths = [width for one in inputs for width in one.widths]
-    l2 = spec.l2
+    l2, said = spec.l2, list[HeldOutSaid]()
     if l2 < 0:
-        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress, trained_on)
+        l2 = choose_l2(spec, labels.task, training, training_classes_N, widths, progress, trained_on, said.append)
 
     again = spec.refit and len(validation_index) > 0
     fit = fit_head(
@@ -201,6 +201,7 @@ def train_head(
         held_out,
         validation.truth,
         l2=l2,
+        said=said[0] if said else None,
         seed=spec.seed,
         row_ids=row_ids[::num_views],
         groups_A=pictures.groups_P,

@@ -1,10 +1,11 @@
-"""How good outputs are, by scikit-learn. Every number returned is finite; one that is not defined is left out."""
+"""How good outputs are, as scikit-learn has it. Every number returned is finite; what is not defined is left out."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from trunkline_wire.fits import goodness
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
 
 from trunkline_worker.heads.model import class_probabilities
+from trunkline_worker.training.ranking import ranked
 
 # Shape suffix legend: B = rows, K = outputs
 
@@ -77,8 +79,6 @@ def _metrics(task: str, outputs_BK: Tensor, truth: Tensor, quantile: float) -> M
 
 
 def _of_classes(task: str, outputs_BK: Tensor, truth_B: Tensor) -> Mapping[str, Metric]:
-    from sklearn import metrics
-
     probabilities_BK = probabilities(task, outputs_BK)
     truth, said = truth_B.numpy(), probabilities_BK.argmax(dim=1).numpy()
     num_classes = probabilities_BK.shape[1]
@@ -89,20 +89,26 @@ def _of_classes(task: str, outputs_BK: Tensor, truth_B: Tensor) -> Mapping[str, 
         tiny = torch.finfo(torch.float64).tiny
         return float(-probabilities_BK.gather(1, truth_B[:, None]).clamp(min=tiny).log().mean())
 
+    # Counted here: scikit-learn's checks of its arguments take longer than a small head's fit.
+    given_K, said_K = (np.bincount(one, minlength=num_classes) for one in (truth, said))
+    right_K = np.bincount(truth[truth == said], minlength=num_classes)
+    either_K = given_K + said_K
     found: dict[str, Metric] = {
-        "accuracy": lambda: float(metrics.accuracy_score(truth, said)),
-        "balanced_accuracy": lambda: float(metrics.balanced_accuracy_score(truth, said)),
-        "f1_macro": lambda: float(metrics.f1_score(truth, said, average="macro", zero_division=0)),
+        "accuracy": lambda: float(right_K.sum() / len(truth)),
+        "balanced_accuracy": lambda: float((right_K[given_K > 0] / given_K[given_K > 0]).mean()),
+        "f1_macro": lambda: float((2 * right_K[either_K > 0] / either_K[either_K > 0]).mean()),
         "cross_entropy": cross_entropy,
     }
     if task == ORDINAL:
+        from sklearn import metrics
+
         found["mae_steps"] = lambda: float(metrics.mean_absolute_error(truth, said))
         found["kappa"] = lambda: float(
             metrics.cohen_kappa_score(truth, said, labels=np.arange(num_classes), weights="quadratic")
         )
         return found
     if probabilities_BK.numel() <= _MOST_RANKED_CELLS:
-        found |= _ranked(_onehot(truth, num_classes), probabilities_BK.numpy())
+        found |= _ranked(truth[:, None] == np.arange(num_classes), probabilities_BK.numpy())
     return found
 
 
@@ -123,23 +129,17 @@ def _of_labels(outputs_BK: Tensor, truth_BK: Tensor) -> Mapping[str, Metric]:
         "binary_cross_entropy": lambda: float(functional.binary_cross_entropy_with_logits(outputs_BK, truth_BK)),
     }
     if outputs_BK.numel() <= _MOST_RANKED_CELLS:
-        found |= _ranked(truth, outputs_BK.numpy())
+        found |= _ranked(truth > 0, outputs_BK.numpy())
     return found
 
 
-def _ranked(member_BK: npt.NDArray[np.int8], scores_BK: Values) -> dict[str, Metric]:
+def _ranked(member_BK: npt.NDArray[np.bool_], scores_BK: Values) -> dict[str, Metric]:
     """Return what goes by the order of the scores: the mean over the columns that have rows of both kinds."""
-    from sklearn import metrics
-
     both_K = np.flatnonzero(member_BK.any(axis=0) & ~member_BK.all(axis=0))
     if not len(both_K):
         return {}
-    return {
-        "roc_auc": lambda: float(metrics.roc_auc_score(member_BK[:, both_K], scores_BK[:, both_K], average="macro")),
-        "average_precision": lambda: float(
-            metrics.average_precision_score(member_BK[:, both_K], scores_BK[:, both_K], average="macro")
-        ),
-    }
+    values = cache(lambda: ranked(member_BK[:, both_K], scores_BK[:, both_K]))
+    return {"roc_auc": lambda: values()[0], "average_precision": lambda: values()[1]}
 
 
 def _of_numbers(values_BK: Values, truth_BK: Values, quantile: float) -> Mapping[str, Metric]:
@@ -155,12 +155,6 @@ def _of_numbers(values_BK: Values, truth_BK: Values, quantile: float) -> Mapping
     if quantile:
         found["pinball"] = lambda: float(metrics.mean_pinball_loss(truth_BK, values_BK, alpha=quantile))
     return found
-
-
-def _onehot(truth: npt.NDArray[np.int64], num_classes: int) -> npt.NDArray[np.int8]:
-    member_BK = np.zeros((len(truth), num_classes), dtype=np.int8)
-    member_BK[np.arange(len(truth)), truth] = 1
-    return member_BK
 
 
 def _quiet(metric: Metric) -> float:

@@ -7,6 +7,8 @@ give the same classifier.
 With fewer rows than columns the optimum is a combination of the rows, whatever the loss (the representer theorem:
 Schölkopf, Herbrich and Smola 2001, "A Generalized Representer Theorem", theorem 1): any part of the weights across the
 rows' span adds to the penalty and changes no logit. So the problem is solved, exactly, in a basis of that span.
+
+On a processor ``processor`` does the work, in numpy; here it is done for other devices, all folds side by side.
 """
 
 from __future__ import annotations
@@ -14,25 +16,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trunkline_worker.training import processor
 from trunkline_worker.training.lbfgs import minimise
 
 # Shape suffix legend: N = rows, D = columns, R = columns of the basis in use, P = problems, K = classes
 
-MAX_BASIS = 2048
+MAX_BASIS = 1024
 """Largest basis worth an eigendecomposition: beyond it, the solver's plain steps are cheaper."""
 
 _MIN_SLOPE = 1e-6
 """Least curvature of a logit that the preconditioner assumes."""
 
-_MAX_ROTATED_CELLS = 16_000_000
-_SKETCH_ROWS = 1024
+_MAX_ROTATED_CELLS = 1_000_000
+"""Of rows wider than tall: turning more of them costs what a whole fit does."""
+
+_SKETCH_ROWS = 256
 _FLOAT64_CELLS = 8_000_000
 
-_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-9, 1e-5
-"""Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged."""
+_LOOSE, _TIGHT, _FLOAT32_TIGHT = 1e-3, 1e-9, 1e-4
+"""Promised decrease, relative to the objective, at which a fold, or the final fit, counts as converged.
+
+The last is for rows of single precision, and on a processor for any but small problems."""
+
+_GRADIENT = 1e-4
+"""Steepest slope of the mean loss at which these are done as well: what scikit-learn stops at by default. Where classes
+are told apart without a mistake a weak penalty makes the last digits of the objective dear; no prediction gains."""
+
+_SMALL_CELLS = 2**16
+"""Numbers of rows so few that their fit is as exact as doubles allow, for nothing."""
+
+_MIN_SINGLE_TOLERANCE = 1e-5
+"""What rows in single precision can tell apart with certainty."""
 
 
 def _same(coordinates_RK: Tensor) -> Tensor:
@@ -139,22 +157,34 @@ def fit_softmax(
         on_step: Called before each step with its number and the mean objective; may raise to stop.
     """
     num_rows = design.x_NR.shape[0]
-    weights_N = design.x_NR.new_ones(num_rows) if weights_N is None else weights_N.to(design.x_NR)
-    weights_PN = weights_N[None]
+    double = design.x_NR.dtype == torch.float64
     start = design.x_NR.new_zeros((1, design.x_NR.shape[1] + 1, num_classes))
     if start_from is None:
-        start[0, -1] = _log_shares(classes_N, num_classes, weights_N).to(start)
+        ones_N = design.x_NR.new_ones(num_rows) if weights_N is None else weights_N
+        start[0, -1] = _log_shares(classes_N, num_classes, ones_N).to(start)
     else:
         start[0, :-1], start[0, -1] = design.coordinates(start_from.weights_DK.to(start)), start_from.bias_K.to(start)
-    tolerance = _TIGHT if design.x_NR.dtype == torch.float64 else _FLOAT32_TIGHT
+
+    def tell(step: int, value: float) -> None:
+        on_step(step, value / num_rows)
+
+    if _on_processor(design):
+        is_small = double and design.x_NR.numel() <= _SMALL_CELLS
+        tolerance = _TIGHT if is_small else _FLOAT32_TIGHT
+        rows = _rows(design, classes_N, num_classes, weights_N, smoothing, tolerance)
+        gradient_tolerance = 0.0 if is_small else _GRADIENT
+        solved = _solve_on_processor(design, rows, start[0], l2, tolerance, tell, gradient_tolerance)
+        b_RK = torch.from_numpy(solved.b_KV).T.to(start)
+        return SoftmaxFit(design.weights(b_RK[:-1]), b_RK[-1], solved.num_iterations, solved.converged)
+    weights_PN = design.x_NR.new_ones((1, num_rows)) if weights_N is None else weights_N.to(design.x_NR)[None]
     solution, iterations, converged = _solve(
         design,
         classes_N,
         weights_PN,
         start,
         l2,
-        tolerance,
-        lambda step, value_P: on_step(step, float(value_P[0]) / num_rows),
+        _TIGHT if double else _FLOAT32_TIGHT,
+        lambda step, value_P: tell(step, float(value_P[0])),
         smoothing=smoothing,
     )
     return SoftmaxFit(design.weights(solution[0, :-1]), solution[0, -1], iterations, converged)
@@ -183,6 +213,7 @@ def cross_validate_l2(
     smoothing: float = 0.0,
     scored_N: Tensor | None = None,
     badness: Callable[[Tensor], float] | None = None,
+    keep: Callable[[float, Tensor], None] = lambda l2, log_NK: None,
     check: Callable[[], None],
 ) -> dict[float, float]:
     """Return the held-out cross-entropy, in nats per row, of each strength tried; or how bad each is otherwise.
@@ -199,27 +230,23 @@ def cross_validate_l2(
         smoothing: Likewise.
         scored_N: Which rows are measured by; the others are trained on alone. None: all.
         badness: Says it of the logits of all rows, (N, K), each by a fit that has not seen it.
+        keep: Takes each strength and what it made of the rows, as ``held_out_logs``.
         check: Called between steps; may raise to stop.
     """
     design = prepare(x_ND)
-    weights_N = design.x_NR.new_ones(len(classes_N)) if weights_N is None else weights_N.to(design.x_NR)
-    fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
-    training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR) * weights_N
-    counted_N = weights_N if scored_N is None else weights_N * scored_N
-    held_out_PN = (folds_N[None, :] == fold_P[:, None]).to(design.x_NR) * counted_N
-    own_1N = folds_N[None].to(torch.int64)
-    solution = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
-    solution[:, -1] = _log_shares(classes_N, num_classes, weights_N).to(solution)
+    path = _FoldPath(design, classes_N, num_classes, folds_N, weights_N, smoothing, check)
+    counts_N = torch.ones_like(classes_N, dtype=torch.float64) if weights_N is None else weights_N.double()
+    if scored_N is not None:
+        counts_N = counts_N * scored_N.to(counts_N)
 
     def score(l2: float) -> float:
-        nonlocal solution
-        solution, _, _ = _solve(
-            design, classes_N, training_PN, solution, l2, _LOOSE, lambda step, value_P: check(), smoothing=smoothing
-        )
-        loss_PN, log_PNK = _losses(design.x_NR, classes_N, solution)
+        path.move(l2)
+        log_NK = path.held_out_logs()
+        keep(l2, log_NK)
         if badness is not None:
-            return badness(log_PNK.gather(0, own_1N[:, :, None].expand(1, -1, num_classes))[0])
-        return float((loss_PN * held_out_PN).sum() / counted_N.sum())
+            return badness(log_NK)
+        loss_N = -log_NK.gather(1, classes_N[:, None]).squeeze(1).double()
+        return float((loss_N * counts_N).sum() / counts_N.sum())
 
     return score_strengths(grid, score)
 
@@ -235,16 +262,104 @@ def held_out_logs(
 ) -> Tensor:
     """Return the logarithms of each row's probabilities, (N, K), by a fit to the rows of the other folds.
 
-    All folds side by side, as exactly as is worth comparing. See ``cross_validate_l2``.
+    As exactly as is worth comparing. See ``cross_validate_l2``.
     """
-    design = prepare(x_ND)
-    fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
-    training_PN = (folds_N[None, :] != fold_P[:, None]).to(design.x_NR)
-    start = design.x_NR.new_zeros((len(fold_P), design.x_NR.shape[1] + 1, num_classes))
-    start[:, -1] = _log_shares(classes_N, num_classes, torch.ones_like(training_PN[0])).to(start)
-    solution, _, _ = _solve(design, classes_N, training_PN, start, l2, _LOOSE, lambda step, value_P: check())
-    _, log_PNK = _losses(design.x_NR, classes_N, solution)
-    return log_PNK.gather(0, folds_N[None, :, None].expand(1, -1, num_classes))[0]
+    path = _FoldPath(prepare(x_ND), classes_N, num_classes, folds_N, None, 0.0, check)
+    path.move(l2)
+    return path.held_out_logs()
+
+
+class _FoldPath:
+    """One problem for each fold, which leaves it out. As the strength moves, each starts where the last one ended."""
+
+    def __init__(
+        self,
+        design: Design,
+        classes_N: Tensor,
+        num_classes: int,
+        folds_N: Tensor,
+        weights_N: Tensor | None,
+        smoothing: float,
+        check: Callable[[], None],
+    ) -> None:
+        self._design, self._classes_N, self._folds_N = design, classes_N, folds_N.to(torch.int64)
+        self._smoothing, self._check = smoothing, check
+        fold_P = torch.arange(int(folds_N.max()) + 1, device=folds_N.device)
+        x_NR = design.x_NR
+        counts_N = x_NR.new_ones(len(classes_N)) if weights_N is None else weights_N.to(x_NR)
+        self._solution_PRK = x_NR.new_zeros((len(fold_P), x_NR.shape[1] + 1, num_classes))
+        self._solution_PRK[:, -1] = _log_shares(classes_N, num_classes, counts_N).to(x_NR)
+        self._training_PN = (folds_N[None, :] != fold_P[:, None]).to(x_NR) * counts_N
+        self._rows: list[processor.Rows] = []
+        if _on_processor(design):
+            every = _rows(design, classes_N, num_classes, weights_N, smoothing, _LOOSE)
+            self._rows = [every.take(np.flatnonzero(folds_N.numpy() != fold)) for fold in range(len(fold_P))]
+
+    def move(self, l2: float) -> None:
+        """Solve at a strength."""
+        if not self._rows:
+            self._solution_PRK, _, _ = _solve(
+                self._design,
+                self._classes_N,
+                self._training_PN,
+                self._solution_PRK,
+                l2,
+                _LOOSE,
+                lambda step, value_P: self._check(),
+                smoothing=self._smoothing,
+            )
+            return
+        for start_RK, rows in zip(self._solution_PRK, self._rows, strict=True):
+            solved = _solve_on_processor(self._design, rows, start_RK, l2, _LOOSE, lambda step, value: self._check())
+            start_RK.copy_(torch.from_numpy(solved.b_KV).T)
+
+    def held_out_logs(self) -> Tensor:
+        """Return the logarithms of each row's probabilities, (N, K), by the fit that has not seen it."""
+        x_NR = self._design.x_NR
+        log_NK = x_NR.new_empty((len(x_NR), self._solution_PRK.shape[2]))
+        for fold, b_RK in enumerate(self._solution_PRK):
+            held = (self._folds_N == fold).nonzero().squeeze(1)
+            log_NK[held] = torch.addmm(b_RK[-1], x_NR[held], b_RK[:-1]).log_softmax(dim=1)
+        return log_NK
+
+
+def _on_processor(design: Design) -> bool:
+    return design.x_NR.device.type == "cpu"
+
+
+def _rows(
+    design: Design, classes_N: Tensor, num_classes: int, weights_N: Tensor | None, smoothing: float, tolerance: float
+) -> processor.Rows:
+    """Return a problem's rows as ``processor`` takes them, in no more digits than the tolerance asks for."""
+    dtype = torch.float32 if tolerance >= _MIN_SINGLE_TOLERANCE else design.x_NR.dtype
+    x_NR = design.x_NR.to(dtype).numpy()
+    weights = None if weights_N is None else weights_N.to(dtype).numpy()
+    return processor.Rows(x_NR, classes_N.numpy(), num_classes, weights, smoothing)
+
+
+def _solve_on_processor(
+    design: Design,
+    rows: processor.Rows,
+    start_RK: Tensor,
+    l2: float,
+    tolerance: float,
+    on_step: Callable[[int, float], None],
+    gradient_tolerance: float = 0.0,
+) -> processor.Solution:
+    directions_RQ = None if design.directions_RQ is None else design.directions_RQ.numpy()
+    curvature = processor.Curvature(
+        directions_RQ, design.curvature_Q.double().numpy(), design.rest, curvature_floor(design)
+    )
+    return processor.solve(
+        rows,
+        curvature,
+        l2 * 2 if rows.num_classes == 2 else l2,
+        np.ascontiguousarray(start_RK.double().T.numpy()),
+        min_slope=_MIN_SLOPE,
+        tolerance=tolerance,
+        gradient_tolerance=gradient_tolerance,
+        on_step=on_step,
+    )
 
 
 def _solve(

@@ -13,6 +13,7 @@ from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSIO
 
 from trunkline_worker.store.evaluations import LabelSuspect
 from trunkline_worker.store.records import Conformal
+from trunkline_worker.training.choose import HeldOutSaid
 from trunkline_worker.training.fit import target_scale
 from trunkline_worker.training.labels import Labels
 from trunkline_worker.training.metrics import probabilities
@@ -29,8 +30,12 @@ from trunkline_worker.training.trust.suspects import cross_validated_probabiliti
 
 # Shape suffix legend: N = held-out rows, A = all rows, D = columns, K = outputs
 
-_EXAMINED_ROWS, _EXAMINED_CLASSES = 1000, 100
-"""Rows whose labels are examined, and classes of theirs: five fits on them are quick."""
+_EXAMINED_ROWS, _LEAST_REFITTED, _EXAMINED_CLASSES = 1000, 512, 100
+"""Rows whose labels are examined, training rows among them at the least, and classes of these: five fits on them are
+quick. Held-out rows are judged by the head itself, which has not seen them."""
+
+_MAX_EXAMINED_CELLS = 2**24
+"""Probabilities of held-out rows that are looked at: evenly spaced rows where there are more."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ def assess(
     truth: Tensor,
     *,
     l2: float,
+    said: HeldOutSaid | None = None,
     seed: int,
     row_ids: Sequence[bytes] = (),
     groups_A: Indices | None = None,
@@ -112,6 +118,7 @@ def assess(
         outputs_NK: Its outputs for them, before any temperature.
         truth: What these should be, as ``measure`` takes it.
         l2: A strength for linear fits that look for wrong labels.
+        said: What such fits have said already, when the strength was chosen.
         seed: Of everything random.
         row_ids: What rows were made from; empty if not known.
         groups_A: Group of each row. None: each is its own.
@@ -131,25 +138,40 @@ def assess(
             low, high = share_interval(round(low * len(truths)), len(truths))
         metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high
     progress.tell("assess", 0.3)
-    suspects, num_examined = [], 0
+    suspects: list[LabelSuspect] = []
+    num_examined = 0
     classes_A = None if labels.class_indices is None else np.asarray(labels.class_indices, dtype=np.int64)
     if task == CLASSIFICATION and classes_A is not None:
-        picked = subsample(classes_A, len(classes_A), _EXAMINED_ROWS, _EXAMINED_CLASSES, generator, groups_A)
-        picked_groups_N = None if groups_A is None else groups_A[picked]
-        num_examined = len(picked)
-        x_ND = columns_AD[torch.from_numpy(picked).to(columns_AD.device)].float()
-        fitted = standardisation(x_ND, widths)
-        said_NK = cross_validated_probabilities(
-            (x_ND - fitted.mean_D) / fitted.scale_D,
-            classes_A[picked],
-            len(labels.class_names),
-            l2 or 1.0,
-            generator,
-            groups_N=picked_groups_N,
-            check=progress.check,
-        )
-        found = find_suspects(said_NK, classes_A[picked], picked_groups_N)
-        suspects = [replace(one, row=int(picked[one.row])) for one in found]
+        step = -(-answers_NK.numel() // _MAX_EXAMINED_CELLS) or 1
+        examined = [(validation_index[::step], answers_NK[::step])] if len(validation_index) else []
+        most = max(_LEAST_REFITTED, _EXAMINED_ROWS - len(validation_index))
+        if said is not None and len(said.classes) <= _EXAMINED_CLASSES:
+            say_NK = answers_NK.new_zeros((len(said.rows), len(labels.class_names)))
+            say_NK[:, torch.from_numpy(said.classes).to(say_NK.device)] = said.log_NK.to(say_NK).exp()
+            examined.append((training_index[said.rows], say_NK))
+        elif len(training_index) > 1:
+            groups_N = None if groups_A is None else groups_A[training_index]
+            picked = subsample(
+                classes_A[training_index], len(training_index), most, _EXAMINED_CLASSES, generator, groups_N
+            )
+            rows = training_index[picked]
+            x_ND = columns_AD[torch.from_numpy(rows).to(columns_AD.device)].float()
+            fitted = standardisation(x_ND, widths)
+            say_NK = cross_validated_probabilities(
+                (x_ND - fitted.mean_D) / fitted.scale_D,
+                classes_A[rows],
+                len(labels.class_names),
+                l2 or 1.0,
+                generator,
+                groups_N=None if groups_A is None else groups_A[rows],
+                check=progress.check,
+            )
+            examined.append((rows, say_NK))
+        for rows, say_NK in examined:
+            num_examined += len(rows)
+            found = find_suspects(say_NK, classes_A[rows], None if groups_A is None else groups_A[rows])
+            suspects += [replace(one, row=int(rows[one.row])) for one in found]
+        suspects.sort(key=lambda one: -one.margin)
     progress.tell("assess", 0.8)
     is_one_of = task in (CLASSIFICATION, ORDINAL)
     evidence = Evidence(
@@ -175,7 +197,7 @@ def assess(
         _conformal(task, outputs_NK, truth, scale_K),
         tuple(warnings(evidence)),
         answers_NK.float().cpu().numpy(),
-        tuple(LabelSuspect(one.row, one.given, one.suggested, one.margin) for one in suspects),
+        tuple(suspects),
     )
 
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION, invalid
+from trunkline_wire.heads import CLASSIFICATION, REGRESSION, invalid
 
-from trunkline_worker.training.trust.checks import check_finite, check_outputs, check_probabilities
+from trunkline_worker.training.trust.checks import check_outputs, check_probabilities
 
 # Shape suffix legend: N = rows, K = outputs, S = statements that are true or not
 
@@ -97,21 +97,6 @@ def _sigmoid_slopes(outputs_NK: Tensor, truth_NK: Tensor, sharpness: float) -> t
     probability_NK = (sharpness * outputs_NK).sigmoid()
     slope = (outputs_NK * (probability_NK - truth_NK.double())).sum()
     return float(slope), float((outputs_NK.square() * probability_NK * (1 - probability_NK)).sum())
-
-
-def probabilities(task: str, outputs_NK: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the probability of each class, or of each label, float64.
-
-    Raises:
-        WireError: INVALID_ARGUMENT for a regression, which has none, or a temperature that is not positive; NOT_FINITE.
-    """
-    if task not in (CLASSIFICATION, MULTI_LABEL):
-        raise invalid(f"a head for {task[:40]!r} has no probabilities; only classes and labels do")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise invalid(f"a temperature is positive and finite; got {temperature}")
-    check_finite(outputs_NK, "outputs")
-    wide_NK = outputs_NK.double() / temperature
-    return wide_NK.softmax(dim=1) if task == CLASSIFICATION else wide_NK.sigmoid()
 
 
 @dataclass(frozen=True)

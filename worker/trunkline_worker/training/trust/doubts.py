@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trunkline_worker.store.evaluations import LabelSuspect
 from trunkline_worker.training.split import Indices
 from trunkline_worker.training.trust.bootstrap import share_interval
 from trunkline_worker.training.trust.checks import as_tensor
-from trunkline_worker.training.trust.suspects import Suspect
 
 # Shape suffix legend: N = rows, D = columns, K = labels
 
@@ -64,7 +64,7 @@ class Evidence:
     classes_N: Indices | None = None
     labels_NK: npt.NDArray[np.generic] | None = None
     num_right: int | None = None
-    suspects: Sequence[Suspect] = ()
+    suspects: Sequence[LabelSuspect] = ()
     num_examined: int = 0
     groups_N: Indices | None = None
 
@@ -116,6 +116,8 @@ def _contradictions(evidence: Evidence, digests: Sequence[bytes]) -> Iterable[st
     truth = evidence.classes_N if evidence.classes_N is not None else evidence.labels_NK
     if truth is None:
         return  # Measured twice, a number may well differ.
+    if len(set(evidence.row_ids)) == len(evidence.row_ids) and len(set(digests)) == len(digests):
+        return
     labels = [one.tobytes() for one in np.ascontiguousarray(truth)]
     groups = []
     for keys in (evidence.row_ids, digests):

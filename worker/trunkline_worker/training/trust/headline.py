@@ -42,16 +42,21 @@ def headline_intervals(
     """
     if len(answers_NK) < 2:
         return {}
+    counts_N = np.ones(len(answers_NK))
     if task == REGRESSION:
         parts = _of_numbers(answers_NK, truth.astype(np.float64))
     elif task == MULTI_LABEL:
         parts = _of_labels(answers_NK > 0.5, truth > 0.5)  # type: ignore[operator]
     else:
-        parts = _of_classes(answers_NK.argmax(axis=1), truth.astype(np.int64), answers_NK.shape[1])
+        # Rows of one class that are taken for one class are alike: it is enough to draw how many of each kind come.
+        num_classes = answers_NK.shape[1]
+        kinds, counts = np.unique(truth.astype(np.int64) * num_classes + answers_NK.argmax(axis=1), return_counts=True)
+        counts_N = counts.astype(np.float64)
+        parts = _of_classes(kinds % num_classes, kinds // num_classes, len(answers_NK), num_classes)
     if not parts:
         return {}
     per_row_NS = np.concatenate([one for one, _ in parts.values()], axis=1)
-    sums_RS = _resampled(per_row_NS, generator)
+    sums_RS = _resampled(per_row_NS, counts_N, generator)
     found, start = {}, 0
     for name, (columns_NS, score) in parts.items():
         stop = start + columns_NS.shape[1]
@@ -64,22 +69,20 @@ def headline_intervals(
     return found
 
 
-def _resampled(per_row_NS: Values, generator: np.random.Generator) -> Values:
-    """Return the sums over the rows of each resample."""
-    num_rows = len(per_row_NS)
-    chunk = max(1, _CHUNK_CELLS // num_rows)
-    share_N = np.full(num_rows, 1.0 / num_rows)
+def _resampled(per_row_NS: Values, counts_N: Values, generator: np.random.Generator) -> Values:
+    """Return the sums over the rows of each resample. Of each row there are as many as are counted."""
+    num_rows = int(counts_N.sum())
+    chunk = max(1, _CHUNK_CELLS // len(per_row_NS))
     sums = []
     for start in range(0, NUM_RESAMPLES, chunk):
-        count_RN = generator.multinomial(num_rows, share_N, size=min(chunk, NUM_RESAMPLES - start))
+        count_RN = generator.multinomial(num_rows, counts_N / num_rows, size=min(chunk, NUM_RESAMPLES - start))
         sums.append(count_RN.astype(np.float64) @ per_row_NS)
     return np.concatenate(sums)
 
 
 def _of_classes(
-    said_N: npt.NDArray[np.int64], truth_N: npt.NDArray[np.int64], num_classes: int
+    said_N: npt.NDArray[np.int64], truth_N: npt.NDArray[np.int64], num_rows: int, num_classes: int
 ) -> dict[str, tuple[Values, Score]]:
-    num_rows = len(truth_N)
     right_N1 = (said_N == truth_N).astype(np.float64)[:, None]
     parts: dict[str, tuple[Values, Score]] = {"accuracy": (right_N1, lambda sums_RS: sums_RS[:, 0] / num_rows)}
     if 3 * num_classes > _MAX_SUMS:

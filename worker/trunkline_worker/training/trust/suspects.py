@@ -7,7 +7,6 @@ by class (section 3.1); what they count, the confident joint's off-diagonal cell
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import invalid
 
+from trunkline_worker.store.evaluations import LabelSuspect
 from trunkline_worker.training.grouped import apart
 from trunkline_worker.training.softmax import held_out_logs
 from trunkline_worker.training.split import Indices, folds, num_groups
@@ -26,24 +26,7 @@ _LEAST_ROWS = 2
 """Of a class. With one, whoever leaves the row out knows nothing of its class."""
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """A row whose label is doubtful.
-
-    Attributes:
-        row: Its number.
-        given: The class that it was given.
-        suggested: The class that it is more likely of.
-        margin: By how much more: a difference of probabilities, above 0.
-    """
-
-    row: int
-    given: int
-    suggested: int
-    margin: float
-
-
-def find_suspects(probabilities_NK: Tensor, classes_N: Indices, groups_N: Indices | None = None) -> list[Suspect]:
+def find_suspects(probabilities_NK: Tensor, classes_N: Indices, groups_N: Indices | None = None) -> list[LabelSuspect]:
     """Return the rows whose label is doubtful, the most doubtful first.
 
     A row is one of a class for sure if its probability is at least the mean that rows given this class have for it. So
@@ -74,7 +57,9 @@ def find_suspects(probabilities_NK: Tensor, classes_N: Indices, groups_N: Indice
     margin_N = sure_NK.max(axis=1) - own_N
     doubtful = np.flatnonzero((margin_N > 0) & known_K[classes_N])
     doubtful = doubtful[np.argsort(-margin_N[doubtful], kind="stable")]
-    return [Suspect(int(row), int(classes_N[row]), int(suggested_N[row]), float(margin_N[row])) for row in doubtful]
+    return [
+        LabelSuspect(int(row), int(classes_N[row]), int(suggested_N[row]), float(margin_N[row])) for row in doubtful
+    ]
 
 
 def cross_validated_probabilities(
