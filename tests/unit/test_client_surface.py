@@ -58,6 +58,7 @@ NAMES = [
     "Stem",
     "StorageFullError",
     "TlsError",
+    "TrackingError",
     "TrunklineError",
     "UnsupportedError",
     "UploadReport",

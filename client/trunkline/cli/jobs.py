@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trunkline.cli.output import Session, columns, command, facts
+from trunkline.cli.tracking import MLflowAddress, MLflowExperiment, TensorBoardFolder, trackers
 
 if TYPE_CHECKING:
     from trunkline.heads import Head
@@ -99,6 +100,9 @@ def train(
     refit: Annotated[bool, typer.Option(help="Train once more on every row after measuring.")] = True,
     calibrate: Annotated[bool, typer.Option(help="Scale probabilities by the rows held out.")] = True,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    tensorboard: TensorBoardFolder = None,
+    mlflow: MLflowAddress = None,
+    mlflow_experiment: MLflowExperiment = "trunkline",
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Train a head on a dataset."""
@@ -138,6 +142,7 @@ def train(
             refit=refit,
             calibrate=calibrate,
             seed=seed,
+            track=trackers(tensorboard, mlflow, mlflow_experiment, wait=wait),
         )
         _emit_model(session, job, wait=wait, hint="trunkline predict {} IMAGE ...")
 
@@ -167,6 +172,9 @@ def sweep(
     epochs: Annotated[int, typer.Option(help="Of heads with hidden layers. 0: the default.")] = 0,
     validation: Annotated[float, typer.Option(help="Fraction held out to measure the winner.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    tensorboard: TensorBoardFolder = None,
+    mlflow: MLflowAddress = None,
+    mlflow_experiment: MLflowExperiment = "trunkline",
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Try many heads by cross-validation, and train the best."""
@@ -185,6 +193,7 @@ def sweep(
             epochs=epochs,
             validation=validation,
             seed=seed,
+            track=trackers(tensorboard, mlflow, mlflow_experiment, wait=wait),
         )
         _emit_model(session, job, wait=wait, hint="trunkline models {}")
 
