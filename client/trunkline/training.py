@@ -29,6 +29,7 @@ from trunkline_wire.heads import (
     PROTOTYPE,
     HeadConfig,
 )
+from trunkline_wire.sizes import check_answers
 
 from trunkline import _html
 from trunkline._deadline import Deadline
@@ -336,6 +337,7 @@ def check_spec_of(spec: JobSpec, data: Dataset) -> None:
     assert spec.fit.loss is not None
     task = ORDINAL if spec.fit.loss.class_order and data.task == CLASSIFICATION else data.task
     try:
+        check_answers(data.num_rows, len(data.class_names))
         spec.fit.loss.kind_for(task)
         check_metric(spec.fit.select_by, task)
     except WireError as error:
