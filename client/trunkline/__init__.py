@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         ShapeMismatchError,
         StorageFullError,
         TlsError,
+        TrackingError,
         TrunklineError,
         UnsupportedError,
         WorkerOutOfMemoryError,
@@ -116,6 +117,7 @@ __all__ = [
     "Stem",
     "StorageFullError",
     "TlsError",
+    "TrackingError",
     "TrunklineError",
     "UnsupportedError",
     "UploadEstimate",
@@ -167,8 +169,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("trunkline")
-    if name == "errors":
-        return import_module("trunkline.errors")
+    if name in ("errors", "track"):
+        return import_module(f"trunkline.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'trunkline' has no attribute {name!r}")
     value = getattr(import_module(_MODULES.get(name, "trunkline.errors")), name)

@@ -22,6 +22,7 @@ from trunkline._inference import DEFAULT_IN_FLIGHT, run, several
 from trunkline._local_inputs import GivenImages, Local, LocalInput, bind_local
 from trunkline._row_sources import FeatureRows, ImageRows, RowSource, StemRows
 from trunkline._stem_shelf import StemShelf
+from trunkline._track.recorder import open_all
 from trunkline._upload import Upload, check_inputs, check_upload
 from trunkline.bottlenecks import Bottlenecks
 from trunkline.config import Settings
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from trunkline.local_models import LocalModel
     from trunkline.own_stems import OwnStem
     from trunkline.stems import Stem
+    from trunkline.track import Tracker
 
 # Shape suffix legend: N = rows, D = embedding width
 
@@ -438,6 +440,7 @@ class Client:
         calibrate: bool = True,
         fine_tune: bool | FineTune = False,
         seed: int = 0,
+        track: Tracker | Sequence[Tracker] | None = None,
         timeout_s: float | None = None,
     ) -> Job:
         """Train a head on a dataset. Returns at once; ``Job.result`` waits for the model.
@@ -476,6 +479,8 @@ class Client:
             fine_tune: Whether to train the last blocks of the backbone too, for this model alone, and keep them if that
                 helps; or one such as ``trunkline.FineTune(lora_rank=8)``. ``Model.fine_tuning`` says what came of it.
             seed: Of everything random.
+            track: Who records the job while ``Job.result`` waits for it: ``trunkline.track.TensorBoard``,
+                ``trunkline.track.MLflow``, or a list of them.
             timeout_s: Deadline of submitting, not of the job.
 
         Raises:
@@ -483,6 +488,8 @@ class Client:
             InvalidArgumentError: Something is out of range.
             UnsupportedError: The cluster is too old for such a head, loss, or for several backbones; or it does not
                 fine-tune.
+            MissingExtraError, TrackingError: A tracker's library is not installed, or it cannot be reached. Nothing is
+                submitted then.
         """
         if isinstance(data, str) and needs_classes(class_weights, ordinal):
             data = self.dataset(data, timeout_s=timeout_s)
@@ -490,6 +497,7 @@ class Client:
             data,
             backbone,
             input_size,
+            track,
             timeout_s,
             model=name,
             embedding=embedding,
@@ -536,6 +544,7 @@ class Client:
         refit: bool = True,
         calibrate: bool = True,
         seed: int = 0,
+        track: Tracker | Sequence[Tracker] | None = None,
         timeout_s: float | None = None,
     ) -> Job:
         """Try many heads by cross-validation, all at once, and train the winner. ``Model.trials`` has all of them.
@@ -563,17 +572,20 @@ class Client:
             refit: As in ``train``.
             calibrate: As in ``train``.
             seed: Of everything random.
+            track: As in ``train``.
             timeout_s: Deadline of submitting, not of the job.
 
         Raises:
             NotFoundError: There is no such dataset, backbone or slice.
             InvalidArgumentError: Something is out of range, or there is nothing to try.
             UnsupportedError: The cluster is too old to search.
+            MissingExtraError, TrackingError: As in ``train``.
         """
         return self._submit(
             data,
             backbone,
             input_size,
+            track,
             timeout_s,
             model=name,
             embedding=embedding,
@@ -598,6 +610,7 @@ class Client:
         data: Dataset | str,
         backbone: str | Sequence[str] | None,
         input_size: int | None,
+        track: Tracker | Sequence[Tracker] | None,
         timeout_s: float | None,
         **asked: Any,
     ) -> Job:
@@ -612,7 +625,8 @@ class Client:
         )
         if isinstance(data, Dataset):
             check_spec_of(spec, data)
-        return Job(self, submit(self._calls.training, spec, self.info, self._deadline(timeout_s)))
+        opened = open_all(track)
+        return Job(self, submit(self._calls.training, spec, self.info, self._deadline(timeout_s)), opened)
 
     def job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
         """Return a job by its id.

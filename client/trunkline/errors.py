@@ -121,6 +121,12 @@ class MissingExtraError(TrunklineError, ImportError):
     """Something optional is needed and not installed."""
 
 
+class TrackingError(TrunklineError):
+    """A tracker of the user's own cannot be reached, or refuses. Nothing was submitted."""
+
+    default_hint = "See to it, or leave track= out"
+
+
 class NotFoundError(TrunklineError, LookupError):
     """A backbone, cut, slice, dataset, job or model is not there, or not yours."""
 

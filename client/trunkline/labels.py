@@ -251,17 +251,18 @@ def _targets(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
 
 def _classes(array: npt.NDArray[np.generic]) -> ClassLabels:
     values = _of_one_kind(_checked(array.tolist()))
-    distinct = sorted(set(values))
+    found = set(values)
+    if len(found) > MAX_CLASSES:
+        raise BadLabelsError(
+            f"{len(found)} classes; at most {MAX_CLASSES} are accepted",
+            hint="Numbers to be predicted must be floats: labels.astype('float32')",
+        )
+    distinct = sorted(found)
     names = tuple(_name(one) for one in distinct)
     if len(distinct) < 2:
         raise BadLabelsError(
             f"all {len(values)} labels are {names[0]!r}: there is nothing to tell apart",
             hint="Give labels of at least two classes",
-        )
-    if len(distinct) > MAX_CLASSES:
-        raise BadLabelsError(
-            f"{len(distinct)} classes; at most {MAX_CLASSES} are accepted",
-            hint="Numbers to be predicted must be floats: labels.astype('float32')",
         )
     index = {value: number for number, value in enumerate(distinct)}
     return ClassLabels(names, np.array([index[one] for one in values], dtype=np.uint32))

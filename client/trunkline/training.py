@@ -30,10 +30,12 @@ from trunkline_wire.heads import (
     PROTOTYPE,
     HeadConfig,
 )
+from trunkline_wire.sizes import check_answers
 
 from trunkline import _html
 from trunkline._deadline import Deadline
 from trunkline._names import check_user_name
+from trunkline._track.recorder import Opened, Recording, open_all
 from trunkline.errors import (
     DeadlineExceededError,
     InternalError,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from trunkline.client import Client
     from trunkline.datasets import Dataset
     from trunkline.models import Model
+    from trunkline.track import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +78,10 @@ class Job:
         id: By which ``Client.job`` finds it again.
     """
 
-    def __init__(self, client: Client, status: JobStatus) -> None:
-        """Keep who asks, and the last that is known."""
+    def __init__(self, client: Client, status: JobStatus, opened: Sequence[Opened] = ()) -> None:
+        """Keep who asks, the last that is known, and where it is recorded."""
         self._client = client
+        self._opened = tuple(opened)
         self._last = status
         self._last_seq = 0
         self.id = status.id
@@ -111,7 +115,13 @@ class Job:
         self._last = self._client._calls.training.cancel(self.id, self._client._deadline(timeout_s))
         return self._last
 
-    def result(self, timeout_s: float | None = None, *, progress: bool | None = None) -> Model:
+    def result(
+        self,
+        timeout_s: float | None = None,
+        *,
+        progress: bool | None = None,
+        track: Tracker | Sequence[Tracker] | None = None,
+    ) -> Model:
         """Wait for the model.
 
         Interrupting ends the waiting, not the job.
@@ -119,14 +129,26 @@ class Job:
         Args:
             timeout_s: How long to wait. None: as long as it takes.
             progress: None: show it if somebody can see it. False: never.
+            track: Who records the job, from its first event on, in place of those that ``Client.train`` was given. A
+                job that has ended can be recorded too.
 
         Raises:
             JobFailedError: The job failed; the error says why.
             JobCancelledError: It was cancelled.
             DeadlineExceededError: The time is over. The job goes on.
+            MissingExtraError, TrackingError: A tracker's library is not installed, or it cannot be reached.
         """
-        if not self._last.state.has_ended:
-            self._wait(timeout_s, progress)
+        opened = self._opened if track is None else open_all(track)
+        with Recording(self._client, self._last, opened) as recording:
+            if recording or not self._last.state.has_ended:
+                self._wait(timeout_s, progress, recording)
+            self._opened = ()  # nothing will happen any more
+            model = self._model()
+            recording.model(model)
+        return model
+
+    def _model(self) -> Model:
+        """Return the model of a job that has ended, or raise what it ended with."""
         status = self._last
         if status.state is JobState.SUCCEEDED:
             model = self._client.model(status.model)
@@ -144,12 +166,13 @@ class Job:
             request_id=error.request_id,
         )
 
-    def _wait(self, timeout_s: float | None, progress: bool | None) -> None:
+    def _wait(self, timeout_s: float | None, progress: bool | None, recording: Recording) -> None:
         where = f"client.job({self.id!r})"
         try:
             with show_progress(f"Training {self._last.spec.model}", 1.0, progress) as bar:
                 for event in self.events(timeout_s=timeout_s):
                     _show(bar, event)
+                    recording.event(event)
         except KeyboardInterrupt:
             sys.stderr.write(
                 f"\nThe job goes on. Get back to it with {where}.result(), or end it with {where}.cancel()"
@@ -338,6 +361,7 @@ def check_spec_of(spec: JobSpec, data: Dataset) -> None:
     assert spec.fit.loss is not None
     task = ORDINAL if spec.fit.loss.class_order and data.task == CLASSIFICATION else data.task
     try:
+        check_answers(data.num_rows, len(data.class_names))
         spec.fit.loss.kind_for(task)
         check_metric(spec.fit.select_by, task)
     except WireError as error:

@@ -36,6 +36,9 @@ MAX_LOCAL_WIDTH = 65_536
 MAX_CLASSES = 100_000
 """Most classes in one dataset."""
 
+MAX_ANSWERS = 2**30
+"""Most rows times classes of a training: 4 GiB of float32, of which there are several at a time."""
+
 MAX_RANK = 8
 """Most dimensions of a tensor."""
 

@@ -238,7 +238,13 @@ def test_the_code_of_a_page_runs(served, page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks))
     done = subprocess.run(
-        [sys.executable, str(script)], env=served.environment, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, str(script)],
+        cwd=tmp_path,  # what it writes
+        env=served.environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     if page == "remote-trunk.md":

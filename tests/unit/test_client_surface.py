@@ -60,6 +60,7 @@ NAMES = [
     "Stem",
     "StorageFullError",
     "TlsError",
+    "TrackingError",
     "TrunklineError",
     "UnsupportedError",
     "UploadEstimate",

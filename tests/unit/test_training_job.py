@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import serving_fakes as fakes
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import LossConfig, OptimiserConfig
+from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import PackedRows, pack, unpack
 from trunkline_wire.rows import row_id
@@ -784,3 +784,154 @@ def test_local_features_of_two_widths_fail_the_job(fused):
     job = fused.run()
     assert (job.state, job.error_code) == (JobState.FAILED, "SHAPE_MISMATCH")
     assert "'odd'" in job.error_message
+
+
+class Signals(Failpoints):
+    """Failpoints that do something else than kill."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = {}
+
+    def hit(self, name):
+        """Do what is to be done at this point."""
+        super().hit(name)
+        self.at.get(name, lambda: None)()
+
+
+class TestCancel:
+    """A job that is cancelled in each of its phases ends CANCELLED, and publishes nothing."""
+
+    @pytest.fixture
+    def bench(self, tmp_path, monkeypatch):
+        from trunkline_worker.training import keeper
+
+        monkeypatch.setattr(keeper, "RENEW_INTERVAL_S", 0.0)
+        bench = Bench(tmp_path)
+        bench.failpoints = Signals()
+        return bench
+
+    def ended(self, bench, job):
+        job = bench.store.jobs.get("default", job.id)
+        assert (job.state, job.model) == (JobState.CANCELLED, "")
+        assert bench.store.models.list("default") == []
+        last = bench.store.jobs.events("default", job.id)[-1]
+        assert (last.phase, last.message) == ("end", "cancelled")
+        assert bench.store.jobs.lease("lane", LEASE_S) is None
+        bench.submit("again")
+        assert bench.run().model == "head@1"
+
+    def test_while_it_queues(self, bench):
+        job = bench.submit()
+        bench.store.jobs.request_cancel("default", job.id)
+        self.ended(bench, job)
+
+    def test_when_a_worker_has_just_taken_it(self, bench):
+        job = bench.submit()
+        lease = bench.store.jobs.lease("lane", LEASE_S)
+        bench.store.jobs.request_cancel("default", job.id)
+        run_job(lease, bench.tools())
+        self.ended(bench, job)
+
+    @pytest.mark.parametrize("phase", ["select", "sweep", "fit", "assess"])
+    def test_while_it_runs(self, bench, monkeypatch, phase):
+        from trunkline_worker.training.keeper import LeaseKeeper
+
+        report, keepers = LeaseKeeper.report, []
+
+        def told(self, event):
+            report(self, event)
+            if event.phase == phase and not keepers:
+                keepers.append(self)
+                bench.store.jobs.request_cancel("default", job.id)
+                # The next question to the store has the answer; nothing else is waited for.
+                self._cancelled |= bench.store.jobs.renew(job.id, 1, LEASE_S)
+
+        monkeypatch.setattr(LeaseKeeper, "report", told)
+        sweep = SweepConfig(l2=(1.0, 2.0)) if phase == "sweep" else None
+        job = bench.submit(embedding="auto" if phase == "select" else "pooled", sweep=sweep)
+        bench.run()
+        monkeypatch.undo()
+        phases = [one.phase for one in bench.store.jobs.events("default", job.id)]
+        assert keepers and "publish" not in phases
+        self.ended(bench, job)
+
+    @pytest.mark.parametrize("point", ["job.head_written", "job.manifest_written", "job.before_succeed"])
+    def test_while_it_saves(self, bench, point):
+        job = bench.submit()
+        bench.failpoints.at[point] = lambda: bench.store.jobs.request_cancel("default", job.id)
+        bench.run()
+        bench.failpoints.at.clear()
+        self.ended(bench, job)
+
+    def test_after_it_was_saved_it_is_too_late(self, bench):
+        job = bench.submit()
+        asked = []
+
+        def cancel():
+            with pytest.raises(WireError) as caught:
+                bench.store.jobs.request_cancel("default", job.id)
+            asked.append(caught.value.code)
+
+        bench.failpoints.at["job.after_succeed"] = cancel
+        assert (bench.run().model, asked) == ("head@1", [ErrorCode.JOB_STATE])
+
+
+@pytest.mark.parametrize("folder", ["embeddings", "heads", "evaluations", "models"])
+def test_a_disk_that_becomes_full_at_any_file_fails_the_job_and_the_next_one_succeeds(bench, monkeypatch, folder):
+    put, refused = BlobStore.put, []
+
+    def maybe(self, path, data):
+        if path.startswith(f"{folder}/"):
+            refused.append(path)
+            raise WireError(ErrorCode.STORAGE_FULL, "no space is left")
+        put(self, path, data)
+
+    job = bench.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "put", maybe)
+        bench.run()
+    assert refused
+    ended = bench.store.jobs.get("default", job.id)
+    assert (ended.state, ended.error_code) == (JobState.FAILED, "STORAGE_FULL")
+    assert "no space is left" in ended.error_message and bench.store.models.list("default") == []
+    bench.submit("again")
+    assert bench.run().model == "head@1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")],
+    ids=["python", "torch"],
+)
+def test_a_job_that_memory_is_too_small_for_says_so(bench, error):
+    def fail():
+        raise error
+
+    bench.trunk.on_batch = fail
+    bench.submit()
+    job = bench.run()
+    assert (job.state, job.error_code) == (JobState.FAILED, "WORKER_OOM")
+    bench.trunk.on_batch = lambda: None
+    bench.submit("again")
+    assert bench.run().state is JobState.SUCCEEDED
+
+
+def test_a_name_that_is_there_gets_its_next_version_and_what_was_there_stays(bench):
+    first = bench.submit()
+    bench.run()
+    kept = bench.store.models.get("default", "head@1")
+    bench.submit("again", seed=5)
+    assert bench.run().model == "head@2"
+    assert bench.store.models.get("default", "head@1") == kept
+    assert bench.store.models.get("default", "head").version == 2
+    assert bench.store.jobs.get("default", first.id).model == "head@1"
+
+
+def test_more_answers_than_memory_holds_are_refused_when_the_job_is_submitted(bench, monkeypatch):
+    from trunkline_wire import sizes
+
+    monkeypatch.setattr(sizes, "MAX_ANSWERS", 3 * NUM_ROWS - 1)
+    with pytest.raises(WireError, match=r"300 rows of 3 classes.*Leave rare classes out") as caught:
+        bench.submit()
+    assert caught.value.code is ErrorCode.BAD_LABELS

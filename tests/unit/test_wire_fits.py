@@ -20,7 +20,7 @@ from trunkline_wire.fits import (
     is_metric,
 )
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION, TASKS
-from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
+from trunkline_wire.job_messages import fine_tune_from_proto, fine_tune_to_proto
 from trunkline_wire.v1 import training_pb2 as pb
 
 NAN, INFINITY = float("nan"), float("inf")

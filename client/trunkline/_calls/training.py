@@ -7,10 +7,9 @@ import uuid
 from collections.abc import Iterator
 
 import grpc
-from trunkline_wire import fits
+from trunkline_wire import job_messages
 from trunkline_wire.errors import WireError
-from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig, SweepConfig
-from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.v1 import training_pb2 as pb
 from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
 
@@ -30,21 +29,6 @@ _EMBEDDINGS = {
 _EMBEDDING_NAMES = {value: name for name, value in _EMBEDDINGS.items()}
 _SOLVERS = {"lbfgs": pb.SOLVER_LBFGS, "adamw": pb.SOLVER_ADAM}
 _SOLVER_NAMES = {value: name for name, value in _SOLVERS.items()}
-_LOSSES = {
-    fits.AUTO: pb.LOSS_UNSPECIFIED,
-    fits.MSE: pb.LOSS_MSE,
-    fits.HUBER: pb.LOSS_HUBER,
-    fits.QUANTILE: pb.LOSS_QUANTILE,
-    fits.CROSS_ENTROPY: pb.LOSS_CROSS_ENTROPY,
-    fits.FOCAL: pb.LOSS_FOCAL,
-}
-_LOSS_NAMES = {value: name for name, value in _LOSSES.items()}
-_PRECISIONS = {
-    fits.FLOAT32: pb.PRECISION_FLOAT32,
-    fits.BFLOAT16: pb.PRECISION_BFLOAT16,
-    fits.FLOAT16: pb.PRECISION_FLOAT16,
-}
-_PRECISION_NAMES = {pb.PRECISION_UNSPECIFIED: fits.FLOAT32, **{value: name for name, value in _PRECISIONS.items()}}
 
 
 class TrainingCalls:
@@ -141,30 +125,8 @@ def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
         more_backbones=[
             pb.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
         ],
-        sweep=None if spec.sweep is None else _sweep_to_message(spec.sweep),
-        fine_tune=fine_tune_to_proto(spec.fine_tune),
-    )
-
-
-def _sweep_to_message(sweep: SweepConfig) -> pb.SweepConfig:
-    return pb.SweepConfig(
-        l2=sweep.l2,
-        learning_rate=sweep.learning_rate,
-        hidden=[pb.Layers(widths=one) for one in sweep.hidden],
-        dropout=sweep.dropout,
-        embeddings=[pb.SliceSet(slices=one) for one in sweep.embeddings],
-        folds=sweep.folds,
-    )
-
-
-def _sweep_from_message(message: pb.SweepConfig) -> SweepConfig:
-    return SweepConfig(
-        l2=tuple(message.l2),
-        learning_rate=tuple(message.learning_rate),
-        hidden=tuple(tuple(one.widths) for one in message.hidden),
-        dropout=tuple(message.dropout),
-        embeddings=tuple(tuple(one.slices) for one in message.embeddings),
-        folds=message.folds or SweepConfig.folds,
+        sweep=None if spec.sweep is None else job_messages.sweep_to_proto(spec.sweep),
+        fine_tune=job_messages.fine_tune_to_proto(spec.fine_tune),
     )
 
 
@@ -192,7 +154,7 @@ def _spec_from_message(message: pb.JobSpec) -> JobSpec:
             calibrate=message.fit.calibrate if message.fit.HasField("calibrate") else True,
         ),
         more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
-        sweep=_sweep_from_message(message.sweep) if message.HasField("sweep") else None,
+        sweep=job_messages.sweep_from_proto(message.sweep) if message.HasField("sweep") else None,
         fine_tune=_fine_tune_from_message(message),
     )
 
@@ -202,7 +164,7 @@ def _fine_tune_from_message(message: pb.JobSpec) -> FineTuneConfig | None:
     if not message.HasField("fine_tune"):
         return None
     with contextlib.suppress(WireError):
-        return fine_tune_from_proto(message.fine_tune)
+        return job_messages.fine_tune_from_proto(message.fine_tune)
     return None
 
 
@@ -220,52 +182,22 @@ def _fit_to_message(fit: FitConfig) -> pb.FitConfig:
         calibrate=fit.calibrate,
     )
     if fit.loss is not None:
-        message.loss = _LOSSES[fit.loss.kind]
-        message.huber_delta = fit.loss.huber_delta
-        message.quantile = fit.loss.quantile
-        message.focal_gamma = fit.loss.focal_gamma
-        message.label_smoothing = fit.loss.label_smoothing
-        message.class_weights.extend(fit.loss.class_weights)
-        message.balanced = fit.loss.balanced
-        message.class_order.extend(fit.loss.class_order)
+        job_messages.write_loss(fit.loss, message)
     if fit.optimiser is not None:
-        message.warmup = fit.optimiser.warmup
-        message.clip_norm = fit.optimiser.clip_norm
-        message.ema = fit.optimiser.ema
-        message.precision = _PRECISIONS[fit.optimiser.precision]
-        message.patience = fit.optimiser.patience
-        message.mixup = fit.optimiser.mixup
+        job_messages.write_optimiser(fit.optimiser, message)
     return message
 
 
 def _loss_from_message(fit: pb.FitConfig) -> LossConfig | None:
     """Return the loss; None for one that this version does not know."""
-    default = LossConfig()
     with contextlib.suppress(WireError):
-        return LossConfig(
-            kind=_LOSS_NAMES.get(fit.loss, ""),
-            huber_delta=fit.huber_delta or default.huber_delta,
-            quantile=fit.quantile or default.quantile,
-            focal_gamma=fit.focal_gamma if fit.HasField("focal_gamma") else default.focal_gamma,
-            label_smoothing=fit.label_smoothing,
-            class_weights=tuple(fit.class_weights),
-            balanced=fit.balanced,
-            class_order=tuple(fit.class_order),
-        )
+        return job_messages.loss_from_proto(fit)
     return None
 
 
 def _optimiser_from_message(fit: pb.FitConfig) -> OptimiserConfig | None:
-    default = OptimiserConfig()
     with contextlib.suppress(WireError):
-        return OptimiserConfig(
-            warmup=fit.warmup if fit.HasField("warmup") else default.warmup,
-            clip_norm=fit.clip_norm if fit.HasField("clip_norm") else default.clip_norm,
-            ema=fit.ema,
-            precision=_PRECISION_NAMES.get(fit.precision, ""),
-            patience=fit.patience,
-            mixup=fit.mixup,
-        )
+        return job_messages.optimiser_from_proto(fit)
     return None
 
 

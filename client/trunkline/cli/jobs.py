@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trunkline.cli.output import Session, columns, command, facts
+from trunkline.cli.tracking import MLflowAddress, MLflowExperiment, TensorBoardFolder, trackers
 
 if TYPE_CHECKING:
     from trunkline.fine_tuning import FineTune
@@ -124,6 +125,9 @@ def train(
         str, typer.Option(metavar="N|MIN-MAX", help="That share the work.", rich_help_panel=_TUNE)
     ] = "1",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    tensorboard: TensorBoardFolder = None,
+    mlflow: MLflowAddress = None,
+    mlflow_experiment: MLflowExperiment = "trunkline",
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Train a head on a dataset."""
@@ -176,6 +180,7 @@ def train(
             calibrate=calibrate,
             fine_tune=tuning,
             seed=seed,
+            track=trackers(tensorboard, mlflow, mlflow_experiment, wait=wait),
         )
         _emit_model(session, job, wait=wait, hint="trunkline predict {} IMAGE ...")
 
@@ -232,6 +237,9 @@ def sweep(
     epochs: Annotated[int, typer.Option(help="Of heads with hidden layers. 0: the default.")] = 0,
     validation: Annotated[float, typer.Option(help="Fraction held out to measure the winner.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    tensorboard: TensorBoardFolder = None,
+    mlflow: MLflowAddress = None,
+    mlflow_experiment: MLflowExperiment = "trunkline",
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Try many heads by cross-validation, and train the best."""
@@ -250,6 +258,7 @@ def sweep(
             epochs=epochs,
             validation=validation,
             seed=seed,
+            track=trackers(tensorboard, mlflow, mlflow_experiment, wait=wait),
         )
         _emit_model(session, job, wait=wait, hint="trunkline models {}")
 

@@ -24,6 +24,7 @@ from trunkline.errors import (
     NotFoundError,
     ServiceUnavailableError,
     TlsError,
+    TrackingError,
     TrunklineError,
     UnsupportedError,
 )
@@ -175,7 +176,7 @@ def next_command(error: TrunklineError, missing: str, name: str) -> str:
         return "trunkline doctor"
     if isinstance(error, GateNotMetError):
         return "trunkline train --help"
-    misused = isinstance(error, (InvalidArgumentError, UnsupportedError))
+    misused = isinstance(error, (InvalidArgumentError, UnsupportedError, TrackingError))
     return f"trunkline {name} --help" if misused else "trunkline doctor"
 
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.names import check_name, parse_reference
 from trunkline_wire.rows import ROW_ID_BYTES, dataset_digest
+from trunkline_wire.sizes import check_answers
 from trunkline_wire.specs import FeatureSpace
 
 from trunkline_worker.store import idempotency, schema, serial
@@ -211,11 +212,14 @@ class Datasets:
     def check_trainable(self, connection: sa.Connection, record: DatasetRecord, *, hold_out: bool) -> None:
         """Check that the labels have something to tell apart, on both sides where groups are held out.
 
+        And that there are not more than a training can hold.
+
         Raises:
             WireError: BAD_LABELS.
         """
         if not record.class_names:
             return
+        check_answers(record.num_rows, len(record.class_names))
         packed = connection.execute(
             sa.select(_contents.c.class_indices, _contents.c.targets, _contents.c.row_groups).where(
                 _contents.c.tenant == record.tenant, _contents.c.digest == record.digest

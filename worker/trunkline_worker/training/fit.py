@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -106,11 +107,16 @@ def fit_head(
     start, stop = span
 
     curves: dict[str, list[float]] = {}
+    count = itertools.count(1)
+    unit = "epoch" if spec.solver == "adamw" else "step"
+    # The second fit counts from 1 again, and has more rows: its numbers are no continuation of the first one's.
+    prefix = "refit_" if before else ""
 
     def tell(done: float, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             curves.setdefault(name, []).append(value)
-        progress.tell("fit", start + (stop - start) * min(1.0, done), metrics)
+        told = {prefix + name: value for name, value in metrics.items()} | {unit: float(next(count))}
+        progress.tell("fit", start + (stop - start) * min(1.0, done), told)
 
     progress.tell("fit", start)
     best_epoch = 0

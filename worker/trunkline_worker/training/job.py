@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from trunkline_wire.errors import ErrorCode, WireError
 
+from trunkline_worker.engine.memory import is_out_of_memory
 from trunkline_worker.heads.artefact import head_path, head_to_bytes
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.outliers import detector_to_bytes, outliers_path
@@ -60,9 +61,10 @@ def run_job(lease: Lease, tools: JobTools) -> None:
                 return
             logger.info("job %s failed: %s", job.id, error)
             tools.metadata("jobs.fail", job.id, lease.fence, error.code, error.message)
-        except MemoryError:
-            tools.metadata("jobs.fail", job.id, lease.fence, ErrorCode.WORKER_OOM, "the lane ran out of memory")
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                tools.metadata("jobs.fail", job.id, lease.fence, ErrorCode.WORKER_OOM, "the lane ran out of memory")
+                return
             logger.exception("job %s failed", job.id)
             message = "training failed in a way that was not foreseen; the lane's log names this job"
             tools.metadata("jobs.fail", job.id, lease.fence, ErrorCode.INTERNAL, message)

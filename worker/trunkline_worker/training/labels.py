@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION
+from trunkline_wire.sizes import check_answers
 
 # Shape suffix legend: N = rows, D = columns of the embedding, M = regression targets
 
@@ -93,6 +94,7 @@ def check_labels(labels: Labels, num_rows: int, *, hold_out: bool) -> None:
     """
     if num_rows == 0:
         raise WireError(ErrorCode.EMPTY_BATCH, "the dataset has no rows; upload some first")
+    check_answers(num_rows, len(labels.class_names))
     if labels.task in (CLASSIFICATION, ORDINAL):
         _check_classes(labels, num_rows, hold_out=hold_out)
         return

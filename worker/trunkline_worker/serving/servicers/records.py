@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from trunkline_wire import codecs, fits, messages
+from trunkline_wire import codecs, fits, job_messages, messages
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, HeadConfig
-from trunkline_wire.tuning_messages import fine_tune_from_proto, fine_tune_to_proto
 from trunkline_wire.v1 import dataset_pb2, registry_pb2, training_pb2
 
 from trunkline_worker.store.evaluations import Evaluation
@@ -39,19 +37,6 @@ _FUSIONS = {
     training_pb2.FUSION_CONCAT: "concat",
     training_pb2.FUSION_ADD: "add",
     training_pb2.FUSION_GATE: "gate",
-}
-_LOSSES = {
-    training_pb2.LOSS_UNSPECIFIED: fits.AUTO,
-    training_pb2.LOSS_MSE: fits.MSE,
-    training_pb2.LOSS_HUBER: fits.HUBER,
-    training_pb2.LOSS_QUANTILE: fits.QUANTILE,
-    training_pb2.LOSS_CROSS_ENTROPY: fits.CROSS_ENTROPY,
-    training_pb2.LOSS_FOCAL: fits.FOCAL,
-}
-_PRECISIONS = {
-    training_pb2.PRECISION_FLOAT32: fits.FLOAT32,
-    training_pb2.PRECISION_BFLOAT16: fits.BFLOAT16,
-    training_pb2.PRECISION_FLOAT16: fits.FLOAT16,
 }
 _SOLVERS = {training_pb2.SOLVER_LBFGS: "lbfgs", training_pb2.SOLVER_ADAM: "adamw"}
 _EMBEDDINGS = {
@@ -135,37 +120,6 @@ def head_to_proto(head: HeadConfig) -> training_pb2.HeadConfig:
     )
 
 
-def loss_from_proto(fit: training_pb2.FitConfig) -> LossConfig:
-    """Return the loss that a message asks for; what is unspecified takes the default.
-
-    Raises:
-        WireError: UNSUPPORTED for a value from a newer wire; INVALID_ARGUMENT for numbers out of range.
-    """
-    default = LossConfig()
-    return LossConfig(
-        kind=_choice(_LOSSES, fit.loss, training_pb2.LOSS_UNSPECIFIED, "loss"),
-        huber_delta=fit.huber_delta or default.huber_delta,
-        quantile=fit.quantile or default.quantile,
-        focal_gamma=fit.focal_gamma if fit.HasField("focal_gamma") else default.focal_gamma,
-        label_smoothing=fit.label_smoothing,
-        class_weights=tuple(fit.class_weights),
-        balanced=fit.balanced,
-        class_order=tuple(fit.class_order),
-    )
-
-
-def _optimiser_from_proto(fit: training_pb2.FitConfig) -> OptimiserConfig:
-    default = OptimiserConfig()
-    return OptimiserConfig(
-        warmup=fit.warmup if fit.HasField("warmup") else default.warmup,
-        clip_norm=fit.clip_norm if fit.HasField("clip_norm") else default.clip_norm,
-        ema=fit.ema,
-        precision=_choice(_PRECISIONS, fit.precision, training_pb2.PRECISION_FLOAT32, "precision"),
-        patience=fit.patience,
-        mixup=fit.mixup,
-    )
-
-
 def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     """Return the job that a message asks for; what is unspecified takes the default.
 
@@ -174,7 +128,7 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
     """
     fit = message.fit
     head = head_from_proto(message.head)
-    loss = loss_from_proto(fit)
+    loss = job_messages.loss_from_proto(fit)
     # Convex, so that a solver that goes to convergence finds the one solution; or nothing to solve. Rows are mixed anew
     # in every step, which only minibatches have.
     convex = loss.kind in (fits.AUTO, fits.CROSS_ENTROPY, fits.MSE) and (not fit.mixup or bool(loss.class_order))
@@ -197,41 +151,31 @@ def spec_from_proto(message: training_pb2.JobSpec) -> JobSpec:
         refit=fit.refit,
         seed=fit.seed,
         loss=loss,
-        optimiser=_optimiser_from_proto(fit),
+        optimiser=job_messages.optimiser_from_proto(fit),
         select_by=fit.select_by,
         calibrate=fit.calibrate if fit.HasField("calibrate") else True,
         more_backbones=tuple(BackboneChoice(one.backbone, one.input_size) for one in message.more_backbones),
-        sweep=_sweep_from_proto(message.sweep) if message.HasField("sweep") else None,
-        fine_tune=fine_tune_from_proto(message.fine_tune) if message.HasField("fine_tune") else None,
-    )
-
-
-def _sweep_from_proto(message: training_pb2.SweepConfig) -> SweepConfig:
-    return SweepConfig(
-        l2=tuple(message.l2),
-        learning_rate=tuple(message.learning_rate),
-        hidden=tuple(tuple(one.widths) for one in message.hidden),
-        dropout=tuple(message.dropout),
-        embeddings=tuple(tuple(one.slices) for one in message.embeddings),
-        folds=message.folds or SweepConfig.folds,
-    )
-
-
-def _sweep_to_proto(sweep: SweepConfig | None) -> training_pb2.SweepConfig | None:
-    if sweep is None:
-        return None
-    return training_pb2.SweepConfig(
-        l2=sweep.l2,
-        learning_rate=sweep.learning_rate,
-        hidden=[training_pb2.Layers(widths=one) for one in sweep.hidden],
-        dropout=sweep.dropout,
-        embeddings=[training_pb2.SliceSet(slices=one) for one in sweep.embeddings],
-        folds=sweep.folds,
+        sweep=job_messages.sweep_from_proto(message.sweep) if message.HasField("sweep") else None,
+        fine_tune=job_messages.fine_tune_from_proto(message.fine_tune) if message.HasField("fine_tune") else None,
     )
 
 
 def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
     """Return the message of a job's specification."""
+    fit = training_pb2.FitConfig(
+        solver=_code(_SOLVERS, spec.solver),
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        l2=spec.l2,
+        validation_fraction=spec.validation_fraction,
+        refit=spec.refit,
+        seed=spec.seed,
+        select_by=spec.select_by,
+        calibrate=spec.calibrate,
+    )
+    job_messages.write_loss(spec.loss, fit)
+    job_messages.write_optimiser(spec.optimiser, fit)
     return training_pb2.JobSpec(
         model=spec.model,
         dataset=spec.dataset,
@@ -240,37 +184,12 @@ def spec_to_proto(spec: JobSpec) -> training_pb2.JobSpec:
         embedding=_code(_EMBEDDINGS, spec.embedding),
         slices=spec.slices,
         head=head_to_proto(spec.head),
-        fit=training_pb2.FitConfig(
-            solver=_code(_SOLVERS, spec.solver),
-            epochs=spec.epochs,
-            batch_size=spec.batch_size,
-            learning_rate=spec.learning_rate,
-            l2=spec.l2,
-            validation_fraction=spec.validation_fraction,
-            refit=spec.refit,
-            seed=spec.seed,
-            loss=_code(_LOSSES, spec.loss.kind),
-            huber_delta=spec.loss.huber_delta,
-            quantile=spec.loss.quantile,
-            focal_gamma=spec.loss.focal_gamma,
-            label_smoothing=spec.loss.label_smoothing,
-            class_weights=spec.loss.class_weights,
-            balanced=spec.loss.balanced,
-            class_order=spec.loss.class_order,
-            select_by=spec.select_by,
-            calibrate=spec.calibrate,
-            warmup=spec.optimiser.warmup,
-            clip_norm=spec.optimiser.clip_norm,
-            ema=spec.optimiser.ema,
-            precision=_code(_PRECISIONS, spec.optimiser.precision),
-            patience=spec.optimiser.patience,
-            mixup=spec.optimiser.mixup,
-        ),
+        fit=fit,
         more_backbones=[
             training_pb2.BackboneChoice(backbone=one.backbone, input_size=one.input_size) for one in spec.more_backbones
         ],
-        sweep=_sweep_to_proto(spec.sweep),
-        fine_tune=fine_tune_to_proto(spec.fine_tune),
+        sweep=None if spec.sweep is None else job_messages.sweep_to_proto(spec.sweep),
+        fine_tune=job_messages.fine_tune_to_proto(spec.fine_tune),
     )
 
 

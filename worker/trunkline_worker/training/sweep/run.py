@@ -192,7 +192,12 @@ def _check_any(trials: Sequence[Trial]) -> None:
     """
     if not all(one.error for one in trials):
         return
-    reasons = [f"({one.configuration}): {one.error}" for one in trials[:_NAMED]]
-    if len(trials) > _NAMED:
-        reasons.append(f"and {len(trials) - _NAMED} more")
+    alike: dict[str, list[Configuration]] = {}
+    for one in trials:
+        alike.setdefault(one.error, []).append(one.configuration)
+    reasons = []
+    for error, (first, *others) in list(alike.items())[:_NAMED]:
+        reasons.append(f"({first}){f' and {len(others)} others' if others else ''}: {error}")
+    if len(alike) > _NAMED:
+        reasons.append(f"and {len(alike) - _NAMED} more reasons")
     raise invalid(f"all configurations of the sweep failed: {'; '.join(reasons)}")

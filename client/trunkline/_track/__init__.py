@@ -1,0 +1,1 @@
+"""How jobs are told to trackers. What users name is in ``trunkline.track``."""
