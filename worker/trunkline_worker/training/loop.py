@@ -28,6 +28,7 @@ from trunkline_worker.training.search import Found, search
 from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
+from trunkline_worker.training.sweep.alone import RunTrials, run_in_process
 from trunkline_worker.training.trust.assess import assess
 
 __all__ = ["Labels", "Source", "TrainingCancelled", "TrainingResult", "train_head"]
@@ -70,6 +71,7 @@ def train_head(
     row_ids: Sequence[bytes] = (),
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    run_trials: RunTrials = run_in_process,
 ) -> TrainingResult:
     """Choose slices, fit a head, measure it on held-out rows, and fit it once more on all of them.
 
@@ -87,6 +89,7 @@ def train_head(
             other. Empty if not known.
         on_event: Takes events of the phases ``select``, ``fit`` and ``assess``, a few dozen at most.
         should_stop: Asked between steps.
+        run_trials: Runs the configurations of a sweep that cannot be computed many at once.
 
     Raises:
         WireError: INVALID_ARGUMENT, BAD_LABELS, NOT_FINITE, EMPTY_BATCH, SHAPE_MISMATCH; NOT_FOUND for a slice that an
@@ -125,7 +128,10 @@ def train_head(
     if spec.sweep is not None:
         searched = Rows(_side_by_side(sources, chosen), truth).take(torch.from_numpy(training_index).to(truth.device))
         settled = None if tries_slices else chosen
-        found = search(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, progress)
+        found = search(
+            *(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, len(labels.class_names)),
+            *(progress, run_trials),
+        )
         spec, chosen = found.spec, [found.slices] if found.slices is not None else chosen
     inputs = [source.head_input(slices) for source, slices in zip(sources, chosen, strict=True)]
     columns_ND = _side_by_side(sources, chosen)

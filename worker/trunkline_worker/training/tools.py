@@ -12,6 +12,7 @@ from trunkline_worker.store.failpoints import Failpoints
 
 if TYPE_CHECKING:
     from trunkline_worker.training.embed import Trunk
+    from trunkline_worker.training.sweep.alone import RunTrials
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class JobTools:
         versions: Library to version, for the manifest.
         lease_s: How long a renewed lease lasts, in seconds.
         failpoints: Switched on by tests.
+        run_trials: Runs the configurations of a sweep that cannot be computed many at once. None: one after another, here.
     """
 
     metadata: Callable[..., Any]
@@ -35,3 +37,4 @@ class JobTools:
     versions: Mapping[str, str]
     lease_s: float
     failpoints: Failpoints
+    run_trials: RunTrials | None = None
