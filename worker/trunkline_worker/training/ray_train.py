@@ -180,6 +180,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
     import torch
 
     from trunkline_worker.training.job import JobTools, run_job
+    from trunkline_worker.training.ray_tune import TuneTrials
 
     lane = LaneConfig(**config)
 
@@ -194,6 +195,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
         versions=lane.versions,
         lease_s=lane.lease_s,
         failpoints=Failpoints.from_text(os.environ.get(FAILPOINTS_VARIABLE, "")),
+        run_trials=TuneTrials(f"{lane.storage_path}/trials"),
     )
     # What an earlier worker of this lane held when it died is taken back at once, not when its lease runs out.
     incarnation = random_id()

@@ -25,6 +25,7 @@ from trunkline_worker.training.sweep.run import run_sweep
 
 # Shape suffix legend: N = rows
 
+
 @dataclass(frozen=True)
 class Found:
     """What a search found.

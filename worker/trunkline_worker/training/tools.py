@@ -27,7 +27,8 @@ class JobTools:
         versions: Library to version, for the manifest.
         lease_s: How long a renewed lease lasts, in seconds.
         failpoints: Switched on by tests.
-        run_trials: Runs the configurations of a sweep that cannot be computed many at once. None: one after another, here.
+        run_trials: Runs the configurations of a sweep that cannot be computed many at once. None: one after another,
+            here.
     """
 
     metadata: Callable[..., Any]

@@ -85,8 +85,8 @@ class TrialDone:
 
 
 RunTrials = Callable[[TrialSet, Callable[[TrialDone], None], Callable[[], None]], None]
-"""Runs all trials of a set, in any order, and hands over each as it ends. The last argument is called now and then; what
-it raises to stop is let through, and no trial is left running."""
+"""Runs all trials of a set, in any order, and hands over each as it ends. The last argument is called now and then;
+what it raises to stop is let through, and no trial is left running."""
 
 
 def run_in_process(trials: TrialSet, on_done: Callable[[TrialDone], None], check: Callable[[], None]) -> None:
@@ -146,9 +146,7 @@ def _scores(trials: TrialSet, work: Work, progress: Progress) -> Outcome:
             planned = schedule(spec, Head(spec.head, work.inputs, num_outputs), len(ours), spec.l2)
             spec = replace(spec, epochs=max(1, round(trials.share * planned.epochs)))
         # No rows to choose an epoch by: those held out remain a fair test.
-        fit = fit_head(
-            spec, trials.task, num_outputs, work.inputs, ours, None, spec.l2, progress, span=(0.0, 1.0)
-        )
+        fit = fit_head(spec, trials.task, num_outputs, work.inputs, ours, None, spec.l2, progress, span=(0.0, 1.0))
         outputs = run_head(fit.head, rows.x_ND[held])
         if wrong := failure([outputs]):
             return wrong

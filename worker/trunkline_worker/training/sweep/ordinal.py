@@ -114,6 +114,4 @@ class _Problem:
                 scaled_PR = along_PQ @ design.directions_RQ.T + inverse_rest_P1 * weights_PR
             return torch.cat([scaled_PR, bias_PT / (self._total_P[:, None] * slope_PT)], dim=1)
 
-        return search.minimise(
-            objective, start_PV, precondition=precondition, on_step=check, tolerance=_TOLERANCE
-        )
+        return search.minimise(objective, start_PV, precondition=precondition, on_step=check, tolerance=_TOLERANCE)

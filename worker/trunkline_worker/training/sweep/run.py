@@ -1,7 +1,7 @@
 """Runs a sweep: sorts configurations into groups that can be computed together, computes and scores them.
 
-Where many configurations learn in steps, most are left behind early: all are trained on the first fold for a fraction of
-the epochs, and the best of them cross-validated. Source: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm
+Where many configurations learn in steps, most are left behind early: all are trained on the first fold for a fraction
+of the epochs, and the best of them cross-validated. Source: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm
 Identification and Hyperparameter Optimization" (successive halving), here with two rungs.
 """
 
