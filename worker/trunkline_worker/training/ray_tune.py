@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_WAIT_S = 60.0
+START_WAIT_S = 120.0
 """How long no trial may be running, in seconds, before the lane runs those that are left itself."""
 
 _QUIET = {
@@ -66,13 +66,15 @@ class TuneTrials:
             # What ends the run from within: a wish to stop, or no room. Anything else is Tune's own.
             if watch.stopped is not None:
                 raise watch.stopped from None
-            if not watch.starved:
-                logger.warning("Ray Tune gave up; the lane goes on by itself", exc_info=True)
+            if watch.starved:
+                logger.warning("there was no room for trials beside the lane")
+            else:
+                logger.warning("Ray Tune gave up", exc_info=True)
         finally:
             _remove(f"{self._storage_path}/{name}")
         left = [number for number in range(len(trials.work)) if number not in watch.ended]
         if left:
-            logger.warning("no room for trials beside the lane; it runs the %d that are left itself", len(left))
+            logger.warning("the lane runs the %d trials that are left itself", len(left))
         for number in left:
             on_done(run_trial(trials, number, check))
 
@@ -130,6 +132,10 @@ def _watch(on_done: Callable[[TrialDone], None], check: Callable[[], None], star
 
     class Watch(tune.Callback):
         """See ``_watch``. ``ended`` holds the trials that were handed over."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # Tune writes down what it would need to go on after a restart. A lane starts the job again instead.
+            return tune.Callback, ()
 
         def __init__(self) -> None:
             self.ended: set[int] = set()

@@ -25,6 +25,8 @@ from trunkline_worker.training.sweep.run import run_sweep
 
 # Shape suffix legend: N = rows
 
+_NEARLY = 0.99
+
 
 @dataclass(frozen=True)
 class Found:
@@ -95,7 +97,8 @@ def search(
         seed=spec.seed,
         score=judge,
         check=progress.check,
-        on_done=lambda done: progress.tell("sweep", done),
+        # That it is done is told below, with what came of it.
+        on_done=lambda done: progress.tell("sweep", min(done, _NEARLY)),
         around=spec,
         inputs=inputs,
         run_trials=run_trials,
