@@ -208,7 +208,7 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
         for one in order[:MAX_TRIALS]
     ]
     failed, dropped = sum(bool(one.error) for one in given), sum(one.dropped for one in given)
-    parts = [f"{count} {what}" for count, what in ((dropped, "were dropped early"), (failed, "failed")) if count]
+    parts = [f"{count} {what}" for count, what in ((dropped, "dropped early"), (failed, "failed")) if count]
     tried = text.amount(len(given), "configuration") + (f", of which {' and '.join(parts)}" if parts else "")
     early = ""
     if dropped:
