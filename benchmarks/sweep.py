@@ -291,8 +291,8 @@ def main() -> None:
         [
             f"1,797 digits. Linear: {len(SETS)} sets of slices of 1,280, 640, 640 and 320 columns times "
             f"{len(STRENGTHS)} strengths; one configuration reads all 1,280. MLPs: 8 learning rates times 8 weight "
-            "decays; all 64 are trained on the first fold for a quarter of the epochs, and the best 8 cross-validated in "
-            f"full, as the one configuration is. {arguments.rounds} rounds for the first line of each, one for the "
+            "decays; all 64 are trained on the first fold for a quarter of the epochs, and the best 8 cross-validated "
+            f"in full, as the one configuration is. {arguments.rounds} rounds for the first line of each, one for the "
             "others: median (least to most), ratios within a round.",
             "",
             "What dropping early finds: cross-entropy, lower is better, of a cross-validation in which nothing was "

@@ -121,7 +121,6 @@ def test_a_sweep_says_what_it_varies(client, data, unique):
     assert spec.head.batch_norm and spec.head.hidden == (8,)
     assert spec.fit.loss.class_weights == (3.0, 1.0, 1.0) and spec.fit.loss.label_smoothing == 0.1
     assert (spec.fit.solver, spec.fit.optimiser.ema, spec.sweep.l2) == ("adamw", 0.9, (0.05, 0.1))
-    job.cancel()
 
 
 def test_a_sweep_of_what_means_nothing_to_the_head_is_refused_before_it_is_sent(client, data, unique):

@@ -160,7 +160,7 @@ def test_of_many_that_learn_in_steps_the_best_are_cross_validated_and_the_others
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "_KEPT", 3)
-    wrong, solved = Configuration(("a",), 0.05, (8,), 1e30), Configuration(("a",), 10.0)
+    wrong, solved = Configuration(("a",), 1e9, (8,), 10.0), Configuration(("a",), 10.0)
     tried = [wrong, *MANY, solved]
     in_full = sweep(tried)
     monkeypatch.setattr(run, "ALL_IN_FULL", 4)
