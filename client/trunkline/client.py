@@ -537,7 +537,14 @@ class Client:
         backbone: str | Sequence[str] | None = None,
         input_size: int | None = None,
         embedding: str | Sequence[str] = "auto",
+        head: str | Head = "linear",
+        solver: str = "auto",
+        loss: str | Loss = "auto",
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
+        ordinal: bool | Sequence[str] = False,
         select_by: str = "",
+        optimiser: Optimiser | None = None,
         epochs: int = 0,
         batch_size: int = 0,
         validation: float = 0.2,
@@ -549,25 +556,38 @@ class Client:
     ) -> Job:
         """Try many heads by cross-validation, all at once, and train the winner. ``Model.trials`` has all of them.
 
-        Every value is tried with every other. The winner is the simplest configuration within one standard error of the
-        best; it is trained as by ``train``, and measured on rows that took no part in the search.
+        Every value is tried with every other, around the head and the settings given. The winner is the simplest
+        configuration within one standard error of the best; it is trained as by ``train``, and measured on rows that
+        took no part in the search. Where more than 16 configurations learn in steps, all are trained on one fold for a
+        quarter of the epochs, and the best eighth of them, at least 8, is cross-validated: the others are ``dropped``.
 
         Args:
             data: As in ``train``.
             name: Of the model.
-            l2: Strengths of the penalty; with hidden layers AdamW's weight decay. None: a grid for linear heads, the
-                cluster's default for others.
-            hidden: Widths of hidden layers: ``[(), (64,), (256, 64)]`` tries a linear head and two MLPs. None: linear.
-            learning_rate: Of heads with hidden layers.
-            dropout: Of heads with hidden layers.
+            l2: Strengths of the penalty; with layers of their own AdamW's weight decay. None: a grid for linear heads,
+                the cluster's default for others.
+            hidden: Widths of hidden layers: ``[(), (64,), (256, 64)]`` tries a linear head and two MLPs. None: the
+                head's own.
+            learning_rate: Of heads that learn in steps. None: the cluster's default.
+            dropout: Of heads with layers of their own. None: the head's own.
             embeddings: Sets of slices to try, for data of a single input. None: what ``embedding`` says.
             folds: Of the cross-validation.
             backbone: As in ``train``.
             input_size: As in ``train``.
             embedding: As in ``train``.
-            select_by: The metric to win by. Empty: the cross-entropy, or r2 where numbers are predicted.
-            epochs: Of heads with hidden layers. 0: the cluster's default.
-            batch_size: Of heads with hidden layers. 0: the cluster's default.
+            head: What all configurations have in common, as in ``train``. Linear heads and MLPs are computed many at
+                once; others, such as ``trunkline.Conv()``, each on its own, as many at a time as the cluster has room.
+            solver: As in ``train``.
+            loss: As in ``train``.
+            label_smoothing: As in ``train``.
+            class_weights: As in ``train``.
+            ordinal: As in ``train``.
+            select_by: The metric to win by. Empty: the cross-entropy, weighed as the classes are; where numbers are
+                predicted r2, or what the loss measures.
+            optimiser: As in ``train``. A moving average, or less than float32, has each configuration computed on its
+                own.
+            epochs: Of heads that learn in steps. 0: the cluster's default.
+            batch_size: Of heads that learn in steps. 0: the cluster's default.
             validation: As in ``train``. The rows held out take no part in the search.
             refit: As in ``train``.
             calibrate: As in ``train``.
@@ -581,6 +601,8 @@ class Client:
             UnsupportedError: The cluster is too old to search.
             MissingExtraError, TrackingError: As in ``train``.
         """
+        if isinstance(data, str) and needs_classes(class_weights, ordinal):
+            data = self.dataset(data, timeout_s=timeout_s)
         return self._submit(
             data,
             backbone,
@@ -589,10 +611,16 @@ class Client:
             timeout_s,
             model=name,
             embedding=embedding,
-            head="linear",
-            solver="auto",
-            loss=loss_config("auto"),
-            optimiser=optimiser_config(None),
+            head=head,
+            solver=solver,
+            loss=loss_config(
+                loss,
+                label_smoothing=label_smoothing,
+                class_weights=class_weights,
+                ordinal=ordinal,
+                class_names=data.class_names if isinstance(data, Dataset) else None,
+            ),
+            optimiser=optimiser_config(optimiser),
             select_by=select_by,
             calibrate=calibrate,
             epochs=epochs,

@@ -230,13 +230,15 @@ class Trial:
         slices: Of the embedding.
         l2: Strength of the penalty; with hidden layers AdamW's weight decay.
         hidden: Widths of the hidden layers; none in a linear head.
-        learning_rate: With hidden layers; 0 for the cluster's default.
-        dropout: With hidden layers.
-        scores: One a fold, higher is better. Empty if it failed.
+        learning_rate: Of heads that learn in steps; 0 for the cluster's default.
+        dropout: Of heads with layers of their own.
+        scores: One a fold, higher is better. Empty if it failed; one alone if it was dropped.
         score: Their mean.
         error: Why it failed.
         seconds: Its share of the time of those that were computed together.
         won: Whether it is the one that was trained on everything.
+        dropped: Whether it was left behind after a quarter of the epochs on the first fold. Its score is of that, and
+            no match for the others'.
     """
 
     slices: tuple[str, ...]
@@ -249,6 +251,7 @@ class Trial:
     error: str
     seconds: float
     won: bool
+    dropped: bool = False
 
 
 @dataclass(frozen=True)

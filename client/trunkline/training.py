@@ -19,6 +19,7 @@ from trunkline_wire.fits import (
     OptimiserConfig,
     SweepConfig,
     check_metric,
+    check_sweep,
     is_metric,
 )
 from trunkline_wire.heads import (
@@ -287,6 +288,11 @@ def make_spec(
             "a convolutional head reads the features at its tap, not slices of the embedding",
             hint="Leave embedding= out, and name a cut with Conv(tap=...)",
         )
+    if sweep is not None:
+        try:
+            check_sweep(sweep, config, loss)
+        except WireError as error:
+            raise from_wire(error) from None
     if select_by and not is_metric(select_by):
         raise InvalidArgumentError(f"there is no metric {select_by[:40]!r} to select by")
     if len(set(backbones)) < len(backbones):

@@ -6,7 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trunkline_wire.heads import CLASSIFICATION, MAX_LORA_RANK, MULTI_LABEL, ORDINAL, REGRESSION, invalid
+from trunkline_wire.heads import (
+    CLASSIFICATION,
+    CONV,
+    MAX_LORA_RANK,
+    MULTI_LABEL,
+    ORDINAL,
+    PROTOTYPE,
+    REGRESSION,
+    HeadConfig,
+    invalid,
+)
 
 AUTO = "auto"
 MSE, HUBER, QUANTILE = "mse", "huber", "quantile"
@@ -250,9 +260,9 @@ class SweepConfig:
 
     Attributes:
         l2: As that of a job. None here, and a negative one there: a grid for linear heads.
-        learning_rate: Of heads with hidden layers.
-        hidden: Widths of the hidden layers; none of them is a linear head.
-        dropout: Of heads with hidden layers.
+        learning_rate: Of heads that learn in steps.
+        hidden: Widths of the hidden layers, in place of those of the job's head; none makes an MLP a linear head.
+        dropout: Of heads with layers of their own.
         embeddings: Sets of slices of the only input.
         folds: Of the cross-validation.
 
@@ -288,6 +298,22 @@ class SweepConfig:
     def _axes(self) -> dict[str, Sequence[object]]:
         names = ("l2", "learning_rate", "hidden", "dropout", "embeddings")
         return {name: getattr(self, name) for name in names}
+
+
+def check_sweep(sweep: SweepConfig, head: HeadConfig, loss: LossConfig) -> None:
+    """Check that the values to try mean something to the head that they vary, and to the loss.
+
+    Raises:
+        WireError: INVALID_ARGUMENT.
+    """
+    if head.kind == PROTOTYPE and (any(sweep.hidden) or sweep.learning_rate or sweep.dropout):
+        raise invalid(
+            "a prototype head has no hidden layers, learning rate or dropout; a sweep of it tries l2 and embeddings"
+        )
+    if head.kind == CONV and sweep.embeddings:
+        raise invalid("a convolutional head reads a map, not slices of the embedding; leave the embeddings to try out")
+    if loss.class_order and any(sweep.hidden):
+        raise invalid("classes in order are learnt by linear heads; leave hidden layers to try out")
 
 
 def check_metric(name: str, task: str) -> None:

@@ -101,3 +101,33 @@ def test_unknown_things(client, data, server):
 def test_what_cannot_be_asked_for(client, data, options):
     with pytest.raises(trunkline.InvalidArgumentError):
         client.train(data, **{"name": "m", **options})
+
+
+def test_a_sweep_says_what_it_varies(client, data, unique):
+    job = client.sweep(
+        data.reference,
+        name=unique("m"),
+        l2=[0.05, 0.1],
+        hidden=[(4,)],
+        folds=2,
+        embedding="pooled",
+        head=trunkline.MLP(hidden=(8,), batch_norm=True),
+        class_weights={"0": 3},
+        label_smoothing=0.1,
+        optimiser=trunkline.Optimiser(ema=0.9),
+        epochs=2,
+    )
+    spec = job.status().spec
+    assert spec.head.batch_norm and spec.head.hidden == (8,)
+    assert spec.fit.loss.class_weights == (3.0, 1.0, 1.0) and spec.fit.loss.label_smoothing == 0.1
+    assert (spec.fit.solver, spec.fit.optimiser.ema, spec.sweep.l2) == ("adamw", 0.9, (0.05, 0.1))
+
+
+def test_a_sweep_of_what_means_nothing_to_the_head_is_refused_before_it_is_sent(client, data, unique):
+    for wrong in ({"hidden": [(8,)]}, {"dropout": [0.1]}):
+        with pytest.raises(trunkline.InvalidArgumentError, match="a prototype head has no hidden layers"):
+            client.sweep(data, name=unique("m"), head="prototype", **wrong)
+    with pytest.raises(trunkline.InvalidArgumentError, match="learnt by linear heads"):
+        client.sweep(data, name=unique("m"), hidden=[(8,)], ordinal=True)
+    with pytest.raises(trunkline.InvalidArgumentError, match="reads a map"):
+        client.sweep(data, name=unique("m"), head="conv", embeddings=["pooled"])

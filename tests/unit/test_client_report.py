@@ -728,6 +728,12 @@ def test_trials(whole):
     scores = [float(row[1]) for row in rows[1:]]
     assert scores == sorted(scores, reverse=True)
     assert rows[1][2:8] == ["± 0.071", "1", "64", "0.01", "0.1", "pooled"]
+    early = [trial(0, won=True), trial(1, dropped=True, scores=(0.99,), score=0.99), trial(2)]
+    page = whole("regression", trials=tuple(early))
+    assert [row[0] for row in page.rows("search", 1)] == ["★\u00a0won", "", "dropped early"]
+    assert (
+        "of which 1 dropped early" in page.sections["search"] and "a quarter of the epochs" in page.sections["search"]
+    )
     few = whole("regression", trials=tuple(trials[-3:])).rows("search", 1)
     assert few[-1][1] == "failed" and few[-1][-1] == "the loss was <not> finite" and len(few) == 3
 

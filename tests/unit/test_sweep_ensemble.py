@@ -7,16 +7,17 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 from trunkline_wire.fits import LossConfig
-from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION, HeadConfig
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
 from trunkline_worker.training.fit import target_scale
 from trunkline_worker.training.minibatch import Split, fit_minibatches, run_head, schedule
 from trunkline_worker.training.objective import Objective
 from trunkline_worker.training.split import WEIGHTS, random_stream
-from trunkline_worker.training.sweep import ensemble
+from trunkline_worker.training.sweep import ensemble, plan
 from trunkline_worker.training.sweep.plan import Configuration
 from trunkline_worker.training.sweep.rows import FoldedRows, Folds, Result
+from trunkline_worker.training.weighing import class_weights, label_weights
 
 NUM_COLUMNS, NUM_OUTPUTS = 12, 3
 SEED = 5
@@ -67,10 +68,18 @@ def outputs_of(rows: FoldedRows, configurations: Sequence[Configuration]) -> lis
     return [found[number] for number in range(len(configurations))]
 
 
+def objective_of(rows: FoldedRows, truth: torch.Tensor) -> Objective:
+    loss = rows.around.loss
+    if rows.task == CLASSIFICATION:
+        return Objective(rows.task, loss, class_weights(loss, truth, NUM_OUTPUTS))
+    weights = label_weights(loss, truth) if rows.task == MULTI_LABEL else None
+    return Objective(rows.task, loss, *(weights or ()))
+
+
 def trained_alone(rows: FoldedRows, configuration: Configuration) -> list[torch.Tensor]:
     """Return what ``fit_minibatches`` makes of a configuration, fold by fold."""
     seeds = random_stream(SEED, WEIGHTS).integers(2**63, size=len(rows.folds))
-    spec = configuration.spec()
+    spec = configuration.spec(rows.around)
     truth, mean, scale = rows.truth, torch.zeros(1), torch.ones(1)
     if rows.task == REGRESSION:
         mean, scale = target_scale(truth)
@@ -80,7 +89,7 @@ def trained_alone(rows: FoldedRows, configuration: Configuration) -> list[torch.
         head = Head(spec.head, [HeadInput(("columns",), (NUM_COLUMNS,))], NUM_OUTPUTS)
         fit_minibatches(
             head,
-            Objective(rows.task, LossConfig()),
+            objective_of(rows, truth[training]),
             Split(rows.x_ND[training], truth[training]),
             None,
             schedule(spec, head, len(training), configuration.l2),
@@ -107,6 +116,43 @@ def test_a_member_is_what_minibatch_training_makes_of_it_alone(
     rows = folded(task)
     for configuration, ours in zip(configurations, outputs_of(rows, configurations), strict=True):
         assert_same(ours, trained_alone(rows, configuration), 100.0 if task == REGRESSION else 1.0)
+
+
+LOSSES = [
+    (CLASSIFICATION, LossConfig("focal", focal_gamma=1.5, label_smoothing=0.1)),
+    (CLASSIFICATION, LossConfig(label_smoothing=0.2, balanced=True)),
+    (CLASSIFICATION, LossConfig("focal", class_weights=(1.0, 0.0, 5.0))),
+    (MULTI_LABEL, LossConfig("focal", balanced=True)),
+    (MULTI_LABEL, LossConfig(label_smoothing=0.2, class_weights=(1.0, 2.0, 5.0))),
+    (REGRESSION, LossConfig("huber", huber_delta=0.3)),
+    (REGRESSION, LossConfig("quantile", quantile=0.8)),
+]
+
+
+@pytest.mark.parametrize(("task", "loss"), LOSSES, ids=str)
+@pytest.mark.parametrize("hidden", [(8,), ()], ids=["hidden", "linear"])
+def test_every_loss_and_weight_is_that_of_minibatch_training(
+    task: str, loss: LossConfig, hidden: tuple[int, ...]
+) -> None:
+    around = replace(plan.PLAIN, loss=loss, solver="adamw", head=HeadConfig(activation="gelu"), batch_size=16)
+    rows = replace(folded(task), around=around)
+    configurations = [Configuration(("a",), l2, hidden, learning_rate=rate) for l2, rate in ((0.3, 0.01), (3.0, 0.03))]
+    scale = 100.0 if task == REGRESSION else 1.0
+    for configuration, ours in zip(configurations, outputs_of(rows, configurations), strict=True):
+        theirs = trained_alone(rows, configuration)
+        assert_same(ours, theirs, scale)
+    # And it is not that of the plain loss.
+    plain = outputs_of(replace(rows, around=replace(around, loss=LossConfig())), configurations[1:])
+    assert not torch.allclose(plain[0][0], theirs[0], atol=1e-2 * scale, rtol=1e-2)  # type: ignore[arg-type]
+
+
+def test_a_share_of_the_epochs_ends_at_a_learning_rate_of_nothing() -> None:
+    rows = folded(CLASSIFICATION)
+    planned = schedule(PLAIN[0].spec(), Head(PLAIN[0].spec().head, [HeadInput(("a",), (12,))], 3), 40, 0.1).epochs
+    share = replace(rows, around=replace(rows.around, epochs=round(planned / 3)))
+    got = dict(ensemble.ensemble_outputs(rows, PLAIN, SEED, share=1 / 3, check=nothing, tell=nothing))
+    for number, expected in enumerate(outputs_of(share, PLAIN)):
+        assert_same(got[number], expected)
 
 
 @pytest.mark.parametrize("configurations", [PLAIN, DROPPED], ids=["plain", "dropout and two layers"])

@@ -121,8 +121,8 @@ def test_no_matrix_of_all_rows_problems_and_outputs_is_held(monkeypatch: pytest.
     largest = 0
     inner = linear.softmax_losses
 
-    def watched(classes: torch.Tensor) -> linear.Losses:
-        losses = inner(classes)
+    def watched(classes: torch.Tensor, smoothing: float) -> linear.Losses:
+        losses = inner(classes, smoothing)
 
         def look(logits: torch.Tensor, some: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             nonlocal largest

@@ -149,6 +149,46 @@ def test_a_configuration_that_fails_says_why_and_disturbs_no_other() -> None:
     assert trials[len(wrong) :] == expected
 
 
+MANY = tuple(
+    Configuration(("a",), 0.05, (8,), learning_rate=float(rate), dropout=dropout)
+    for rate in np.logspace(-5, -1.5, 6)
+    for dropout in (0.0, 0.2)
+)
+
+
+def test_of_many_that_learn_in_steps_the_best_are_cross_validated_and_the_others_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "_KEPT", 3)
+    wrong, solved = Configuration(("a",), 1e9, (8,), 10.0), Configuration(("a",), 10.0)
+    tried = [wrong, *MANY, solved]
+    in_full = sweep(tried)
+    monkeypatch.setattr(run, "ALL_IN_FULL", 4)
+    told: list[float] = []
+    trials = sweep(tried, on_done=told.append)
+    assert [one.configuration for one in trials] == tried
+    assert "no longer finite" in trials[0].error
+    assert trials[-1] == in_full[-1]  # what is solved is no matter of epochs
+    kept = [number for number, one in enumerate(trials[:-1]) if not one.dropped and not one.error]
+    assert len(kept) == 3
+    for number, one in enumerate(trials[1:-1], 1):
+        assert one.dropped == (number not in kept)
+        assert len(one.scores) == (1 if one.dropped else NUM_FOLDS)
+        if not one.dropped:
+            assert one.scores == pytest.approx(in_full[number].scores, rel=1e-3)
+    # The best by a quarter of the epochs on the first fold went on: those that learn fast.
+    assert {trials[number].configuration.learning_rate for number in kept} <= {one.learning_rate for one in MANY[6:]}
+    assert not winner(trials).dropped
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
+def test_up_to_a_number_none_is_dropped() -> None:
+    trials = sweep(MANY)
+    assert len(MANY) <= run.ALL_IN_FULL
+    assert not any(one.dropped for one in trials)
+
+
 def test_a_score_that_is_no_number_is_a_failure() -> None:
     calls = 0
 

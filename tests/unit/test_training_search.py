@@ -10,14 +10,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import LossConfig, SweepConfig
+from trunkline_wire.fits import LossConfig, OptimiserConfig, SweepConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.artefact import head_to_bytes
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.store.records import BackboneChoice, Event, JobSpec
+from trunkline_worker.training.fit import Rows, fit_head
 from trunkline_worker.training.loop import Labels, Source, TrainingCancelled, TrainingResult, train_head
+from trunkline_worker.training.minibatch import run_head
+from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.spec import check_spec
-from trunkline_worker.training.split import HOLD_OUT, hold_out, random_stream
+from trunkline_worker.training.split import FOLDS, HOLD_OUT, folds, hold_out, random_stream
+from trunkline_worker.training.sweep import alone
 
 NAMES = ("a", "b")
 SLICES = (SliceSpec("noise", 0, 4), SliceSpec("signal", 4, 8), SliceSpec("pooled", 8, 12))
@@ -145,8 +150,8 @@ def test_a_search_can_be_stopped() -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "what"),
     [
-        ({"head": HeadConfig("mlp", (8,)), "solver": "adamw"}, ErrorCode.INVALID_ARGUMENT, "a sweep chooses the head"),
-        ({"loss": LossConfig(balanced=True)}, ErrorCode.UNSUPPORTED, "all rows alike"),
+        ({"head": HeadConfig("conv", channels=(4,)), "solver": "adamw"}, ErrorCode.INVALID_ARGUMENT, "reads a map"),
+        ({"loss": LossConfig("focal")}, ErrorCode.INVALID_ARGUMENT, "'lbfgs' can solve"),
         ({"more_backbones": (BackboneChoice("c"),)}, ErrorCode.INVALID_ARGUMENT, "of a single backbone"),
         ({"embedding": "slices", "slices": ("pooled",)}, ErrorCode.INVALID_ARGUMENT, "slices to try as well"),
     ],
@@ -156,6 +161,181 @@ def test_searches_that_cannot_be(changes: dict[str, Any], code: ErrorCode, what:
     with pytest.raises(WireError, match=what) as caught:
         check_spec(replace(SPEC, sweep=SweepConfig(embeddings=(("pooled",),)), **changes))
     assert caught.value.code is code
+
+
+@pytest.mark.parametrize(
+    ("sweep", "changes", "what"),
+    [
+        (SweepConfig(hidden=((8,),)), {"head": HeadConfig("prototype")}, "a prototype head has no hidden layers"),
+        (SweepConfig(dropout=(0.1,)), {"head": HeadConfig("prototype")}, "a prototype head has no hidden layers"),
+        (SweepConfig(hidden=((), (8,))), {"loss": LossConfig(class_order=("a", "b", "c"))}, "learnt by linear heads"),
+    ],
+    ids=str,
+)
+def test_axes_that_mean_nothing_to_the_head_or_the_loss(sweep: SweepConfig, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(WireError, match=what) as caught:
+        check_spec(replace(SPEC, sweep=sweep, **changes))
+    assert caught.value.code is ErrorCode.INVALID_ARGUMENT
+
+
+def maps(num_rows: int = 60) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return maps of 2 channels, 3 by 3, whose class is whether an edge stands upright."""
+    draw = np.random.default_rng(1)
+    x = draw.normal(scale=0.3, size=(num_rows, 2, 3, 3)).astype(np.float32)
+    truth = np.arange(num_rows) % 2
+    x[truth == 0, 0, :, 0] += 2.0
+    x[truth == 1, 0, 0, :] += 2.0
+    return x.reshape(num_rows, 18), truth
+
+
+CONV = {"head": HeadConfig("conv", channels=(6,)), "solver": "adamw", "embedding": "auto"}
+
+
+def train_maps(sweep: SweepConfig, **more: Any) -> TrainingResult:
+    x, truth = maps()
+    source = Source("b", x, (SliceSpec("blocks.1", 0, 18),), map_shape=(2, 3, 3))
+    settings: dict[str, Any] = {"on_event": lambda event: None, "should_stop": lambda: False}
+    spec = replace(SPEC, sweep=sweep, **{**CONV, "epochs": 15, **more.pop("changes", {})})
+    return train_head([source], Labels(NAMES, truth), spec, **{**settings, **more})
+
+
+def test_convolutional_heads_are_tried_one_by_one_as_jobs_train_them() -> None:
+    sweep = SweepConfig(learning_rate=(0.02, 0.0001), hidden=((), (4,)), folds=2, l2=(0.01,))
+    result = train_maps(sweep)
+    assert result.found is not None
+    assert result.head.config.channels == (6,)
+    trials = result.found.trials
+    assert [(one.configuration.hidden, one.configuration.learning_rate) for one in trials] == [
+        *(((), 0.02), ((), 0.0001), ((4,), 0.02), ((4,), 0.0001))
+    ]
+    assert all(len(one.scores) == 2 and not one.error for one in trials)
+    assert result.found.won.configuration.learning_rate == 0.02
+    assert result.metrics["accuracy"] > 0.8
+    # A fold's score is what the same head, trained as a job on the fold's rows, has on the others.
+    x, truth = maps()
+    training, _ = hold_out(truth, len(x), SPEC.validation_fraction, random_stream(SPEC.seed, HOLD_OUT))
+    of_rows = torch.from_numpy(folds(truth[training], len(training), 2, random_stream(SPEC.seed, FOLDS)))
+    rows = Rows(torch.from_numpy(x[training]), torch.from_numpy(truth[training]))
+    spec = trials[0].configuration.spec(replace(SPEC, epochs=15, **CONV))
+    inputs = [HeadInput(("blocks.1",), (18,), (2, 3, 3))]
+    progress = Progress(lambda event: None, lambda: False)
+    for fold, score in enumerate(trials[0].scores):
+        inside, outside = rows.take(of_rows != fold), rows.take(of_rows == fold)
+        fit = fit_head(spec, "classification", 2, inputs, inside, None, 0.01, progress, span=(0.0, 1.0))
+        outputs = run_head(fit.head, outside.x_ND)
+        assert score == pytest.approx(-float(torch.nn.functional.cross_entropy(outputs, outside.truth)), rel=1e-5)
+
+
+def test_trials_go_where_the_job_says_and_failures_are_theirs_alone() -> None:
+    sent: list[alone.TrialSet] = []
+
+    def elsewhere(trials: alone.TrialSet, on_done: Any, check: Any) -> None:
+        sent.append(trials)
+        for number in reversed(range(len(trials.work))):
+            done = alone.run_trial(trials, number, check)
+            on_done(done if number else alone.TrialDone(0, "its process died", 0.0))
+
+    result = train_maps(SweepConfig(learning_rate=(0.02, 0.01), folds=2), run_trials=elsewhere)
+    assert result.found is not None
+    assert [one.error for one in result.found.trials] == ["its process died", ""]
+    assert [len(one.work) for one in sent] == [2]
+    # All that fail are an error that names each.
+    with pytest.raises(WireError, match=r"all configurations of the sweep failed.*0\.02.*epoch.*0\.01.*epoch"):
+        train_maps(SweepConfig(learning_rate=(0.02, 0.01), l2=(1e9,), folds=2), changes={"optimiser": WILD})
+
+
+WILD = OptimiserConfig(clip_norm=0.0)
+
+
+def test_trials_can_be_stopped_in_the_middle() -> None:
+    ended: list[int] = []
+    stopped = False
+
+    def one_by_one(trials: alone.TrialSet, on_done: Any, check: Any) -> None:
+        def count(done: alone.TrialDone) -> None:
+            nonlocal stopped
+            ended.append(done.number)
+            stopped = True
+            on_done(done)
+
+        alone.run_in_process(trials, count, check)
+
+    with pytest.raises(TrainingCancelled):
+        train_maps(
+            SweepConfig(learning_rate=(0.02, 0.01, 0.005), folds=2),
+            run_trials=one_by_one,
+            should_stop=lambda: stopped,
+        )
+    assert ended == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [
+        ({"head": HeadConfig("mlp", (8,), batch_norm=True), "solver": "adamw"}, "classes"),
+        ({"head": HeadConfig("mlp", (8,)), "solver": "adamw", "optimiser": OptimiserConfig(ema=0.9)}, "numbers"),
+        ({"head": HeadConfig("prototype")}, "classes"),
+        ({"head": HeadConfig("prototype")}, "numbers"),
+        ({"loss": LossConfig("quantile", quantile=0.9), "solver": "adamw"}, "numbers"),
+        ({"loss": LossConfig("huber")}, "numbers"),
+        ({"loss": LossConfig(balanced=True, label_smoothing=0.1)}, "classes"),
+        ({"loss": LossConfig("focal"), "solver": "adamw"}, "labels"),
+        ({"loss": LossConfig(class_weights=(1.0, 3.0))}, "labels"),
+    ],
+    ids=str,
+)
+def test_heads_losses_and_settings_of_every_kind_are_searched(changes: dict[str, Any], task: str) -> None:
+    x, truth = ring(120)
+    labels = {
+        "classes": Labels(NAMES, truth),
+        "labels": Labels(NAMES, None, np.stack([truth, x[:, 8] > 0], axis=1).astype(np.float32)),
+        "numbers": Labels((), None, (x[:, 8:10] * 3 + 1).astype(np.float32)),
+    }[task]
+    events: list[Event] = []
+    spec = replace(SPEC, sweep=SweepConfig(l2=(0.01, 1.0), folds=2), **changes)
+    result = train_head([Source("b", x, SLICES)], labels, spec, on_event=events.append, should_stop=lambda: False)
+    assert result.found is not None
+    assert [one.error for one in result.found.trials] == [""] * 2
+    assert result.head.config == spec.head
+    assert result.found.spec == replace(spec, sweep=None, l2=result.found.won.configuration.l2)
+    said = next(one.message for one in events if one.phase == "sweep" and one.progress == 1.0)
+    won_by = {"quantile": "pinball", "huber": "mae"}.get(spec.loss.kind, "")
+    assert won_by in said
+    assert ("weighted" in said) == spec.loss.is_weighted
+
+
+def test_classes_in_order_are_searched() -> None:
+    x, _ = ring(120)
+    truth = np.digitize(x[:, 8], [-0.5, 0.5])
+    loss = LossConfig(class_order=("low", "mid", "high"))
+    result = train_head(
+        [Source("b", x, SLICES)],
+        Labels(("mid", "low", "high"), np.array([1, 0, 2])[truth]),
+        replace(SPEC, loss=loss, sweep=SweepConfig(l2=(0.1, 1000.0), folds=3)),
+        on_event=lambda event: None,
+        should_stop=lambda: False,
+    )
+    assert result.found is not None
+    assert result.found.won.configuration.l2 == 0.1
+    assert result.head.task == "ordinal"
+    assert result.metrics["accuracy"] > 0.8
+
+
+def test_inputs_that_are_added_are_tried_one_by_one() -> None:
+    x, truth = ring(120)
+    local = Source("edge", np.ascontiguousarray(x[:, 4:6]), (SliceSpec("edge", 0, 2),), is_local=True)
+    head = HeadConfig("mlp", (8,), fuse="add", fuse_width=6)
+    result = train_head(
+        [Source("b", x, SLICES), local],
+        Labels(NAMES, truth),
+        replace(SPEC, head=head, solver="adamw", sweep=SweepConfig(hidden=((), (8,)), l2=(0.05,), folds=2)),
+        on_event=lambda event: None,
+        should_stop=lambda: False,
+    )
+    assert result.found is not None
+    assert [len(one.scores) for one in result.found.trials] == [2, 2]
+    assert result.head.config.fuse == "add"
+    assert result.head.more_width == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL, REGRESSION
 from trunkline_wire.messages import space_from_proto
@@ -72,7 +74,7 @@ def _model(message: pb.Model) -> ModelRecord:
         head=head_from_message(message.head),
         conformal=_conformal(message),
         warnings=tuple(message.warnings),
-        trials=tuple(_trial(one) for one in message.trials),
+        trials=_trials(message.trials),
         fine_tuning=_fine_tuning(message),
         has_outlier_scores=message.has_outlier_scores,
     )
@@ -90,7 +92,13 @@ def _evaluation(message: pb.Evaluation) -> Evaluation:
     )
 
 
-def _trial(message: pb.Trial) -> Trial:
+def _trials(messages: Sequence[pb.Trial]) -> tuple[Trial, ...]:
+    # What was dropped early was not scored on every fold.
+    folds = max((len(one.scores) for one in messages), default=0)
+    return tuple(_trial(one, folds) for one in messages)
+
+
+def _trial(message: pb.Trial, folds: int) -> Trial:
     return Trial(
         slices=tuple(message.slices),
         l2=message.l2,
@@ -102,6 +110,7 @@ def _trial(message: pb.Trial) -> Trial:
         error=message.error,
         seconds=message.seconds,
         won=message.won,
+        dropped=not message.error and len(message.scores) < folds,
     )
 
 

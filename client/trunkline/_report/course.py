@@ -193,10 +193,10 @@ def _candidates(material: Material) -> Markup | None:
 def _trials(given: Sequence[Trial]) -> Markup | None:
     if not given:
         return None
-    order = sorted(given, key=lambda one: (not one.won, bool(one.error), -one.score))
+    order = sorted(given, key=lambda one: (not one.won, bool(one.error), one.dropped, -one.score))
     rows = [
         (
-            "★\u00a0won" if one.won else "",
+            "★\u00a0won" if one.won else "dropped early" if one.dropped else "",
             "failed" if one.error else text.score(one.score),
             f"± {text.number(float(np.std(one.scores, ddof=1)), 2)}" if len(one.scores) > 1 else "",
             text.number(one.l2, 3),
@@ -209,13 +209,19 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
         )
         for one in order[:MAX_TRIALS]
     ]
-    failed = sum(bool(one.error) for one in given)
-    tried = text.amount(len(given), "configuration") + (f", of which {failed} failed" if failed else "")
+    failed, dropped = sum(bool(one.error) for one in given), sum(one.dropped for one in given)
+    parts = [f"{count} {what}" for count, what in ((dropped, "dropped early"), (failed, "failed")) if count]
+    tried = text.amount(len(given), "configuration") + (f", of which {' and '.join(parts)}" if parts else "")
+    early = ""
+    if dropped:
+        early = (
+            " Of one dropped early it is that on the first fold, after a quarter of the epochs: no match for others."
+        )
     header = ("", "score", "between folds", "penalty", "hidden", "rate", "dropout", "slices", "took", "why it failed")
     return join(
         [
             tag("h3", "Configurations of the sweep"),
-            note(f"{tried}. The score is the mean over folds of the training rows. Higher is better."),
+            note(f"{tried}. The score is the mean over folds of the training rows. Higher is better.{early}"),
             _without_empty(header, rows),
             _more(len(given)),
         ]

@@ -284,13 +284,13 @@ def _short(text: str, limit: int = 80) -> str:
 
 def _trials(model: Model) -> str:
     """Return the configurations that a sweep tried, the best first."""
-    tried = sorted(model.trials, key=lambda one: (bool(one.error), -one.score))
+    tried = sorted(model.trials, key=lambda one: (bool(one.error), one.dropped, -one.score))
     if not tried:
         return ""
     shown = tried[:SHOWN_CANDIDATES]
     rows = [
         (
-            "*" if one.won else "",
+            "*" if one.won else "dropped" if one.dropped else "",
             "failed" if one.error else f"{one.score:.4f}",
             f"{one.l2:.3g}",
             "-".join(map(str, one.hidden)) or "linear",

@@ -233,8 +233,42 @@ def sweep(
     ] = None,
     folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 5,
     embedding: Annotated[str, typer.Option(help="auto or pooled, where no slices are tried.")] = "auto",
+    head: Annotated[str, typer.Option(help="What all have in common: linear, mlp, conv or prototype.")] = "linear",
+    activation: Annotated[
+        str | None, typer.Option(help="Of hidden layers: relu or gelu.", rich_help_panel=_HEAD)
+    ] = None,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm", help="Normalise batches before each activation.", rich_help_panel=_HEAD)
+    ] = False,
+    channels: Annotated[
+        list[int] | None, typer.Option(help="Of a convolution; may be repeated.", rich_help_panel=_HEAD)
+    ] = None,
+    tap: Annotated[
+        str | None, typer.Option(help="Cut whose features convolutions read.", rich_help_panel=_HEAD)
+    ] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)
+    ] = None,
+    solver: Annotated[str, typer.Option(help="auto, lbfgs or adamw.")] = "auto",
+    loss: Annotated[
+        str, typer.Option(help="cross_entropy or focal for classes; mse, huber or quantile for numbers.")
+    ] = "auto",
+    quantile: Annotated[float, typer.Option(help="Which one quantile predicts.", rich_help_panel=_LOSS)] = 0.5,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of each label that is spread over all classes.", rich_help_panel=_LOSS)
+    ] = 0.0,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Have each class count the same in all.", rich_help_panel=_LOSS)
+    ] = False,
+    class_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=NUMBER", help="What a class counts; may be repeated.", rich_help_panel=_LOSS),
+    ] = None,
+    ordinal: Annotated[
+        bool, typer.Option("--ordinal", help="The classes have an order: the dataset's.", rich_help_panel=_LOSS)
+    ] = False,
     select_by: Annotated[str, typer.Option(help="Metric to win by, such as balanced_accuracy.")] = "",
-    epochs: Annotated[int, typer.Option(help="Of heads with hidden layers. 0: the default.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Of heads that learn in steps. 0: the default.")] = 0,
     validation: Annotated[float, typer.Option(help="Fraction held out to measure the winner.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     tensorboard: TensorBoardFolder = None,
@@ -243,6 +277,9 @@ def sweep(
     wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
 ) -> None:
     """Try many heads by cross-validation, and train the best."""
+    from trunkline.losses import Loss
+
+    common = _head(head, activation=activation, batch_norm=batch_norm or None, channels=channels, tap=tap, fuse=fuse)
     with session.connect() as client:
         job = client.sweep(
             dataset,
@@ -254,6 +291,12 @@ def sweep(
             embeddings=[one.split(",") for one in slices or ()],
             folds=folds,
             embedding=embedding,
+            head=common,
+            solver=solver,
+            loss=Loss(loss, quantile=quantile),
+            label_smoothing=label_smoothing,
+            class_weights=_class_weights(class_weight, balanced=balanced),
+            ordinal=ordinal,
             select_by=select_by,
             epochs=epochs,
             validation=validation,

@@ -28,6 +28,7 @@ from trunkline_worker.store.records import (
 from trunkline_worker.training.embed import ReadInput, RowMaps, Trunk, read_inputs
 from trunkline_worker.training.keeper import LeaseKeeper
 from trunkline_worker.training.loop import Labels, TrainingCancelled, TrainingResult, train_head
+from trunkline_worker.training.sweep.alone import run_in_process
 from trunkline_worker.training.sweep.plan import Trial
 from trunkline_worker.training.tools import JobTools
 from trunkline_worker.training.tuning.tune import TailSource
@@ -88,6 +89,7 @@ def _train(lease: Lease, tools: JobTools, keeper: LeaseKeeper) -> ModelRecord:
         num_views=record.views,
         on_event=keeper.report,
         should_stop=keeper.should_stop,
+        run_trials=tools.run_trials or run_in_process,
     )
     result.metrics["train_s"] = tools.clock.monotonic() - started
     keeper.report(Event("publish"))

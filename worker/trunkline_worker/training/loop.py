@@ -31,6 +31,7 @@ from trunkline_worker.training.search import Found, search
 from trunkline_worker.training.sources import Source, slices_by_source
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.split import HOLD_OUT, hold_out, keep_both, random_stream
+from trunkline_worker.training.sweep.alone import RunTrials, run_in_process
 from trunkline_worker.training.trust.assess import assess
 from trunkline_worker.training.trust.outliers import fit_detector
 from trunkline_worker.training.tuning.tune import TailSource, Tuned, check_tuning, fine_tune
@@ -83,6 +84,7 @@ def train_head(
     num_views: int = 1,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
+    run_trials: RunTrials = run_in_process,
 ) -> TrainingResult:
     """Choose slices, fit a head, measure it on held-out rows, and fit it once more on all of them.
 
@@ -104,6 +106,7 @@ def train_head(
         num_views: So many rows, one after another, are views of one picture, the first the picture itself.
         on_event: Takes events of the phases ``select``, ``fit``, ``tune`` and ``assess``, a few dozen at most.
         should_stop: Asked between steps.
+        run_trials: Runs the configurations of a sweep that cannot be computed many at once.
 
     Raises:
         WireError: INVALID_ARGUMENT, BAD_LABELS, NOT_FINITE, EMPTY_BATCH, SHAPE_MISMATCH; NOT_FOUND for a slice that an
@@ -143,7 +146,8 @@ def train_head(
         searched = Rows(_side_by_side(sources, chosen), pictures.spread(truth)).take(training_rows)
         settled = None if tries_slices else chosen
         found = search(
-            *(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, progress, trained_on)
+            *(spec, spec.sweep, sources, settled, labels.task, searched, training_classes_N, len(labels.class_names)),
+            *(progress, run_trials, trained_on),
         )
         spec, chosen = found.spec, [found.slices] if found.slices is not None else chosen
     inputs = [source.head_input(slices) for source, slices in zip(sources, chosen, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,34 +35,18 @@ class Objective:
             return self._of_classes(outputs, truth)
         if self.task == MULTI_LABEL:
             return self._of_labels(outputs, truth).sum(dim=1).mean()
-        return _of_numbers(self.config)(outputs, truth).sum(dim=1).mean()
+        return number_losses(self.config, outputs, truth).sum(dim=1).mean()
 
     def _of_classes(self, outputs_BK: Tensor, truth_B: Tensor) -> Tensor:
-        weights_K = None if self.weights_K is None else self.weights_K.to(outputs_BK)
-        smoothing = self.config.label_smoothing
-        if self.config.kind != FOCAL:
-            # Weighed by hand: torch's own weighs the smoothed part by the other classes.
-            loss_B = functional.cross_entropy(outputs_BK, truth_B, reduction="none", label_smoothing=smoothing)
-        else:
-            log_BK = outputs_BK.log_softmax(dim=1)
-            log_B = log_BK.gather(1, truth_B[:, None]).squeeze(1)
-            loss_B = -((1.0 - log_B.exp()) ** self.config.focal_gamma) * log_B
-            if smoothing:
-                loss_B = (1.0 - smoothing) * loss_B - smoothing * log_BK.mean(dim=1)
-        if weights_K is None:
+        loss_B = class_losses(self.config, outputs_BK, truth_B)
+        if self.weights_K is None:
             return loss_B.mean()
-        weights_B = weights_K[truth_B]
+        weights_B = self.weights_K.to(outputs_BK)[truth_B]
         # A batch of rows that do not count teaches nothing.
         return (weights_B * loss_B).sum() / weights_B.sum().clamp(min=torch.finfo(weights_B.dtype).tiny)
 
     def _of_labels(self, outputs_BK: Tensor, truth_BK: Tensor) -> Tensor:
-        smoothing = self.config.label_smoothing
-        truth_BK = truth_BK.to(outputs_BK)
-        target_BK = truth_BK * (1.0 - smoothing) + 0.5 * smoothing
-        loss_BK = functional.binary_cross_entropy_with_logits(outputs_BK, target_BK, reduction="none")
-        if self.config.kind == FOCAL:
-            right_BK = torch.where(truth_BK > 0.5, outputs_BK, -outputs_BK).sigmoid()
-            loss_BK = (1.0 - right_BK) ** self.config.focal_gamma * loss_BK
+        loss_BK = label_losses(self.config, outputs_BK, truth_BK)
         if self.weights_K is None:
             return loss_BK
         present_K = self.weights_K.to(outputs_BK)
@@ -71,12 +54,41 @@ class Objective:
         return torch.where(truth_BK > 0.5, present_K, absent_K) * loss_BK
 
 
-def _of_numbers(config: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def class_losses(config: LossConfig, outputs: Tensor, truth: Tensor) -> Tensor:
+    """Return the loss of each row of one class.
+
+    Args:
+        config: Cross-entropy or focal, smoothed or not.
+        outputs: Logits, classes along axis 1: (B, K), or (B, K, ...).
+        truth: Class indices: (B,), or (B, ...).
+    """
+    smoothing = config.label_smoothing
+    if config.kind != FOCAL:
+        # Weighed by hand elsewhere: torch's own weighs the smoothed part by the other classes.
+        return functional.cross_entropy(outputs, truth, reduction="none", label_smoothing=smoothing)
+    log = outputs.log_softmax(dim=1)
+    own = log.gather(1, truth.unsqueeze(1)).squeeze(1)
+    loss = -((1.0 - own.exp()) ** config.focal_gamma) * own
+    return (1.0 - smoothing) * loss - smoothing * log.mean(dim=1) if smoothing else loss
+
+
+def label_losses(config: LossConfig, outputs: Tensor, truth: Tensor) -> Tensor:
+    """Return the loss of each label, of the outputs' shape, where a row may have several. ``truth`` is 0 or 1."""
+    smoothing = config.label_smoothing
+    truth = truth.to(outputs)
+    target = truth * (1.0 - smoothing) + 0.5 * smoothing
+    loss = functional.binary_cross_entropy_with_logits(outputs, target, reduction="none")
+    if config.kind == FOCAL:
+        right = torch.where(truth > 0.5, outputs, -outputs).sigmoid()
+        loss = (1.0 - right) ** config.focal_gamma * loss
+    return loss
+
+
+def number_losses(config: LossConfig, outputs: Tensor, truth: Tensor) -> Tensor:
+    """Return the loss of each number, of the outputs' shape."""
     if config.kind == HUBER:
-        return lambda outputs, truth: functional.huber_loss(outputs, truth, reduction="none", delta=config.huber_delta)
+        return functional.huber_loss(outputs, truth, reduction="none", delta=config.huber_delta)
     if config.kind == QUANTILE:
         # The pinball loss. Source: Koenker and Bassett 1978, "Regression Quantiles".
-        return lambda outputs, truth: torch.maximum(
-            config.quantile * (truth - outputs), (config.quantile - 1.0) * (truth - outputs)
-        )
-    return lambda outputs, truth: 0.5 * (outputs - truth).square()
+        return torch.maximum(config.quantile * (truth - outputs), (config.quantile - 1.0) * (truth - outputs))
+    return 0.5 * (outputs - truth).square()

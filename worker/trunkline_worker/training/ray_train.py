@@ -200,6 +200,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
     import torch
 
     from trunkline_worker.training.job import JobTools
+    from trunkline_worker.training.ray_tune import TuneTrials
 
     lane = LaneConfig(**config)
 
@@ -214,6 +215,7 @@ def lane_loop(config: Mapping[str, Any]) -> None:
         versions=lane.versions,
         lease_s=lane.lease_s,
         failpoints=Failpoints.from_text(os.environ.get(FAILPOINTS_VARIABLE, "")),
+        run_trials=TuneTrials(f"{lane.storage_path}/trials"),
     )
     work_through(lane, metadata, tools)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.fits import AUTO, CROSS_ENTROPY, FOCAL, MSE, QUANTILE, LossConfig, is_metric
+from trunkline_wire.fits import AUTO, CROSS_ENTROPY, FOCAL, MSE, QUANTILE, check_sweep, is_metric
 from trunkline_wire.heads import CONCAT, LINEAR, PROTOTYPE, TAIL, HeadConfig, invalid
 
 from trunkline_worker.store.records import JobSpec
@@ -101,12 +101,7 @@ def _check_sweep(spec: JobSpec) -> None:
     """Check that a job has nothing that a search could not heed."""
     if spec.sweep is None:
         return
-    if spec.head != HeadConfig():
-        raise invalid("a sweep chooses the head; leave the head out, and name hidden layers to try")
-    if spec.loss != LossConfig(AUTO):
-        raise WireError(
-            ErrorCode.UNSUPPORTED, "a sweep minimises the task's own loss, all rows alike; leave loss and weights out"
-        )
+    check_sweep(spec.sweep, spec.head, spec.loss)
     if spec.sweep.embeddings and spec.more_backbones:
         raise invalid("a sweep tries slices of a single backbone; leave the embeddings out, or the other backbones")
     if spec.sweep.embeddings and spec.embedding == "slices":

@@ -12,6 +12,7 @@ from trunkline_worker.store.failpoints import Failpoints
 
 if TYPE_CHECKING:
     from trunkline_worker.training.embed import RowMaps, Trunk
+    from trunkline_worker.training.sweep.alone import RunTrials
     from trunkline_worker.training.tuning.work import TailTrainer
 
 
@@ -28,6 +29,8 @@ class JobTools:
         lease_s: How long a renewed lease lasts, in seconds.
         failpoints: Switched on by tests.
         tails: For a job of that id and its rows, returns who trains the last blocks of their backbone. None: nobody.
+        run_trials: Runs the configurations of a sweep that cannot be computed many at once. None: one after another,
+            here.
     """
 
     metadata: Callable[..., Any]
@@ -38,3 +41,4 @@ class JobTools:
     lease_s: float
     failpoints: Failpoints
     tails: Callable[[str, RowMaps], TailTrainer] | None = None
+    run_trials: RunTrials | None = None

@@ -1,4 +1,4 @@
-"""Linear heads with softmax or sigmoids, for every strength and fold: convex problems along a path of strengths.
+"""Linear heads with softmax, sigmoids or Huber's loss, for every strength and fold: convex problems along a path.
 
 The objective of each problem is that of ``softmax`` and ``outputwise``. Folds and labels are solved side by side,
 strengths one after another: on digits a strength takes 5 evaluations behind its neighbours, and 48 from nothing, as it
@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional
-from trunkline_wire.heads import CLASSIFICATION
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
-from trunkline_worker.training.outputwise import log_odds
+from trunkline_worker.training.fit import smooth_labels, target_scale
+from trunkline_worker.training.outputwise import Loss, huber, log_odds, logistic, medians
 from trunkline_worker.training.softmax import Design, curvature_floor, prepare
 from trunkline_worker.training.sweep.rows import FoldedRows, HeldOut, Result, by_device, portions
 from trunkline_worker.training.sweep.search import Search
+from trunkline_worker.training.weighing import class_weights, label_weights
 
 # Shape suffix legend: N = rows, R = coordinates, P = problems, K = outputs of one problem, Q = directions of known
 # curvature, V = numbers of one problem, F = folds, M = outputs
@@ -45,28 +47,30 @@ Losses = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
 K)."""
 
 
-def softmax_losses(classes_N: Tensor) -> Losses:
-    """Cross-entropy, in nats, of one class a row."""
+def softmax_losses(classes_N: Tensor, smoothing: float = 0.0) -> Losses:
+    """Cross-entropy, in nats, of one class a row. ``smoothing`` is the share of a label that all classes get."""
 
     def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         log_NPK = logits_NPK.log_softmax(dim=2)
         index_NP1 = classes_N[rows, None, None].expand(-1, logits_NPK.shape[1], 1)
         loss_NP = -log_NPK.gather(2, index_NP1).squeeze(2)
+        if smoothing:
+            loss_NP = (1.0 - smoothing) * loss_NP - smoothing * log_NPK.mean(dim=2)
         probability_NPK = log_NPK.exp_()
-        onehot_NK = functional.one_hot(classes_N[rows], logits_NPK.shape[2]).to(logits_NPK)
-        return loss_NP, probability_NPK - onehot_NK[:, None], probability_NPK * (1 - probability_NPK)
+        target_NK = functional.one_hot(classes_N[rows], logits_NPK.shape[2]).to(logits_NPK)
+        target_NK = target_NK * (1.0 - smoothing) + smoothing / logits_NPK.shape[2]
+        return loss_NP, probability_NPK - target_NK[:, None], probability_NPK * (1 - probability_NPK)
 
     return losses
 
 
-def sigmoid_losses(truth_NM: Tensor, label_P: Tensor) -> Losses:
-    """Cross-entropy, in nats, of a sigmoid: one label a problem."""
+def outputwise_losses(truth_NM: Tensor, label_P: Tensor, loss: Loss) -> Losses:
+    """What each output costs for itself: one output a problem."""
 
     def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        truth_NPK = truth_NM[rows][:, label_P].to(logits_NPK)[:, :, None]
-        probability_NPK = logits_NPK.sigmoid()
-        loss_NP = (functional.softplus(logits_NPK) - truth_NPK * logits_NPK).squeeze(2)
-        return loss_NP, probability_NPK - truth_NPK, probability_NPK * (1 - probability_NPK)
+        truth_NP = truth_NM[rows][:, label_P].to(logits_NPK)
+        loss_NP, slope_NP, curvature_NP = loss(logits_NPK.squeeze(2), truth_NP)
+        return loss_NP, slope_NP[:, :, None], curvature_NP[:, :, None]
 
     return losses
 
@@ -164,7 +168,9 @@ class _Family:
         """Return the problems, folds in the outer order."""
         device = design.x_NR.device
         num_folds, num_labels = len(rows.folds), 1 if rows.task == CLASSIFICATION else rows.num_outputs
-        if rows.task == CLASSIFICATION:
+        if rows.task == REGRESSION:
+            bias_PK = torch.cat([medians(rows.truth[training]) for training in rows.folds.training])[:, None]
+        elif rows.task == CLASSIFICATION:
             counts_K = torch.bincount(rows.truth, minlength=rows.num_outputs).double().clamp(min=0.5)
             bias_PK = (counts_K.log() - counts_K.log().mean()).repeat(num_folds, 1)
         else:
@@ -178,29 +184,32 @@ class _Family:
 def linear_outputs(
     rows: FoldedRows, strengths: Sequence[float], *, check: Callable[[], None], tell: Callable[[float], None]
 ) -> Iterator[Result]:
-    """Yield what linear classifiers of each strength say of the rows that they were not trained on.
+    """Yield what linear heads of each strength say of the rows that they were not trained on.
 
     One strength after another, from the strongest on, all folds and labels side by side: each starts where the last
     ones point to. So a result depends on the other strengths, but by no more than the tolerance.
 
     Args:
-        rows: Of a classification, or with several labels.
+        rows: Of a classification, with several labels, or of a regression with Huber's loss.
         strengths: Penalties on the sum of the rows' losses.
         check: Called between steps; may raise to stop.
         tell: Called with the fraction done.
     """
     design = _single_precision(prepare(rows.x_ND))
     check()
+    mean_M, scale_M = torch.zeros(1), torch.ones(1)
+    if rows.task == REGRESSION:
+        # From where on the loss is linear counts in standard deviations.
+        mean_M, scale_M = target_scale(rows.truth)
+        rows = replace(rows, truth=((rows.truth.double() - mean_M) / scale_M).float())
     family = _Family.of(rows, design)
     penalised_RK = torch.ones_like(family.start_PRK[0])
     penalised_RK[-1] = 0.0
     parts = list(
         portions(len(family.start_PRK), _SEARCH_BYTES // (4 * (_VECTORS * penalised_RK.numel() + len(design.x_NR))))
     )
-    training_FN = torch.zeros((len(rows.folds), len(design.x_NR)), device=design.x_NR.device)
-    for training_N, training in zip(training_FN, rows.folds.training, strict=True):
-        training_N[training] = 1.0
-    path, search = _Path(family.start_PRK), Search()
+    row_weights = _RowWeights(rows)
+    path, search = Path(family.start_PRK), Search()
     order = sorted(range(len(strengths)), key=lambda one: -strengths[one])
     for done, number in enumerate(order):
         # Two classes have two weight vectors, of opposite sign: see `softmax`.
@@ -212,15 +221,50 @@ def linear_outputs(
         for part in parts:
             if len(parts) > 1:
                 search = Search()  # what is remembered is the most of the memory: parts that take turns begin without
-            if rows.task == CLASSIFICATION:
-                losses = softmax_losses(rows.truth)
-            else:
-                losses = sigmoid_losses(rows.truth, family.label_P[part])
-            weights_NP = training_FN[family.fold_P[part]].T.contiguous()
+            losses = _losses(rows, family.label_P[part])
+            weights_NP = row_weights.of(family.fold_P[part], family.label_P[part])
             solution_PRK[part] = solve(design, losses, weights_NP, l2, start_PRK[part], search, check=check)
         path.add(l2, solution_PRK)
-        yield number, _held_out(design, rows, solution_PRK)
+        yield number, [one * scale_M.to(one) + mean_M.to(one) for one in _held_out(design, rows, solution_PRK)]
         tell((done + 1) / len(order))
+
+
+def _losses(rows: FoldedRows, label_P: Tensor) -> Losses:
+    config = rows.around.loss
+    if rows.task == CLASSIFICATION:
+        return softmax_losses(rows.truth, config.label_smoothing)
+    if rows.task == REGRESSION:
+        return outputwise_losses(rows.truth, label_P, huber(config.huber_delta))
+    return outputwise_losses(smooth_labels(rows.around, rows.truth), label_P, logistic)
+
+
+class _RowWeights:
+    """How much each row counts in each problem: nothing if it is held out, otherwise as its class does."""
+
+    def __init__(self, rows: FoldedRows) -> None:
+        """Weigh classes by the rows that each fold trains on, as a job on these rows would."""
+        self._truth = rows.truth
+        self._training_FN = rows.x_ND.new_zeros((len(rows.folds), len(rows.x_ND)))
+        sides: list[tuple[Tensor, Tensor]] = []
+        for training_N, training in zip(self._training_FN, rows.folds.training, strict=True):
+            training_N[training] = 1.0
+            truth = rows.truth[training]
+            if rows.task == CLASSIFICATION:
+                weights_K = class_weights(rows.around.loss, truth, rows.num_outputs)
+                if weights_K is not None:
+                    training_N *= weights_K.to(training_N)[rows.truth]
+            elif rows.task == MULTI_LABEL:
+                both = label_weights(rows.around.loss, truth)
+                sides += [] if both is None else [both]
+        self._sides_FM = [torch.stack(one).to(rows.x_ND) for one in zip(*sides, strict=True)]
+
+    def of(self, fold_P: Tensor, label_P: Tensor) -> Tensor:
+        """Return the weights of problems, (N, P)."""
+        weights_NP = self._training_FN[fold_P].T
+        if self._sides_FM:
+            present_P, absent_P = (one_FM[fold_P, label_P] for one_FM in self._sides_FM)
+            weights_NP = weights_NP * torch.where(self._truth[:, label_P] > 0.5, present_P, absent_P)
+        return weights_NP.contiguous()
 
 
 def _single_precision(design: Design) -> Design:
@@ -233,17 +277,17 @@ def _single_precision(design: Design) -> Design:
     )
 
 
-class _Path:
+class Path:
     """Solutions along falling strengths, and where the next one may lie.
 
     Args:
-        start_PRK: Where the first one may lie.
+        start: Where the first one may lie.
     """
 
-    def __init__(self, start_PRK: Tensor) -> None:
+    def __init__(self, start: Tensor) -> None:
         """Start with nothing solved."""
         self._solved: list[tuple[float, Tensor]] = []
-        self._start_PRK = start_PRK
+        self._start = start
 
     @property
     def l2(self) -> float:
@@ -253,7 +297,7 @@ class _Path:
     def start(self, l2: float) -> Tensor:
         """Go on along the last two solutions, by the logarithm of the strength, but no further than they are apart."""
         if len(self._solved) < 2:
-            return self._solved[-1][1] if self._solved else self._start_PRK
+            return self._solved[-1][1] if self._solved else self._start
         (before, before_PRK), (last, last_PRK) = self._solved
         if before <= last:
             return last_PRK

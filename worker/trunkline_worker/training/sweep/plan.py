@@ -5,27 +5,31 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from trunkline_wire.heads import LINEAR, MLP, HeadConfig, invalid
+from trunkline_wire.fits import FOCAL, QUANTILE
+from trunkline_wire.heads import CONCAT, LINEAR, MLP, PROTOTYPE, invalid
 from trunkline_wire.specs import SliceSpec
 
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.sources import Source
 from trunkline_worker.training.spec import check_spec
 
+PLAIN = JobSpec(model="", dataset="", backbone="", input_size=0)
+"""A job that leaves all to us: what configurations vary where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is tried.
+    """What is tried: a job whose values take the place of another's, see ``spec``.
 
     Attributes:
         slices: Names of the slices whose columns it reads. Their order means nothing.
-        l2: Penalty on the sum of the rows' losses, scikit-learn's 1 / C; with hidden layers AdamW's weight decay.
-        hidden: Widths of the hidden layers. Empty: a linear head.
-        learning_rate: Of heads with hidden layers, at the start. 0: the trainer's own.
-        dropout: Fraction of each hidden layer's units that a training step leaves out.
+        l2: Penalty on the sum of the rows' losses, scikit-learn's 1 / C; with layers of its own AdamW's weight decay.
+        hidden: Widths of the hidden layers. Empty: none.
+        learning_rate: Of heads that learn in steps, at its highest. 0: the trainer's own.
+        dropout: Fraction of each hidden layer's units, or of pooled channels, that a training step leaves out.
     """
 
     slices: tuple[str, ...]
@@ -45,21 +49,43 @@ class Configuration:
             words.append(f"dropout {self.dropout:g}")
         return "; ".join(words)
 
-    def spec(self) -> JobSpec:
-        """Return the training job that it stands for, as far as numerics are concerned."""
-        kind = MLP if self.hidden else LINEAR
-        return JobSpec(
-            model="",
-            dataset="",
-            backbone="",
-            input_size=0,
-            embedding="slices",
-            slices=self.slices,
-            head=HeadConfig(kind=kind, hidden=self.hidden, dropout=self.dropout),
-            solver="adamw" if self.hidden else "lbfgs",
+    def spec(self, around: JobSpec = PLAIN) -> JobSpec:
+        """Return the training job that it stands for. What it does not vary is that of another.
+
+        Args:
+            around: Whose head, loss, solver and the like it varies.
+
+        Raises:
+            WireError: INVALID_ARGUMENT for a head that cannot be.
+        """
+        kind = kind_of(around, self.hidden)
+        # A linear head beside MLPs has nothing that could be normalised.
+        batch_norm = around.head.batch_norm and kind != LINEAR
+        return replace(
+            around,
+            sweep=None,
+            head=replace(around.head, kind=kind, hidden=self.hidden, dropout=self.dropout, batch_norm=batch_norm),
+            solver=solver_of(around, self.hidden),
             learning_rate=self.learning_rate,
             l2=self.l2,
         )
+
+
+def kind_of(around: JobSpec, hidden: Sequence[int]) -> str:
+    """Return the kind of head that hidden layers make of a job's: linear ones and MLPs become each other."""
+    if around.head.kind not in (LINEAR, MLP):
+        return around.head.kind
+    return MLP if hidden else LINEAR
+
+
+def solver_of(around: JobSpec, hidden: Sequence[int]) -> str:
+    """Return how a head is trained: as was asked for where that fits it, otherwise as ``auto`` has it."""
+    kind = kind_of(around, hidden)
+    if kind not in (LINEAR, PROTOTYPE):
+        return "adamw"
+    if around.head.kind == kind:
+        return around.solver
+    return "adamw" if around.head.fuse != CONCAT or around.loss.kind in (FOCAL, QUANTILE) else "lbfgs"
 
 
 @dataclass(frozen=True)
@@ -68,11 +94,12 @@ class Trial:
 
     Attributes:
         configuration: What was tried.
-        scores: One a fold; higher is better. Empty if it failed.
+        scores: One a fold; higher is better. Empty if it failed. Of one that was dropped early, what it was dropped by.
         score: Their mean; minus infinity if it failed.
         error: Why it failed.
         num_columns: Columns that it reads. 0 if its slices are not known.
         seconds: Its share of the time of those that were computed with it. No part of what makes trials equal.
+        dropped: Whether it was left behind before the cross-validation: its score is no match for the others'.
     """
 
     configuration: Configuration
@@ -81,9 +108,10 @@ class Trial:
     error: str = ""
     num_columns: int = 0
     seconds: float = field(default=0.0, compare=False)
+    dropped: bool = False
 
 
-def check_configuration(configuration: Configuration, source: Source) -> list[SliceSpec]:
+def check_configuration(configuration: Configuration, source: Source, around: JobSpec = PLAIN) -> list[SliceSpec]:
     """Return the slices that a configuration reads, in the embedding's order.
 
     Raises:
@@ -91,7 +119,8 @@ def check_configuration(configuration: Configuration, source: Source) -> list[Sl
     """
     if configuration.l2 < 0:
         raise invalid(f"a sweep needs L2 strengths of at least 0; got {configuration.l2:g}")
-    check_spec(configuration.spec())
+    spec = replace(configuration.spec(around), embedding="slices", slices=configuration.slices)
+    check_spec(spec)
     return source.take(configuration.slices)
 
 
@@ -108,7 +137,7 @@ def winner(trials: Sequence[Trial]) -> Trial:
     Raises:
         WireError: INVALID_ARGUMENT if there is none that did not fail.
     """
-    done = [one for one in trials if not one.error]
+    done = [one for one in trials if not one.error and not one.dropped]
     if not done:
         raise invalid("none of the trials succeeded, so there is no best one")
     best = max(done, key=lambda one: one.score)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from trunkline_wire.specs import SliceSpec
 
+from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.sources import Source
 from trunkline_worker.training.standardise import standardisation
+from trunkline_worker.training.sweep.plan import PLAIN
 
 # Shape suffix legend: N = rows, D = columns, M = outputs
 
@@ -35,6 +37,10 @@ class Folds:
         """Return how many there are."""
         return len(self.held)
 
+    def first(self, count: int) -> Folds:
+        """Return some of them."""
+        return Folds(self.held[:count], self.training[:count])
+
     @classmethod
     def of(cls, fold_N: Tensor, num_folds: int, scored_N: Tensor | None = None) -> Folds:
         """Sort rows by their fold. ``scored_N``: which may be held out; None: all."""
@@ -51,10 +57,11 @@ class FoldedRows:
 
     Attributes:
         x_ND: Standardised columns, single precision.
-        task: ``classification``, ``multi_label`` or ``regression``.
+        task: One of ``heads.TASKS``.
         truth: Class indices, (N,); 0 and 1, (N, M); or values, (N, M).
         num_outputs: Classes, or M.
         folds: Who holds out what.
+        around: The job that the configurations vary: its loss is minimised.
     """
 
     x_ND: Tensor
@@ -62,6 +69,7 @@ class FoldedRows:
     truth: Tensor
     num_outputs: int
     folds: Folds
+    around: JobSpec = PLAIN
 
 
 def standardised_columns(source: Source, slices: Sequence[SliceSpec]) -> Tensor:

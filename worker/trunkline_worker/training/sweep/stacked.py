@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from trunkline_wire.fits import LossConfig
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL
 
+from trunkline_worker.heads.layers import activate
 from trunkline_worker.heads.model import Head
+from trunkline_worker.training.objective import class_losses, label_losses, number_losses
 
 # Shape suffix legend: F = folds, C = configurations, B = rows, D = columns, G = units before a layer, H = units behind
 # it, V = C times H, K = outputs
@@ -22,10 +25,12 @@ class Stack:
     Attributes:
         weights: Of each layer, (F, C, H, G).
         biases: Of each layer, (F, C, H).
+        activation: Behind each hidden layer, by name.
     """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
+    activation: str
 
     @classmethod
     def of(cls, heads: Sequence[Head], num_configurations: int, device: torch.device) -> Stack:
@@ -39,6 +44,7 @@ class Stack:
         return cls(
             [copies([one.weight for one in layer]) for layer in layers],
             [copies([one.bias for one in layer]) for layer in layers],
+            heads[0].config.activation,
         )
 
     @property
@@ -49,14 +55,14 @@ class Stack:
     @torch.no_grad()
     def member(self, fold: int, configuration: int) -> Stack:
         """Return a single head."""
-        picked = [
-            [one[fold : fold + 1, configuration : configuration + 1] for one in some]
-            for some in (self.weights, self.biases)
-        ]
-        return Stack(*picked)
+
+        def picked(some: Sequence[Tensor]) -> list[Tensor]:
+            return [one[fold : fold + 1, configuration : configuration + 1] for one in some]
+
+        return Stack(picked(self.weights), picked(self.biases), self.activation)
 
     def forward(self, x_FBD: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-        """Return logits or values, (F, C, B, K), from standardised columns.
+        """Return logits or values, (F, C, K, B), from standardised columns.
 
         Args:
             x_FBD: Rows of each fold.
@@ -68,31 +74,43 @@ class Stack:
         first_FVB = torch.baddbmm(self.biases[0].flatten(1)[:, :, None], side_by_side_FVD, x_FBD.transpose(1, 2))
         x_FCGB = first_FVB.unflatten(1, self.biases[0].shape[1:])
         for index, (weight_FCHG, bias_FCH) in enumerate(zip(self.weights[1:], self.biases[1:], strict=True)):
-            x_FCGB = torch.relu(x_FCGB)
+            x_FCGB = activate(x_FCGB, self.activation)
             if masks:
                 x_FCGB = x_FCGB * masks[index]
             x_FCGB = torch.matmul(weight_FCHG, x_FCGB) + bias_FCH[..., None]
-        return x_FCGB.transpose(2, 3)
+        return x_FCGB
 
 
-def stacked_losses(task: str, outputs_FCBK: Tensor, truth: Tensor) -> Tensor:
+def stacked_losses(
+    task: str, config: LossConfig, outputs_FCKB: Tensor, truth: Tensor, weights: Sequence[Tensor] | None
+) -> Tensor:
     """Return each head's loss, (F, C), as ``Objective.loss`` has it: the mean over rows, summed over outputs.
 
     Args:
         task: ``classification``, ``multi_label`` or ``regression``.
-        outputs_FCBK: Logits, or values.
+        config: Which loss.
+        outputs_FCKB: Logits, or values.
         truth: Of each fold's rows: class indices, (F, B); 0 and 1, or standardised targets, (F, B, K).
+        weights: How much each class counts in each fold, (F, K); of labels, how much presence and absence do. None: all
+            alike.
     """
     if task == CLASSIFICATION:
-        log_FCBK = outputs_FCBK.log_softmax(dim=3)
-        index_FCB1 = truth[:, None, :, None].expand(*outputs_FCBK.shape[:3], 1)
-        return -log_FCBK.gather(3, index_FCB1).squeeze(3).mean(dim=2)
-    truth_F1BK = truth[:, None].to(outputs_FCBK)
+        index_FCB = truth[:, None].expand(-1, outputs_FCKB.shape[1], -1)
+        loss_FCB = class_losses(config, outputs_FCKB.flatten(0, 1), index_FCB.flatten(0, 1)).view(index_FCB.shape)
+        if weights is None:
+            return loss_FCB.mean(dim=2)
+        weights_F1B = weights[0].to(loss_FCB).gather(1, truth)[:, None]
+        total_F1 = weights_F1B.sum(dim=2).clamp(min=torch.finfo(loss_FCB.dtype).tiny)
+        return (weights_F1B * loss_FCB).sum(dim=2) / total_F1
+    truth_FCKB = truth.transpose(1, 2)[:, None].to(outputs_FCKB).expand_as(outputs_FCKB)
     if task == MULTI_LABEL:
-        loss_FCBK = torch.nn.functional.softplus(outputs_FCBK) - truth_F1BK * outputs_FCBK
+        loss_FCKB = label_losses(config, outputs_FCKB, truth_FCKB)
+        if weights is not None:
+            present_F1K1, absent_F1K1 = (one.to(loss_FCKB)[:, None, :, None] for one in weights)
+            loss_FCKB = torch.where(truth_FCKB > 0.5, present_F1K1, absent_F1K1) * loss_FCKB
     else:
-        loss_FCBK = 0.5 * (outputs_FCBK - truth_F1BK).square()
-    return loss_FCBK.sum(dim=3).mean(dim=2)
+        loss_FCKB = number_losses(config, outputs_FCKB, truth_FCKB)
+    return loss_FCKB.sum(dim=2).mean(dim=2)
 
 
 class StackedAdamW:
