@@ -60,7 +60,7 @@ demo: $(DEMO_STAMP) ## Bring a cluster up, train on digits, write a report, take
 
 .PHONY: test
 test: $(DEV_STAMP) ## Run every test but the slow and the GPU ones.
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=25 --durations-min=5 -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEV_STAMP) ## Run the slow tests: every model of every family.

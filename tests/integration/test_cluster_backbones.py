@@ -69,18 +69,16 @@ def test_a_network_of_ones_own_is_cut_trained_on_and_served(client, shapes):
     assert {one.slices for one in model.candidates} >= {("pooled",), model.slices}
     others, truth = drawings(shapes, 90, seed=2)
     assert model.evaluate(others, truth, stem=stem).accuracy >= 0.9
-    # The same rows as pictures, through the whole network: the same answers. Nothing is rounded on the way, for what
-    # rounding does to a row that lies between two classes depends on how steep the head is there.
+    # The same rows as pictures, through the whole network: the same answers. Nothing is rounded on the way and runtimes
+    # are exact: what an error does to a row that lies between two classes depends on how steep the head is there.
     exact = client.stem("shapes", cut="blocks.0", codec="float32")
     np.testing.assert_allclose(
         model.predict(others, stem=False).probabilities, model.predict(others, stem=exact).probabilities, atol=1e-3
     )
-    # And float16 changes the embedding by what the answer says: that is the worst slice, of other pictures.
-    said = model.predict(others, stem=stem).codec_use
-    assert said.codec == "float16"
+    # float16 changes the embedding no more than it may change one of the features: roundings cancel where they are
+    # pooled.
     rounded, unrounded = (client.extract(others, stem=one) for one in (stem, exact))
-    error = np.linalg.norm(rounded - unrounded) / np.linalg.norm(unrounded)
-    assert 0 < error <= 2 * said.embedding_error
+    assert 0 < np.linalg.norm(rounded - unrounded) / np.linalg.norm(unrounded) <= 2.0**-11
 
 
 def test_a_point_that_is_no_cut_is_answered_with_the_nearest(client):
