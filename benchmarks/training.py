@@ -292,8 +292,8 @@ def report_time(notes: Sequence[str], rounds: int, *, is_quick: bool) -> None:
             "intervals and looks for wrong labels and copies; the last but one column of ratios is of jobs that choose "
             "their penalty as well, the last one compares these with `LogisticRegressionCV`, ten strengths and five "
             "folds. Ratios are median (least to most).",
-            "At C = 1 the wide rows can be learnt by heart, and where scikit-learn's search stops early it has learnt less "
-            "of the noise: with `tol=1e-6` it scores what an exact fit does.",
+            "At C = 1 the wide rows can be learnt by heart, and where scikit-learn's search stops early it has learnt "
+            "less of the noise: with `tol=1e-6` it scores what an exact fit does.",
             *notes,
         ],
     )
