@@ -1,5 +1,6 @@
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -431,8 +432,9 @@ def test_thousands_of_classes_with_two_rows_each_stay_bounded() -> None:
     x[:, 4:20] += 3 * draw.normal(size=(num_classes, 16)).astype(np.float32)[classes]
     seen: list[tuple[int, int]] = []
 
-    def watch(x_ND: torch.Tensor, classes_N: torch.Tensor, count: int, *rest: object, **more: object) -> dict:
+    def watch(x_ND: torch.Tensor, classes_N: torch.Tensor, count: int, *rest: object, **more: Any) -> dict:
         seen.append((x_ND.shape[0], count))
+        more["keep"](1.0, x_ND.new_zeros((len(x_ND), count)))
         return {1.0: 0.0}
 
     with pytest.MonkeyPatch.context() as patch:
