@@ -1,6 +1,7 @@
 """Networks that Trunkline does not bring: one of the operator's own, from a folder outside, and one of timm's."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,10 @@ def shapes(tmp_path_factory):
     """The example, copied to where a user might have it, with weights that its own script trained there."""
     folder = tmp_path_factory.mktemp("elsewhere") / "shapes"
     shutil.copytree(EXAMPLE, folder)
-    subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other processes spinning threads are slower than one
+    subprocess.run(
+        [sys.executable, "train.py"], cwd=folder, env=environment, check=True, capture_output=True, timeout=300
+    )
     return folder
 
 
