@@ -1,4 +1,4 @@
-"""Labels that do not go with the model, with the data, or with what can be held: each is said as soon as it is known."""
+"""Labels that do not go with the model, the data or what can be held: each is said as soon as it is known."""
 
 import numpy as np
 import pytest
