@@ -250,13 +250,11 @@ def _targets(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
 
 
 def _classes(array: npt.NDArray[np.generic]) -> ClassLabels:
+    if array.dtype.kind in "iu":  # before there is an object for each: whole numbers may be meant as numbers
+        _check_count(len(np.unique(array)))
     values = _of_one_kind(_checked(array.tolist()))
     found = set(values)
-    if len(found) > MAX_CLASSES:
-        raise BadLabelsError(
-            f"{len(found)} classes; at most {MAX_CLASSES} are accepted",
-            hint="Numbers to be predicted must be floats: labels.astype('float32')",
-        )
+    _check_count(len(found))
     distinct = sorted(found)
     names = tuple(_name(one) for one in distinct)
     if len(distinct) < 2:
@@ -266,6 +264,14 @@ def _classes(array: npt.NDArray[np.generic]) -> ClassLabels:
         )
     index = {value: number for number, value in enumerate(distinct)}
     return ClassLabels(names, np.array([index[one] for one in values], dtype=np.uint32))
+
+
+def _check_count(num_classes: int) -> None:
+    if num_classes > MAX_CLASSES:
+        raise BadLabelsError(
+            f"{num_classes} classes; at most {MAX_CLASSES} are accepted",
+            hint="Numbers to be predicted must be floats: labels.astype('float32')",
+        )
 
 
 def _checked(values: Sequence[Any], where: str = "") -> list[Any]:

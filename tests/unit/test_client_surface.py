@@ -160,3 +160,11 @@ def test_only_the_calls_know_grpc():
         )
     }
     assert found == {"_calls", "_channel.py", "_direct"}
+
+
+def test_trackers_are_there_without_an_import_and_load_nothing():
+    code = (
+        "import sys, trunkline; print(trunkline.track.TensorBoard('r'), trunkline.track.MLflow('http://x'));"
+        "print(sorted({'mlflow', 'tensorboardX'} & set(sys.modules)))"
+    )
+    assert run(code).splitlines() == ["TensorBoard in r MLflow at http://x", "[]"]

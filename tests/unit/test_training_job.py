@@ -877,7 +877,7 @@ class TestCancel:
         assert (bench.run().model, asked) == ("head@1", [ErrorCode.JOB_STATE])
 
 
-@pytest.mark.parametrize("folder", ["embeddings", "heads", "evaluations", "models"])
+@pytest.mark.parametrize("folder", ["chunks", "heads", "evaluations", "models"])
 def test_a_disk_that_becomes_full_at_any_file_fails_the_job_and_the_next_one_succeeds(bench, monkeypatch, folder):
     put, refused = BlobStore.put, []
 

@@ -454,3 +454,24 @@ def test_classes_of_a_single_row_do_not_crowd_out_those_that_can_be_compared() -
     assert all(np.isfinite(one.score) for one in result.candidates)
     assert result.candidates[0].accuracy is not None
     assert "a/grid" in result.candidates[0].slices
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [({"solver": "adamw", "epochs": 12}, "epoch"), ({"solver": "lbfgs"}, "step")],
+    ids=["adamw", "lbfgs"],
+)
+def test_events_of_a_fit_say_where_they_are_and_which_fit_they_are_of(changes: dict, unit: str) -> None:
+    x, labels = rows_and_labels()
+    result, events = train(replace(SPEC, embedding="pooled", l2=1.0, **changes), x, labels)
+    assert result.evaluation is not None
+    curve = result.evaluation.curves["loss"]
+    told = [one.metrics for one in events if one.phase == "fit" and unit in one.metrics]
+    first = [one for one in told if "loss" in one]
+    again = [one for one in told if "refit_loss" in one]
+    assert first and again and told == first + again
+    for one in first:
+        assert one["loss"] == pytest.approx(curve[int(one[unit]) - 1])
+    for fit in (first, again):
+        places = [one[unit] for one in fit]
+        assert places == sorted(set(places)) and places[0] >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ def open_sink(tracking_uri: str | None, experiment: str, name: str) -> MLflowSin
     Raises:
         TrackingError: It cannot be reached, or refuses.
     """
+    # MLflow prints the address of each run that ends where the output of a command goes. Whoever wants that sets it.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         client = MlflowClient(tracking_uri=tracking_uri)
         found = client.get_experiment_by_name(experiment)

@@ -395,5 +395,5 @@ def _check_any(trials: Sequence[Trial]) -> None:
     for error, (first, *others) in list(alike.items())[:_NAMED]:
         reasons.append(f"({first}){f' and {len(others)} others' if others else ''}: {error}")
     if len(alike) > _NAMED:
-        reasons.append(f"and {len(alike) - _NAMED} more reasons")
+        reasons.append(f"and {len(alike) - _NAMED} more")
     raise invalid(f"all configurations of the sweep failed: {'; '.join(reasons)}")
