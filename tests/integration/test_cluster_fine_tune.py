@@ -24,7 +24,7 @@ def client(cluster):
 
 @pytest.fixture(scope="module")
 def data(client):
-    pictures, labels = digits(260)
+    pictures, labels = digits(400)
     stem = client.stem("efficientnet_lite0", cut="blocks.4", input_size=SIZE)
     return client.upload(pictures, labels, name="fine-tune", stem=stem), stem
 
@@ -44,8 +44,8 @@ def train_workers(cluster):
 def test_a_run_of_two_workers_goes_on_after_one_is_killed_and_is_served(cluster, client, data):
     rows, stem = data
     lanes = train_workers(cluster)
-    tuning = trunkline.FineTune(cut="blocks.5", epochs=12, batch_size=16, learning_rate=2e-3, workers=2)
-    job = client.train(rows, name="fine-tuned", embedding="pooled", fine_tune=tuning, refit=False)
+    tuning = trunkline.FineTune(cut="blocks.4", epochs=10, batch_size=16, learning_rate=5e-4, workers=2)
+    job = client.train(rows, name="fine-tuned", embedding="pooled", validation=0.4, fine_tune=tuning, refit=False)
     killed, resumed = None, ""
     for event in job.events(timeout_s=500):
         # Past the first checkpoint, which is at step 10.
@@ -59,13 +59,13 @@ def test_a_run_of_two_workers_goes_on_after_one_is_killed_and_is_served(cluster,
     assert "with 2 workers" in resumed
     assert int(resumed.split("from step ")[1].split(" of")[0]) >= 10
     tuned = model.fine_tuning
-    assert (tuned.num_resumed, tuned.num_workers, tuned.cut) == (1, 2, "blocks.5")
+    assert (tuned.num_resumed, tuned.num_workers, tuned.cut) == (1, 2, "blocks.4")
     assert tuned.kept, tuned.reason
     assert model.head.kind == "tail"
     # Judged by these scores, and served with the same weights.
     assert model.metrics["accuracy"] == tuned.after["accuracy"]
-    pictures, labels = digits(400)
-    fresh = slice(260, 400)
+    pictures, labels = digits(560)
+    fresh = slice(400, 560)
     said = model.predict(pictures[fresh], stem=stem)
     assert np.mean([one == str(truth) for one, truth in zip(said.labels, labels[fresh], strict=True)]) > 0.8
     plain = client.train(rows, name="plain", embedding="pooled").result(progress=False)
