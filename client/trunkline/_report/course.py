@@ -213,7 +213,7 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
     early = ""
     if dropped:
         early = (
-            " Of one dropped early it is that on the first fold, after a quarter of the epochs: no match for others."
+            " Of one dropped early it is that on the first fold, after a fifth of the epochs: no match for others."
         )
     header = ("", "score", "between folds", "penalty", "hidden", "rate", "dropout", "slices", "took", "why it failed")
     return join(
