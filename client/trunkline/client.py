@@ -559,7 +559,7 @@ class Client:
         Every value is tried with every other, around the head and the settings given. The winner is the simplest
         configuration within one standard error of the best; it is trained as by ``train``, and measured on rows that
         took no part in the search. Where more than 16 configurations learn in steps, all are trained on one fold for a
-        quarter of the epochs, and the best eighth of them, at least 8, is cross-validated: the others are ``dropped``.
+        fifth of the epochs, and the best twelfth of them, at least 6, is cross-validated: the others are ``dropped``.
 
         Args:
             data: As in ``train``.

@@ -237,7 +237,7 @@ class Trial:
         error: Why it failed.
         seconds: Its share of the time of those that were computed together.
         won: Whether it is the one that was trained on everything.
-        dropped: Whether it was left behind after a quarter of the epochs on the first fold. Its score is of that, and
+        dropped: Whether it was left behind after a fifth of the epochs on the first fold. Its score is of that, and
             no match for the others'.
     """
 

@@ -731,9 +731,7 @@ def test_trials(whole):
     early = [trial(0, won=True), trial(1, dropped=True, scores=(0.99,), score=0.99), trial(2)]
     page = whole("regression", trials=tuple(early))
     assert [row[0] for row in page.rows("search", 1)] == ["★\u00a0won", "", "dropped early"]
-    assert (
-        "of which 1 dropped early" in page.sections["search"] and "a quarter of the epochs" in page.sections["search"]
-    )
+    assert "of which 1 dropped early" in page.sections["search"] and "a fifth of the epochs" in page.sections["search"]
     few = whole("regression", trials=tuple(trials[-3:])).rows("search", 1)
     assert few[-1][1] == "failed" and few[-1][-1] == "the loss was <not> finite" and len(few) == 3
 

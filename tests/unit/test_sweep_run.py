@@ -176,7 +176,7 @@ def test_of_many_that_learn_in_steps_the_best_are_cross_validated_and_the_others
         assert len(one.scores) == (1 if one.dropped else NUM_FOLDS)
         if not one.dropped:
             assert one.scores == pytest.approx(in_full[number].scores, rel=1e-3)
-    # The best by a quarter of the epochs on the first fold went on: those that learn fast.
+    # The best by a fifth of the epochs on the first fold went on: those that learn fast.
     assert {trials[number].configuration.learning_rate for number in kept} <= {one.learning_rate for one in MANY[6:]}
     assert not winner(trials).dropped
     assert told == sorted(told)

@@ -214,9 +214,7 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
     tried = text.amount(len(given), "configuration") + (f", of which {' and '.join(parts)}" if parts else "")
     early = ""
     if dropped:
-        early = (
-            " Of one dropped early it is that on the first fold, after a quarter of the epochs: no match for others."
-        )
+        early = " Of one dropped early it is that on the first fold, after a fifth of the epochs: no match for others."
     header = ("", "score", "between folds", "penalty", "hidden", "rate", "dropout", "slices", "took", "why it failed")
     return join(
         [

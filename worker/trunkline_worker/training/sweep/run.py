@@ -52,11 +52,11 @@ ALL_IN_FULL = 16
 """Configurations that learn in steps, up to which none is left behind early."""
 
 _FIRST_FOLDS = 1
-_FIRST_SHARE = 0.25
+_FIRST_SHARE = 0.2
 """Of the epochs: how long every configuration is trained, where some are to be left behind."""
 
-_KEPT = 8
-_KEPT_SHARE = 1 / 8
+_KEPT = 6
+_KEPT_SHARE = 1 / 12
 """How many, and which share of them, are cross-validated then; the larger number counts."""
 
 

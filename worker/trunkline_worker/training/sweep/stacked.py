@@ -141,10 +141,9 @@ class StackedAdamW:
         parameters = self._stack.parameters
         gradients = torch.autograd.grad(loss, parameters)
         if self._clip_norm:
-            squares_FC = sum(one.square().flatten(2).sum(dim=2) for one in gradients)
-            assert isinstance(squares_FC, Tensor)
+            norms_FC = torch.stack([torch.linalg.vector_norm(one.flatten(2), dim=2) for one in gradients]).norm(dim=0)
             # As torch's own, with its small addend.
-            share_FC = (self._clip_norm / (squares_FC.sqrt() + 1e-6)).clamp(max=1.0)
+            share_FC = (self._clip_norm / (norms_FC + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(_over(share_FC, gradient))
         for direction, gradient in zip(self._directions, gradients, strict=True):
