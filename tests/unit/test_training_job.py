@@ -668,6 +668,8 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
         "tap": "",
         "fuse": "concat",
         "fuse_width": 0,
+        "slices": [],
+        "lora_rank": 0,
     }
     assert manifest == {
         "format": 2,
@@ -719,6 +721,7 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
             "warnings": list(model.warnings),
             "evaluation_sha256": model.evaluation_sha256,
             "outliers_sha256": model.outliers_sha256,
+            "fine_tuning": None,
         },
         "job": {
             "model": "head",
@@ -742,6 +745,7 @@ def test_a_manifest_says_all_that_a_model_was_made_of(fused):
             "calibrate": True,
             "more_backbones": [],
             "sweep": None,
+            "fine_tune": None,
         },
         "backbones": [
             {

@@ -167,11 +167,13 @@ def assess(
                 check=progress.check,
             )
             examined.append((rows, say_NK))
-        for rows, say_NK in examined:
-            num_examined += len(rows)
+        if examined:
+            # Together: what a class's rows say of themselves takes more of them than are held out.
+            rows = np.concatenate([one for one, _ in examined])
+            say_NK = torch.cat([one.to(answers_NK) for _, one in examined])
+            num_examined = len(rows)
             found = find_suspects(say_NK, classes_A[rows], None if groups_A is None else groups_A[rows])
-            suspects += [replace(one, row=int(rows[one.row])) for one in found]
-        suspects.sort(key=lambda one: -one.margin)
+            suspects = [replace(one, row=int(rows[one.row])) for one in found]
     progress.tell("assess", 0.8)
     is_one_of = task in (CLASSIFICATION, ORDINAL)
     evidence = Evidence(
