@@ -101,7 +101,8 @@ def check_use(wheel: Path, folder: Path) -> list[str]:
         findings.append(f"the base client takes {size / 2**20:.1f} MiB")
 
     for name in ABSENT:
-        if run([python, "-c", f"import {name}"]).returncode == 0:
+        # -P: a folder of that name where this is run is not what is meant.
+        if run([python, "-P", "-c", f"import {name}"]).returncode == 0:
             findings.append(f"the base install brings {name}")
     imported = run([python, "-c", "import trunkline, sys; print(trunkline.__file__, *sys.modules)"])
     if imported.returncode:

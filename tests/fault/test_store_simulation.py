@@ -592,8 +592,8 @@ def skip_a_version(models: Models, connection: sa.Connection, model: Any, **valu
     return published
 
 
-def digest_of_the_first_input(row_ids: Any, names: Any, indices: Any, targets: Any, _more: Any) -> str:
-    return DIGEST(row_ids, names, indices, targets)
+def digest_of_the_first_input(row_ids: Any, names: Any, indices: Any, targets: Any, _more: Any, **rest: Any) -> str:
+    return DIGEST(row_ids, names, indices, targets, **rest)
 
 
 def forget_the_last_input(sources: Any) -> str:

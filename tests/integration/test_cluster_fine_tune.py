@@ -24,7 +24,7 @@ def client(cluster):
 
 @pytest.fixture(scope="module")
 def data(client):
-    pictures, labels = digits(400)
+    pictures, labels = digits(900)
     stem = client.stem("efficientnet_lite0", cut="blocks.4", input_size=SIZE)
     return client.upload(pictures, labels, name="fine-tune", stem=stem), stem
 
@@ -44,7 +44,7 @@ def train_workers(cluster):
 def test_a_run_of_two_workers_goes_on_after_one_is_killed_and_is_served(cluster, client, data):
     rows, stem = data
     lanes = train_workers(cluster)
-    tuning = trunkline.FineTune(cut="blocks.4", epochs=10, batch_size=16, learning_rate=5e-4, workers=2)
+    tuning = trunkline.FineTune(cut="blocks.4", epochs=6, batch_size=32, learning_rate=5e-4, workers=2)
     job = client.train(rows, name="fine-tuned", embedding="pooled", validation=0.4, fine_tune=tuning, refit=False)
     killed, resumed = None, ""
     for event in job.events(timeout_s=500):
@@ -64,8 +64,8 @@ def test_a_run_of_two_workers_goes_on_after_one_is_killed_and_is_served(cluster,
     assert model.head.kind == "tail"
     # Judged by these scores, and served with the same weights.
     assert model.metrics["accuracy"] == tuned.after["accuracy"]
-    pictures, labels = digits(560)
-    fresh = slice(400, 560)
+    pictures, labels = digits(1100)
+    fresh = slice(900, 1100)
     said = model.predict(pictures[fresh], stem=stem)
     assert np.mean([one == str(truth) for one, truth in zip(said.labels, labels[fresh], strict=True)]) > 0.8
     plain = client.train(rows, name="plain", embedding="pooled").result(progress=False)

@@ -162,7 +162,7 @@ def test_few_rows_and_one_a_class(num_rows: int) -> None:
     rows = np.random.default_rng(0).normal(size=(num_rows, 5))
     detector = detector_from_bytes(detector_to_bytes(fit(rows, np.arange(num_rows))))
     assert len(detector.centres_CP) == 1  # how far rows of one class lie apart, nobody knows
-    found = says(detector, np.concatenate([rows, 1000 + rows]))
+    found = says(detector, np.concatenate([rows, 1e6 + rows]))
     assert np.isfinite(found).all()
     assert found[num_rows:, 0].min() > found[:num_rows, 0].max() and (found[num_rows:, 1] == 1.0).all()
 

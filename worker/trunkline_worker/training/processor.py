@@ -191,14 +191,19 @@ def solve(
     return Solution(b_KV, max_iterations, False)
 
 
+def _reciprocal(values: Vector) -> Vector:
+    """Return one over each; 0 for 0: where neither rows nor penalty curve the loss there is no gradient to follow."""
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)
+
+
 class _Inverse:
     """Applies an estimate of the inverse Hessian. See ``softmax`` for the same on tensors."""
 
     def __init__(self, curvature: Curvature, ridge: float, total: float, slope_K: Vector) -> None:
         self._directions_RQ = curvature.directions_RQ
-        self._along_KQ = 1.0 / (slope_K[:, None] * curvature.curvature_Q + ridge)
+        self._along_KQ = _reciprocal(slope_K[:, None] * curvature.curvature_Q + ridge)
         self._bias_K = 1.0 / (total * slope_K)
-        self._rest_K1 = 1.0 / (slope_K * curvature.rest + ridge)[:, None]
+        self._rest_K1 = _reciprocal(slope_K * curvature.rest + ridge)[:, None]
 
     def __call__(self, vector_KV: Vector) -> Vector:
         result_KV = np.empty_like(vector_KV)
