@@ -45,6 +45,7 @@ from trunkline.models import Model
 from trunkline.records import (
     Candidate,
     Evaluation,
+    FineTuning,
     FitConfig,
     JobEvent,
     JobSpec,
@@ -1160,3 +1161,27 @@ def test_command_with_pictures_and_mistakes(run, tmp_path):
 def test_material_without_metrics_is_no_error():
     record, evaluation = drawn("classification", metrics={"accuracy": math.nan})
     assert Material(record, evaluation=evaluation).metrics == {}
+
+
+def test_fine_tuning_says_whether_it_was_kept_and_what_it_changed(whole):
+    tuned = FineTuning(
+        kept=False,
+        reason="not kept: what they gain may be <chance>",
+        cut="blocks.4",
+        metric="cross_entropy",
+        gain=0.01,
+        low=-0.1,
+        high=0.1,
+        before={"accuracy": 0.91, "f1_macro": 0.9},
+        after={"accuracy": 0.92},
+        num_trained=1234567,
+        epochs=3,
+        num_workers=2,
+        num_resumed=1,
+        seconds=75.0,
+    )
+    words = whole("classification", fine_tuning=tuned).sections["search"].replace("\u00a0", " ")
+    assert "The blocks behind blocks.4 were not kept: what they gain may be <chance>." in words
+    assert "1,234,567 numbers in 3 epochs by 2 workers, resumed 1 time" in words
+    assert "0.91" in words and "0.92" in words and "f1_macro" not in words
+    assert "fine-tuned" not in whole("classification").sections["search"]

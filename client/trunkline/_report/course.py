@@ -232,7 +232,7 @@ def _fine_tuning(one: FineTuning | None) -> Markup | None:
         return None
     both = [name for name in one.before if name in one.after]
     rows = [(name, text.score(one.before[name]), text.score(one.after[name])) for name in both]
-    resumed = f", resumed {one.num_resumed} times" if one.num_resumed else ""
+    resumed = f", resumed {text.amount(one.num_resumed, 'time')}" if one.num_resumed else ""
     about = (
         f"{one.num_trained:,} numbers in {text.amount(one.epochs, 'epoch')} by {text.amount(one.num_workers, 'worker')}"
         f"{resumed}, {text.seconds(max(0.0, one.seconds))}."
