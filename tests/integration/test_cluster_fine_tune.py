@@ -77,9 +77,8 @@ def test_a_run_that_is_cancelled_ends_and_leaves_no_worker(cluster, client, data
     lanes = train_workers(cluster)
     tuning = trunkline.FineTune(cut="blocks.5", epochs=2000)
     job = client.train(rows, name="never", embedding="pooled", fine_tune=tuning)
-    for event in job.events(timeout_s=300):
-        if event.phase == "tune" and event.metrics.get("step", 0) > 1:
-            job.cancel()
+    next(one for one in job.events(timeout_s=300) if one.phase == "tune" and one.metrics.get("step", 0) > 1)
+    job.cancel()
     with pytest.raises(trunkline.JobCancelledError):
         job.result(progress=False)
     deadline = time.monotonic() + 60
