@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.finite import check_finite
-from trunkline_wire.heads import CONV
+from trunkline_wire.heads import CONV, TAIL
 from trunkline_wire.limits import MAX_CODEC_ERROR
 from trunkline_wire.quantise import INT4, INT8, PackedRows, check_packed, codec_of
 from trunkline_wire.specs import (
@@ -278,7 +278,7 @@ def check_outliers(model: ModelRecord) -> None:
     """
     if model.outliers_sha256:
         return
-    if model.head.kind == CONV:
+    if model.head.kind in (CONV, TAIL):
         why = "its head reads a map, and there are none for these. Train one that reads slices"
     else:
         why = "it was trained before there were any. Train it again"
