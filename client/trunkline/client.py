@@ -491,8 +491,6 @@ class Client:
             MissingExtraError, TrackingError: A tracker's library is not installed, or it cannot be reached. Nothing is
                 submitted then.
         """
-        if isinstance(data, str) and needs_classes(class_weights, ordinal):
-            data = self.dataset(data, timeout_s=timeout_s)
         return self._submit(
             data,
             backbone,
@@ -503,14 +501,11 @@ class Client:
             embedding=embedding,
             head=head,
             solver=solver,
-            loss=loss_config(
-                loss,
-                label_smoothing=label_smoothing,
-                class_weights=class_weights,
-                ordinal=ordinal,
-                class_names=data.class_names if isinstance(data, Dataset) else None,
-            ),
-            optimiser=optimiser_config(optimiser),
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            ordinal=ordinal,
+            optimiser=optimiser,
             select_by=select_by,
             calibrate=calibrate,
             epochs=epochs,
@@ -601,8 +596,6 @@ class Client:
             UnsupportedError: The cluster is too old to search.
             MissingExtraError, TrackingError: As in ``train``.
         """
-        if isinstance(data, str) and needs_classes(class_weights, ordinal):
-            data = self.dataset(data, timeout_s=timeout_s)
         return self._submit(
             data,
             backbone,
@@ -613,14 +606,11 @@ class Client:
             embedding=embedding,
             head=head,
             solver=solver,
-            loss=loss_config(
-                loss,
-                label_smoothing=label_smoothing,
-                class_weights=class_weights,
-                ordinal=ordinal,
-                class_names=data.class_names if isinstance(data, Dataset) else None,
-            ),
-            optimiser=optimiser_config(optimiser),
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            ordinal=ordinal,
+            optimiser=optimiser,
             select_by=select_by,
             calibrate=calibrate,
             epochs=epochs,
@@ -640,15 +630,31 @@ class Client:
         input_size: int | None,
         track: Tracker | Sequence[Tracker] | None,
         timeout_s: float | None,
+        *,
+        loss: str | Loss,
+        label_smoothing: float,
+        class_weights: ClassWeights | None,
+        ordinal: bool | Sequence[str],
+        optimiser: Optimiser | None,
         **asked: Any,
     ) -> Job:
         """Check what is asked for, against the dataset too where it is at hand, and queue it."""
+        if isinstance(data, str) and needs_classes(class_weights, ordinal):
+            data = self.dataset(data, timeout_s=timeout_s)
         if isinstance(data, Dataset) and input_size is None and not data.space.is_local:
             input_size = data.input_size
         spec = make_spec(
             dataset=data if isinstance(data, str) else data.reference,
             backbones=[backbone] if isinstance(backbone, str) else list(backbone or ()),
             input_size=input_size or 0,
+            loss=loss_config(
+                loss,
+                label_smoothing=label_smoothing,
+                class_weights=class_weights,
+                ordinal=ordinal,
+                class_names=data.class_names if isinstance(data, Dataset) else None,
+            ),
+            optimiser=optimiser_config(optimiser),
             **asked,
         )
         if isinstance(data, Dataset):

@@ -14,7 +14,6 @@ from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.progress import TrainingCancelled
 from trunkline_worker.training.tuning.checkpoint import NoCheckpoints, progress_from_bytes
 from trunkline_worker.training.tuning.learn import learn
-from trunkline_worker.training.tuning.local import tail_of
 from trunkline_worker.training.tuning.team import Alone, TorchTeam
 from trunkline_worker.training.tuning.work import StartHead, TuningWork, filled_in
 
@@ -85,7 +84,7 @@ def run(work, *, kind="places", team=None, checkpoints=None, stop_at=0, on_resum
     maps_ND, _ = maps_of(kind, work.config.cut)
     learnt = learn(
         work,
-        tail_of(backbone, work.head_config),
+        backbone.tail_for(work.head_config),
         maps_ND,
         team or Alone(),
         checkpoints or NoCheckpoints(),
@@ -138,7 +137,7 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(lora_rank, ema):
 def test_discriminative_rates_move_deeper_stages_less():
     work = work_for(layer_decay=0.1)
     backbone = small_backbone()
-    start = tail_of(backbone, work.head_config).state_dict()
+    start = backbone.tail_for(work.head_config).state_dict()
     learnt, _ = run(work)
     moved = {
         name: float((one - start[name.removeprefix("tail.")]).abs().mean())
@@ -153,7 +152,7 @@ def test_frozen_statistics_stay_and_adapted_ones_move():
     for batch_norm, moves in ((None, False), (BATCH_NORM_ADAPT, True)):
         config = {} if batch_norm is None else {"batch_norm": batch_norm}
         work = work_for(kind="large", cut="first", slices=("pooled",), learning_rate=1e-4, **config)
-        start = tail_of(small_backbone("large"), work.head_config).state_dict()
+        start = small_backbone("large").tail_for(work.head_config).state_dict()
         learnt, _ = run(work, kind="large")
         name = next(one for one in learnt.tensors if one.endswith("running_mean"))
         assert torch.equal(learnt.tensors[name], start[name.removeprefix("tail.")]) is not moves

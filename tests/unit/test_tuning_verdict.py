@@ -25,7 +25,7 @@ from trunkline_worker.training.loop import Labels, Source, train_head
 from trunkline_worker.training.progress import TrainingCancelled
 from trunkline_worker.training.spec import check_spec
 from trunkline_worker.training.tuning.compare import compare
-from trunkline_worker.training.tuning.local import LocalTailTrainer, tail_of
+from trunkline_worker.training.tuning.local import LocalTailTrainer
 from trunkline_worker.training.tuning.tune import TailSource
 
 CUT = "patch"
@@ -133,7 +133,7 @@ def test_blocks_that_help_are_kept_and_say_why(kept, bench):
 def test_a_file_gives_the_same_answers_and_low_rank_a_small_one(kept, bench):
     result, _, rank = kept
     data = head_to_bytes(result.head)
-    again = packed_from_bytes(data, make_tail=lambda config: tail_of(bench.backbone, config))
+    again = packed_from_bytes(data, make_tail=bench.backbone.tail_for)
     torch.testing.assert_close(again.predict(bench.maps), result.head.predict(bench.maps), rtol=1e-4, atol=1e-5)
     blocks = sum(one.numel() for one in bench.backbone.tail(CUT, ("pooled",)).parameters())
     kept_numbers = sum(one.numel() for name, one in own_state(result.head.head).items() if name.startswith("tail."))
@@ -143,7 +143,7 @@ def test_a_file_gives_the_same_answers_and_low_rank_a_small_one(kept, bench):
     assert caught.value.code is ErrorCode.UNSUPPORTED
     damaged = data[:-4] + np.float32(np.nan).tobytes()
     with pytest.raises(WireError) as caught:
-        head_from_bytes(damaged, make_tail=lambda config: tail_of(bench.backbone, config))
+        head_from_bytes(damaged, make_tail=bench.backbone.tail_for)
     assert caught.value.code is ErrorCode.CORRUPT_DATA
 
 

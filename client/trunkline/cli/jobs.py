@@ -23,6 +23,32 @@ _LOSS = "What is minimised"
 _ADAMW = "How AdamW goes about it"
 _TUNE = "Fine-tuning"
 
+Activation = Annotated[str | None, typer.Option(help="Of hidden layers: relu or gelu.", rich_help_panel=_HEAD)]
+BatchNorm = Annotated[
+    bool, typer.Option("--batch-norm", help="Normalise batches before each activation.", rich_help_panel=_HEAD)
+]
+Channels = Annotated[list[int] | None, typer.Option(help="Of a convolution; may be repeated.", rich_help_panel=_HEAD)]
+Tap = Annotated[str | None, typer.Option(help="Cut whose features convolutions read.", rich_help_panel=_HEAD)]
+Fuse = Annotated[str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)]
+SolverName = Annotated[str, typer.Option(help="auto, lbfgs or adamw.")]
+LossName = Annotated[str, typer.Option(help="cross_entropy or focal for classes; mse, huber or quantile for numbers.")]
+Quantile = Annotated[float, typer.Option(help="Which one quantile predicts.", rich_help_panel=_LOSS)]
+LabelSmoothing = Annotated[
+    float, typer.Option(help="Share of each label that is spread over all classes.", rich_help_panel=_LOSS)
+]
+Balanced = Annotated[
+    bool, typer.Option("--balanced", help="Have each class count the same in all.", rich_help_panel=_LOSS)
+]
+ClassWeight = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CLASS=NUMBER", help="What a class counts; may be repeated.", rich_help_panel=_LOSS),
+]
+Ordinal = Annotated[
+    bool, typer.Option("--ordinal", help="The classes have an order: the dataset's.", rich_help_panel=_LOSS)
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Wait = Annotated[bool, typer.Option(help="Wait for the model.")]
+
 
 @command(missing="trunkline datasets")
 def train(
@@ -39,50 +65,29 @@ def train(
     hidden: Annotated[
         list[int] | None, typer.Option(help="Width of a hidden layer; may be repeated.", rich_help_panel=_HEAD)
     ] = None,
-    activation: Annotated[
-        str | None, typer.Option(help="Of hidden layers: relu or gelu.", rich_help_panel=_HEAD)
-    ] = None,
-    batch_norm: Annotated[
-        bool, typer.Option("--batch-norm", help="Normalise batches before each activation.", rich_help_panel=_HEAD)
-    ] = False,
+    activation: Activation = None,
+    batch_norm: BatchNorm = False,
     dropout: Annotated[float | None, typer.Option(help="Of hidden units.", rich_help_panel=_HEAD)] = None,
-    channels: Annotated[
-        list[int] | None, typer.Option(help="Of a convolution; may be repeated.", rich_help_panel=_HEAD)
-    ] = None,
-    tap: Annotated[
-        str | None, typer.Option(help="Cut whose features convolutions read.", rich_help_panel=_HEAD)
-    ] = None,
-    fuse: Annotated[
-        str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)
-    ] = None,
+    channels: Channels = None,
+    tap: Tap = None,
+    fuse: Fuse = None,
     fuse_width: Annotated[int | None, typer.Option(help="Common width of add and gate.", rich_help_panel=_HEAD)] = None,
-    loss: Annotated[
-        str, typer.Option(help="cross_entropy or focal for classes; mse, huber or quantile for numbers.")
-    ] = "auto",
+    loss: LossName = "auto",
     huber_delta: Annotated[
         float, typer.Option(help="From where on huber is linear, in standard deviations.", rich_help_panel=_LOSS)
     ] = 1.0,
-    quantile: Annotated[float, typer.Option(help="Which one quantile predicts.", rich_help_panel=_LOSS)] = 0.5,
+    quantile: Quantile = 0.5,
     focal_gamma: Annotated[
         float, typer.Option(help="How little rows count that are right already.", rich_help_panel=_LOSS)
     ] = 2.0,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Share of each label that is spread over all classes.", rich_help_panel=_LOSS)
-    ] = 0.0,
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="Have each class count the same in all.", rich_help_panel=_LOSS)
-    ] = False,
-    class_weight: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CLASS=NUMBER", help="What a class counts; may be repeated.", rich_help_panel=_LOSS),
-    ] = None,
-    ordinal: Annotated[
-        bool, typer.Option("--ordinal", help="The classes have an order: the dataset's.", rich_help_panel=_LOSS)
-    ] = False,
+    label_smoothing: LabelSmoothing = 0.0,
+    balanced: Balanced = False,
+    class_weight: ClassWeight = None,
+    ordinal: Ordinal = False,
     select_by: Annotated[
         str, typer.Option(help="Metric to choose strengths and epochs by, such as balanced_accuracy.")
     ] = "",
-    solver: Annotated[str, typer.Option(help="auto, lbfgs or adamw.")] = "auto",
+    solver: SolverName = "auto",
     epochs: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0,
     batch_size: Annotated[int, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0,
     learning_rate: Annotated[float, typer.Option(help="0: the default.", rich_help_panel=_ADAMW)] = 0.0,
@@ -124,11 +129,11 @@ def train(
     workers: Annotated[
         str, typer.Option(metavar="N|MIN-MAX", help="That share the work.", rich_help_panel=_TUNE)
     ] = "1",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     tensorboard: TensorBoardFolder = None,
     mlflow: MLflowAddress = None,
     mlflow_experiment: MLflowExperiment = "trunkline",
-    wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
+    wait: Wait = True,
 ) -> None:
     """Train a head on a dataset."""
     from trunkline.losses import Loss, Optimiser
@@ -234,47 +239,26 @@ def sweep(
     folds: Annotated[int, typer.Option(help="Of the cross-validation.")] = 5,
     embedding: Annotated[str, typer.Option(help="auto or pooled, where no slices are tried.")] = "auto",
     head: Annotated[str, typer.Option(help="What all have in common: linear, mlp, conv or prototype.")] = "linear",
-    activation: Annotated[
-        str | None, typer.Option(help="Of hidden layers: relu or gelu.", rich_help_panel=_HEAD)
-    ] = None,
-    batch_norm: Annotated[
-        bool, typer.Option("--batch-norm", help="Normalise batches before each activation.", rich_help_panel=_HEAD)
-    ] = False,
-    channels: Annotated[
-        list[int] | None, typer.Option(help="Of a convolution; may be repeated.", rich_help_panel=_HEAD)
-    ] = None,
-    tap: Annotated[
-        str | None, typer.Option(help="Cut whose features convolutions read.", rich_help_panel=_HEAD)
-    ] = None,
-    fuse: Annotated[
-        str | None, typer.Option(help="Of several inputs: concat, add or gate.", rich_help_panel=_HEAD)
-    ] = None,
-    solver: Annotated[str, typer.Option(help="auto, lbfgs or adamw.")] = "auto",
-    loss: Annotated[
-        str, typer.Option(help="cross_entropy or focal for classes; mse, huber or quantile for numbers.")
-    ] = "auto",
-    quantile: Annotated[float, typer.Option(help="Which one quantile predicts.", rich_help_panel=_LOSS)] = 0.5,
-    label_smoothing: Annotated[
-        float, typer.Option(help="Share of each label that is spread over all classes.", rich_help_panel=_LOSS)
-    ] = 0.0,
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="Have each class count the same in all.", rich_help_panel=_LOSS)
-    ] = False,
-    class_weight: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CLASS=NUMBER", help="What a class counts; may be repeated.", rich_help_panel=_LOSS),
-    ] = None,
-    ordinal: Annotated[
-        bool, typer.Option("--ordinal", help="The classes have an order: the dataset's.", rich_help_panel=_LOSS)
-    ] = False,
+    activation: Activation = None,
+    batch_norm: BatchNorm = False,
+    channels: Channels = None,
+    tap: Tap = None,
+    fuse: Fuse = None,
+    solver: SolverName = "auto",
+    loss: LossName = "auto",
+    quantile: Quantile = 0.5,
+    label_smoothing: LabelSmoothing = 0.0,
+    balanced: Balanced = False,
+    class_weight: ClassWeight = None,
+    ordinal: Ordinal = False,
     select_by: Annotated[str, typer.Option(help="Metric to win by, such as balanced_accuracy.")] = "",
     epochs: Annotated[int, typer.Option(help="Of heads that learn in steps. 0: the default.")] = 0,
     validation: Annotated[float, typer.Option(help="Fraction held out to measure the winner.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     tensorboard: TensorBoardFolder = None,
     mlflow: MLflowAddress = None,
     mlflow_experiment: MLflowExperiment = "trunkline",
-    wait: Annotated[bool, typer.Option(help="Wait for the model.")] = True,
+    wait: Wait = True,
 ) -> None:
     """Try many heads by cross-validation, and train the best."""
     from trunkline.losses import Loss

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import (
     INPUT_CUT,
     POOLED,
@@ -230,6 +231,10 @@ class Backbone:
         ends = [tap.node for tap in plan.taps_behind(cut) if tap.node != start.node]
         depths = {f"0.{name}": depth for name, depth in depths_of(graph, ends).items()}
         return Tail(reader, start.shape, [widths[one] for one in slices], depths, lora_rank=lora_rank)
+
+    def tail_for(self, config: HeadConfig) -> Tail:
+        """Return the blocks of a head of kind ``tail``, as they are here. See ``tail``."""
+        return self.tail(config.tap, config.slices, lora_rank=config.lora_rank)
 
     def rest(self, cut: str) -> nn.Module:
         """Return what turns features at a cut into the network's own (B, K) logits. Shares the weights.

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from trunkline_wire.bottleneck import ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import PackedRows, codec_of
 from trunkline_wire.specs import (
     FLOAT32,
@@ -145,7 +143,7 @@ class LocalEngine:
             from trunkline_worker.heads import artefact, stacking
 
             load_head = load_head or functools.partial(
-                stacking.packed_from_bytes, make_tail=self._make_tail, device=find_device(device)
+                stacking.packed_from_bytes, make_tail=backbone.tail_for, device=find_device(device)
             )
             head_path = head_path or artefact.head_path
         self._device = find_device(device)
@@ -374,9 +372,6 @@ class LocalEngine:
             head_bytes=self._heads.size_bytes,
             head_loads=self._heads.num_loads,
         )
-
-    def _make_tail(self, config: HeadConfig) -> nn.Module:
-        return self._backbone.tail(config.tap, config.slices, lora_rank=config.lora_rank)
 
     def _started(self, timeout_s: float | None) -> tuple[float, float | None]:
         now = self._clock.monotonic()

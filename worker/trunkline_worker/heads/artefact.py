@@ -73,6 +73,20 @@ def own_state(head: Head) -> dict[str, Tensor]:
     }
 
 
+def load_own_state(head: Head, tensors: Mapping[str, Tensor], otherwise: WireError) -> None:
+    """Copy tensors, named as ``own_state`` names them, into a head.
+
+    Raises:
+        WireError: ``otherwise``, where they are not those of such a head.
+    """
+    own = own_state(head)
+    if set(own) != set(tensors):
+        raise otherwise
+    with torch.no_grad():
+        for name, one in own.items():
+            one.copy_(tensors[name])
+
+
 def head_from_bytes(data: bytes, *, make_tail: MakeTail | None = None) -> TrainedHead:
     """Return the head that ``head_to_bytes`` wrote, on the CPU, ready to predict.
 

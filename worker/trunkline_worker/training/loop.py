@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import LossConfig, check_metric
-from trunkline_wire.heads import CLASSIFICATION, CONV, MULTI_LABEL, ORDINAL
+from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, ORDINAL
 from trunkline_wire.specs import POOLED, SliceSpec
 
 from trunkline_worker.heads.model import TrainedHead
@@ -126,7 +126,7 @@ def train_head(
     spec.loss.kind_for(labels.task)
     check_metric(spec.select_by, labels.task)
     _check_weights(spec, labels)
-    check_tuning(spec, labels.task, tail)
+    check_tuning(spec, tail)
     for source in sources:
         check_embedding(source.tensor, num_rows, source.width)
     truth, classes_N = _truth(labels, first_ND.device)
@@ -231,7 +231,7 @@ def train_head(
         **{f"train_{name}": value for name, value in measured(on_training, seen).items()},
     }
     outliers = None
-    if head.tail is None and spec.head.kind != CONV:  # of a map, where places differ, means and covariances say nothing
+    if not head.inputs[0].map_shape:  # of a map, where places differ, means and covariances say nothing
         outliers = fit_detector(seen.x_ND, training_classes_N, validation.x_ND, inputs, spec.seed, check=progress.check)
     trained = TrainedHead(head, labels.task, tuple(labels.class_names))
     progress.tell("assess", 1.0, metrics, _summary(metrics, again), always=True)

@@ -12,11 +12,10 @@ import errno
 import logging
 import os
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +23,16 @@ import ray
 from trunkline_wire.errors import ErrorCode, WireError
 
 from trunkline_worker.store.blobs import BlobStore
-from trunkline_worker.store.clock import SystemClock
-from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.training.ray_train import (
-    FAILPOINTS_VARIABLE,
     NAMESPACE,
-    HandleTrunk,
+    Driver,
     LaneConfig,
     LaneMetadata,
+    make_tools,
+    start_driver,
     work_through,
 )
+from trunkline_worker.training.ray_tune import remove_run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,46 +89,26 @@ class _Live:
 
 
 @ray.remote(num_cpus=0)
-class TuningDriver:
-    """Does fine-tuning jobs, one after another. Named and detached, so that it outlives whoever started it."""
+class TuningDriver(Driver):
+    """Does fine-tuning jobs, one after another."""
 
     def __init__(self, config: LaneConfig) -> None:
         """Keep the configuration."""
-        self._config = config
-        self._first = threading.Lock()
-        self._ended = threading.Event()
+        super().__init__(config)
         self._runs: dict[str, _Live] = {}
-
-    def run(self) -> None:
-        """Do jobs until there has been none for long enough. A second call waits for the same end."""
-        if not self._first.acquire(blocking=False):
-            self._ended.wait()
-            return
-        try:
-            self._work()
-        finally:
-            self._ended.set()
 
     def _work(self) -> None:
         # Here, so that the controller, which imports this module too, stays without torch.
         import torch
 
-        from trunkline_worker.training.job import JobTools
-
         config = self._config
         torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+
+        def tails(job_id: str, maps: RowMaps) -> RayTailTrainer:
+            return RayTailTrainer(config, job_id, maps, self._runs)
+
         metadata = LaneMetadata()
-        tools = JobTools(
-            metadata=metadata,
-            blobs=BlobStore(config.storage_url),
-            trunk=HandleTrunk(config.backbone_apps),
-            clock=SystemClock(),
-            versions=config.versions,
-            lease_s=config.lease_s,
-            failpoints=Failpoints.from_text(os.environ.get(FAILPOINTS_VARIABLE, "")),
-            tails=lambda job_id, maps: RayTailTrainer(config, job_id, maps, self._runs),
-        )
-        work_through(config, metadata, tools)
+        work_through(config, metadata, make_tools(config, metadata, BlobStore(config.storage_url), tails=tails))
 
     # What workers call.
 
@@ -162,11 +141,9 @@ class RayTailTrainer:
 
     def make_tail(self, config: HeadConfig) -> nn.Module:
         """See ``TailTrainer``."""
-        from trunkline_worker.training.tuning.local import tail_of
-
         if self._backbone is None:
             self._backbone = _load(self._config, self._maps)
-        return tail_of(self._backbone, config)
+        return self._backbone.tail_for(config)
 
     def run(self, work: TuningWork, *, tell: Tell, should_stop: Callable[[], bool]) -> TuningOutcome:
         """See ``TailTrainer``."""
@@ -175,13 +152,9 @@ class RayTailTrainer:
         started = time.monotonic()
         name = f"{self._job_id}-{work.name}"
         live = self._runs[name] = _Live()
-        wanted = work.config
-        workers = (
-            f"{wanted.min_workers}"
-            if wanted.min_workers == wanted.max_workers
-            else (f"{wanted.min_workers} to {wanted.max_workers}")
-        )
-        tell(0.0, {}, f"starting {workers} worker{'' if workers == '1' else 's'}")
+        least, most = work.config.min_workers, work.config.max_workers
+        number = f"{most}" if least == most else f"{least} to {most}"
+        tell(0.0, {}, f"starting {number} worker{'' if most == 1 else 's'}")
         fitting = _fit.remote(RunConfig(name, self._config, work, self._maps))
         stop_by = float("inf")
         try:
@@ -204,18 +177,12 @@ class RayTailTrainer:
             assert live.outcome is not None
             if isinstance(live.outcome, WireError):
                 raise live.outcome
-            return _timed(live.outcome, time.monotonic() - started)
+            return replace(live.outcome, seconds=time.monotonic() - started)
         finally:
             del self._runs[name]
             with contextlib.suppress(Exception):  # it has ended, one way or another
                 ray.cancel(fitting)
-            _remove(self._config, name)
-
-
-def _timed(outcome: TuningOutcome, seconds: float) -> TuningOutcome:
-    from dataclasses import replace
-
-    return replace(outcome, seconds=seconds)
+            remove_run(f"{_runs_path(self._config)}/{name}")
 
 
 def _raise_reason(fitting: Any) -> None:
@@ -273,7 +240,6 @@ def _worker(given: Mapping[str, Any]) -> None:
 
     from trunkline_worker.training.progress import TrainingCancelled
     from trunkline_worker.training.tuning.learn import learn
-    from trunkline_worker.training.tuning.local import tail_of
     from trunkline_worker.training.tuning.team import Alone, Team, TorchTeam
     from trunkline_worker.training.tuning.work import TuningOutcome
 
@@ -285,9 +251,9 @@ def _worker(given: Mapping[str, Any]) -> None:
     torch.set_num_threads(max(1, int(lane.tuning_cpus)))
     driver = _Driver(lane.name, config.name, size)
     try:
-        tools = _reading(lane)
+        tools = make_tools(lane, LaneMetadata(), BlobStore(lane.storage_url))
         maps_ND = torch.from_numpy(config.maps.read(tools))
-        tail = tail_of(_load(lane, config.maps), work.head_config)
+        tail = _load(lane, config.maps).tail_for(work.head_config)
         team: Team = Alone(device) if size == 1 else TorchTeam(device)
         learnt = learn(
             work,
@@ -406,42 +372,10 @@ def _load(lane: LaneConfig, maps: RowMaps) -> Backbone:
     return backbone
 
 
-def _reading(lane: LaneConfig) -> Any:
-    from trunkline_worker.training.tools import JobTools
-
-    return JobTools(
-        metadata=LaneMetadata(),
-        blobs=BlobStore(lane.storage_url),
-        trunk=HandleTrunk(lane.backbone_apps),
-        clock=SystemClock(),
-        versions=lane.versions,
-        lease_s=lane.lease_s,
-        failpoints=Failpoints(),
-    )
-
-
 def _runs_path(lane: LaneConfig) -> str:
     return f"{lane.storage_path}/tuning"
 
 
-def _remove(lane: LaneConfig, name: str) -> None:
-    """Remove what Ray Train kept of a run that is over."""
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(_runs_path(lane))
-    with contextlib.suppress(OSError):
-        filesystem.rm(f"{path}/{name}", recursive=True)
-
-
 def start_tuning(config: LaneConfig) -> Any:
     """Start a driver, or find the one of that name. Returns a reference that becomes ready when it has ended."""
-    actor: Any = TuningDriver
-    driver = actor.options(
-        name=config.name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        max_concurrency=32,
-        max_restarts=0,
-    ).remote(config)
-    return driver.run.remote()
+    return start_driver(TuningDriver, config, max_concurrency=32)

@@ -21,7 +21,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.specs import BackboneSpec, CutCost, FeatureSpace
 
 from trunkline_worker.engine.api import Extraction, Payload
-from trunkline_worker.store.blobs import CachedBlobs
+from trunkline_worker.store.blobs import BlobStore, CachedBlobs
 from trunkline_worker.store.clock import SystemClock
 from trunkline_worker.store.failpoints import Failpoints
 from trunkline_worker.store.ids import random_id
@@ -199,25 +199,32 @@ def lane_loop(config: Mapping[str, Any]) -> None:
     # Here, so that the controller and the gateways, which import this module too, stay without torch.
     import torch
 
-    from trunkline_worker.training.job import JobTools
     from trunkline_worker.training.ray_tune import TuneTrials
 
     lane = LaneConfig(**config)
 
     torch.set_num_threads(lane.num_threads or os.cpu_count() or 1)
     _warm_up()
+    blobs = CachedBlobs(lane.storage_url, capacity_bytes=CACHE_BYTES)
     metadata = LaneMetadata()
-    tools = JobTools(
+    tools = make_tools(lane, metadata, blobs, run_trials=TuneTrials(f"{lane.storage_path}/trials"))
+    work_through(lane, metadata, tools)
+
+
+def make_tools(lane: LaneConfig, metadata: LaneMetadata, blobs: BlobStore, **more: Any) -> JobTools:
+    """Return what jobs work with on this cluster. ``more``: what only some of them need."""
+    from trunkline_worker.training.tools import JobTools
+
+    return JobTools(
         metadata=metadata,
-        blobs=CachedBlobs(lane.storage_url, capacity_bytes=CACHE_BYTES),
+        blobs=blobs,
         trunk=HandleTrunk(lane.backbone_apps),
         clock=SystemClock(),
         versions=lane.versions,
         lease_s=lane.lease_s,
         failpoints=Failpoints.from_text(os.environ.get(FAILPOINTS_VARIABLE, "")),
-        run_trials=TuneTrials(f"{lane.storage_path}/trials"),
+        **more,
     )
-    work_through(lane, metadata, tools)
 
 
 def work_through(lane: LaneConfig, metadata: LaneMetadata, tools: JobTools) -> None:
@@ -259,9 +266,8 @@ def _warm_up() -> None:
     )
 
 
-@ray.remote(num_cpus=0)
-class LaneDriver:
-    """Holds the Ray Train run of one lane. Named and detached, so that it outlives whoever started it."""
+class Driver:
+    """Works for as long as there is work, once. An actor that is named and detached outlives whoever started it."""
 
     def __init__(self, config: LaneConfig) -> None:
         """Keep the configuration."""
@@ -270,7 +276,7 @@ class LaneDriver:
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Run the lane until it has been idle for long enough. Ray Train restarts the worker when it dies.
+        """Work until there has been nothing to do for long enough.
 
         A second call, by a controller that was restarted, waits for the same end.
         """
@@ -278,11 +284,19 @@ class LaneDriver:
             self._ended.wait()
             return
         try:
-            self._fit()
+            self._work()
         finally:
             self._ended.set()
 
-    def _fit(self) -> None:
+    def _work(self) -> None:
+        raise NotImplementedError
+
+
+@ray.remote(num_cpus=0)
+class LaneDriver(Driver):
+    """Holds the Ray Train run of one lane. Ray Train restarts the worker when it dies."""
+
+    def _work(self) -> None:
         # Ray Train looks after its workers only this often, in seconds; read when the run starts.
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -305,13 +319,17 @@ class LaneDriver:
 
 def start_lane(config: LaneConfig) -> Any:
     """Start a lane, or find the one of that name. Returns a reference that becomes ready when the lane has ended."""
-    actor: Any = LaneDriver
+    return start_driver(LaneDriver, config, max_concurrency=16)
+
+
+def start_driver(actor: Any, config: LaneConfig, *, max_concurrency: int) -> Any:
+    """Start a ``Driver``, or find the one of that name. Returns a reference that becomes ready when it has ended."""
     driver = actor.options(
         name=config.name,
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
-        max_concurrency=16,
+        max_concurrency=max_concurrency,
         max_restarts=0,
     ).remote(config)
     return driver.run.remote()

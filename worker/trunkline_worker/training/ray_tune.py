@@ -71,7 +71,7 @@ class TuneTrials:
             else:
                 logger.warning("Ray Tune gave up", exc_info=True)
         finally:
-            _remove(f"{self._storage_path}/{name}")
+            remove_run(f"{self._storage_path}/{name}")
         left = [number for number in range(len(trials.work)) if number not in watch.ended]
         if left:
             logger.warning("the lane runs the %d trials that are left itself", len(left))
@@ -102,8 +102,8 @@ class TuneTrials:
         tuner.fit()
 
 
-def _remove(folder: str) -> None:
-    """Remove what a run has left, where it has."""
+def remove_run(folder: str) -> None:
+    """Remove what a run of Ray's has left, where it has."""
     from pyarrow import fs
 
     with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from trunkline_wire.fits import BATCH_NORM_ADAPT, FLOAT16, FLOAT32
 from trunkline_wire.heads import CLASSIFICATION, REGRESSION
 
 from trunkline_worker.backbones.tail import Tail
-from trunkline_worker.heads.artefact import own_state
+from trunkline_worker.heads.artefact import load_own_state, own_state
 from trunkline_worker.heads.model import Head
 from trunkline_worker.training.fit import make_objective, target_scale
 from trunkline_worker.training.learner import speed
@@ -213,7 +213,8 @@ class _Run:
 
     def restore(self, progress: Progress) -> None:
         """Go on from there."""
-        _load(self._head, _under(progress.tensors, _HEAD))
+        other = WireError(ErrorCode.CORRUPT_DATA, "a checkpoint of the fine-tuning run is of another model")
+        load_own_state(self._head, _under(progress.tensors, _HEAD), other)
         for number, parameter in enumerate(self._parameters()):
             moments = _under(progress.tensors, f"{_ADAM}{number}.")
             # The count of steps stays on the CPU, as torch has it.
@@ -223,7 +224,7 @@ class _Run:
         if self._average is not None:
             tensors = _under(progress.tensors, _EMA)
             self._average.n_averaged.copy_(tensors.pop("n_averaged"))
-            _load(_averaged(self._average), tensors)
+            load_own_state(_averaged(self._average), tensors, other)
         if self._scaler.is_enabled():
             scaler = _under(progress.tensors, _SCALER)
             kinds = self._scaler.state_dict()
@@ -308,15 +309,6 @@ def _averaged(average: AveragedModel) -> Head:
     head = average.module
     assert isinstance(head, Head)
     return head
-
-
-def _load(head: Head, tensors: Mapping[str, Tensor]) -> None:
-    expected = own_state(head)
-    if set(tensors) != set(expected):
-        raise WireError(ErrorCode.CORRUPT_DATA, "a checkpoint of the fine-tuning run is of another model")
-    with torch.no_grad():
-        for name, one in expected.items():
-            one.copy_(tensors[name])
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,11 +17,6 @@ from trunkline_worker.training.tuning.team import Alone
 from trunkline_worker.training.tuning.work import Tell, TuningOutcome, TuningWork
 
 
-def tail_of(backbone: Backbone, config: HeadConfig) -> Tail:
-    """Return the blocks of a head of kind ``tail`` as they are in the backbone."""
-    return backbone.tail(config.tap, config.slices, lora_rank=config.lora_rank)
-
-
 class LocalTailTrainer:
     """Implements ``TailTrainer`` here."""
 
@@ -48,7 +43,7 @@ class LocalTailTrainer:
 
     def make_tail(self, config: HeadConfig) -> Tail:
         """See ``TailTrainer``."""
-        return tail_of(self._backbone, config)
+        return self._backbone.tail_for(config)
 
     def run(self, work: TuningWork, *, tell: Tell, should_stop: Callable[[], bool]) -> TuningOutcome:
         """See ``TailTrainer``."""

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import AUTO, FOCAL, QUANTILE
-from trunkline_wire.heads import LINEAR, ORDINAL, HeadConfig, invalid
+from trunkline_wire.heads import LINEAR, HeadConfig, invalid
 from trunkline_wire.specs import POOLED, SliceSpec
 
-from trunkline_worker.heads.artefact import own_state
+from trunkline_worker.heads.artefact import load_own_state
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import FineTuning, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
@@ -23,13 +22,11 @@ from trunkline_worker.training.metrics import measure
 from trunkline_worker.training.pictures import Pictures
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.sources import Source
-from trunkline_worker.training.split import TRUST, random_stream
+from trunkline_worker.training.split import TRUST, Indices, random_stream
 from trunkline_worker.training.tuning.compare import compare
 from trunkline_worker.training.tuning.work import StartHead, TailTrainer, TuningOutcome, TuningWork, filled_in
 
 # Shape suffix legend: N = pictures of the dataset, K = outputs
-
-Indices = npt.NDArray[np.int64]
 
 PHASE = "tune"
 MEASURE, REFIT = "measure", "refit"
@@ -70,8 +67,8 @@ class Tuned:
     curves: dict[str, list[float]]
 
 
-def check_tuning(spec: JobSpec, task: str, tail: TailSource | None) -> None:
-    """Check that a job's blocks can be trained.
+def check_tuning(spec: JobSpec, tail: TailSource | None) -> None:
+    """Check that a job's blocks can be trained, beside what ``check_spec`` does.
 
     Raises:
         WireError: INVALID_ARGUMENT, UNSUPPORTED.
@@ -82,8 +79,6 @@ def check_tuning(spec: JobSpec, task: str, tail: TailSource | None) -> None:
         raise WireError(
             ErrorCode.UNSUPPORTED, "fine-tuning needs a backbone and somebody who trains it; neither is here"
         )
-    if task == ORDINAL:
-        raise WireError(ErrorCode.UNSUPPORTED, "fine-tuning cannot learn classes in order; leave the order out")
     if spec.embedding == "slices" and not set(spec.slices) <= set(tail.slices):
         missing = sorted(set(spec.slices) - set(tail.slices))
         raise invalid(
@@ -222,12 +217,8 @@ def _slices(
 def _head(outcome: TuningOutcome, work: TuningWork, tail: TailSource) -> Head:
     """Put the head together from what a run sent back."""
     head = work.make_head(tail.trainer.make_tail(work.head_config))
-    own = own_state(head)
-    if set(own) != set(outcome.tensors):
-        raise WireError(ErrorCode.INTERNAL, "a fine-tuning run came back with another model than it was sent")
-    with torch.no_grad():
-        for name, one in own.items():
-            one.copy_(outcome.tensors[name])
+    other = WireError(ErrorCode.INTERNAL, "a fine-tuning run came back with another model than it was sent")
+    load_own_state(head, outcome.tensors, other)
     return head.eval().requires_grad_(False)
 
 

@@ -18,11 +18,11 @@ from trunkline_wire.specs import map_slice
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import JobSpec
+from trunkline_worker.training.split import Indices
 
 # Shape suffix legend: N = rows of the dataset, W = rows whose outputs are wanted, E = columns that the tail makes,
 # K = outputs
 
-Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _STEPS = 600
