@@ -114,7 +114,7 @@ class _Lane:
 
     def close(self):
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(60)
 
     def _do(self, method, *args):
         """Use the store on its own thread, like everyone."""
@@ -243,7 +243,7 @@ class Gateway:
         self._lane.close()
         self.run(self._server.stop(1.0))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self._loop.close()
         self._metadata.executor.shutdown()
         self._database.close()

@@ -638,8 +638,8 @@ class FakeWorker:
             if event is not None:
                 event.set()
         for thread in self._threads:
-            thread.join(10)
-        self._server.stop(0).wait(10)
+            thread.join(60)
+        self._server.stop(0).wait(60)
 
     def add_services(self, server):
         """Add what it answers to its server."""

@@ -199,7 +199,7 @@ class TestTickets:
         replica = cluster.replica()
         reach(client, 1)
         for _ in range(3):
-            assert cluster.asked.acquire(timeout=10)
+            assert cluster.asked.acquire(timeout=60)
             one_row(client, rows)
         assert not replica.refusals and len({ticket for ticket, _, _ in replica.seen}) >= 2
 
@@ -305,7 +305,7 @@ class TestOutOfReach:
         one_row(client, rows)
         cluster.listed.clear()
         second = cluster.replica()
-        first.stop().wait(5)
+        first.stop().wait(60)
         np.testing.assert_array_equal(one_row(client, rows), expected[:1])
         assert pool.wait(lambda one: [x.endpoint.replica for x in one.ready()] == [second.name], 20)
         answered = second.calls["Extract"]
@@ -335,7 +335,7 @@ class TestStreams:
         reach(client, 3)
         both = threading.Barrier(2)
         for one in replicas:
-            one.hook = lambda number: both.wait(10)
+            one.hook = lambda number: both.wait(60)
         np.testing.assert_array_equal(streamed(client, rows, batch=20), expected)
         assert sorted(one.batches for one in replicas) == [0, 1, 1]
 
@@ -346,7 +346,7 @@ class TestStreams:
 
         def hook(number):
             if number == 0:
-                both.wait(10)
+                both.wait(60)
             rows_under_way.extend(one.outstanding for one in pool.ready())
 
         for one in replicas:
@@ -426,7 +426,7 @@ class TestStreams:
             if number == 2:
                 cluster.replica().hook = lambda _: replica_answers.set()
             if number == 3:
-                assert replica_answers.wait(10)
+                assert replica_answers.wait(60)
 
         cluster.before_batch = before
         np.testing.assert_array_equal(streamed(client, rows), expected)
@@ -471,7 +471,7 @@ class TestStreams:
         answers.close()
         for one in threading.enumerate():
             if one.name == "trunkline-stream":
-                one.join(10)
+                one.join(60)
         assert [(one.num_calls, one.outstanding) for one in pool.ready()] == [(0, 0)] and replica.batches < 30
 
 
@@ -577,7 +577,7 @@ class TestProcess:
             (ready,) = pool.ready()
             one_row(client, rows)
             channel = ready._channel
-        client._calls.direct.join(10)
+        client._calls.direct.join(60)
         with pytest.raises(ValueError, match="closed channel"):
             channel.unary_unary("/any")(b"")
         with pytest.raises(trunkline.ConfigError, match="closed"):

@@ -137,7 +137,7 @@ def test_a_replica_that_drains_in_the_middle_of_a_stream(cluster, client):
     found = []
     thread = threading.Thread(target=lambda: found.append(extract(client, batch_size=2)), daemon=True)
     thread.start()
-    assert engine.started.wait(10)
+    assert engine.started.wait(60)
 
     async def leave():
         ending = asyncio.ensure_future(leaving.close(20.0))

@@ -109,7 +109,7 @@ class TestUpload:
             target=lambda: fake_client.upload_features(features, labels, name="d", space=space), daemon=True
         )
         thread.start()
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=60)
         waited = time.monotonic() + 0.3
         while time.monotonic() < waited:
             assert len(sent) <= 2
@@ -177,7 +177,7 @@ class TestPredict:
         assert time.monotonic() - started < 10.0  # half of what the client allows otherwise
 
     def test_cluster_gone(self, fake, fake_client, model, pictures):
-        fake._server.stop(0).wait(5)
+        fake._server.stop(0).wait(60)
         with pytest.raises(trunkline.ServiceUnavailableError, match="nothing listens"):
             model.predict(pictures(2)[0], stem=False, timeout_s=0.5)
 

@@ -287,7 +287,7 @@ class GatewayThread:
     def close(self):
         self.run(self.server.stop(2.0))
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self.loop.close()
 
 

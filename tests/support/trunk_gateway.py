@@ -66,5 +66,5 @@ class TrunkGateway:
 
         self.run(stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self.loop.close()

@@ -29,7 +29,7 @@ def test_window_bounds_what_is_unanswered():
     waiting.join(0.1)
     assert waiting.is_alive() and len(pulled) == 3
     assert exchange.answered(2) == 1
-    waiting.join(5)
+    waiting.join(60)
     assert sent[-1] == (4, 3)
 
 
@@ -77,7 +77,7 @@ def test_what_was_being_made_when_the_connection_broke_is_not_lost():
 
     def source():
         making.set()
-        go_on.wait(5)
+        go_on.wait(60)
         yield "a"
 
     exchange = Exchange(source(), window=4)
@@ -85,11 +85,11 @@ def test_what_was_being_made_when_the_connection_broke_is_not_lost():
     sent = []
     thread = threading.Thread(target=lambda: sent.extend(exchange.outgoing(first)), daemon=True)
     thread.start()
-    assert making.wait(5)
+    assert making.wait(60)
     exchange.close(first)
     second = exchange.open()
     go_on.set()
-    thread.join(5)
+    thread.join(60)
     assert sent == [] and next(exchange.outgoing(second)) == (1, "a")
 
 
@@ -159,7 +159,7 @@ class TestSeveralConnections:
         def source():
             yield "a"
             pulled.set()
-            arrive.wait(5)
+            arrive.wait(60)
             yield "b"
 
         def clock():
@@ -175,16 +175,16 @@ class TestSeveralConnections:
         assert take(exchange.outgoing(busy), 1) == [(1, "a")]
         threads = [threading.Thread(target=run, args=(busy,), daemon=True)]
         threads[0].start()
-        assert pulled.wait(5)
+        assert pulled.wait(60)
         threads.append(threading.Thread(target=run, args=(idle,), daemon=True, name="idle"))
         threads[1].start()
-        assert asked.wait(5)
+        assert asked.wait(60)
         with exchange._changed:  # the idle one has let go of it, and waits
             arrive.set()
         threads[0].join(0.1)
         assert exchange.answered(2) == "b" and exchange.answered(1) == "a"
         for thread in threads:
-            thread.join(5)
+            thread.join(60)
         assert got == [(idle, "b")]
 
     def test_what_a_broken_one_leaves_is_sent_on_the_other(self):
@@ -227,7 +227,7 @@ class TestSeveralConnections:
         assert exchange.count_attempt(2) == 1
         clock.now += 5.0
         exchange.put_off(2, 5.0)
-        waiting.join(5)
+        waiting.join(60)
         assert got == [(3, "a")] and exchange.count_attempt(3) == 2
 
     def test_answers_that_nobody_takes_count(self):
@@ -243,7 +243,7 @@ class TestSeveralConnections:
         waiting.join(0.1)
         assert waiting.is_alive() and len(pulled) == 2 and not exchange.finished
         exchange.taken()
-        waiting.join(5)
+        waiting.join(60)
         assert len(pulled) == 3
         for connection in connections:
             exchange.close(connection)
@@ -265,7 +265,7 @@ class TestSeveralConnections:
         assert take(two, 2) == [(3, 2), (4, 3)]
         for seq in (1, 2, 3, 4):
             exchange.answered(seq)
-        waiting.join(5)
+        waiting.join(60)
         assert not waiting.is_alive() and exchange.finished
 
 

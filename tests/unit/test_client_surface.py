@@ -120,8 +120,8 @@ except trunkline.ServiceUnavailableError:
 
 
 def test_import_time():
-    """The shortest of several: the machine has other work."""
-    code = "import time; start = time.perf_counter(); import trunkline; print(time.perf_counter() - start)"
+    """The processor's time, and the shortest of several: the machine has other work."""
+    code = "import time; start = time.process_time(); import trunkline; print(time.process_time() - start)"
     assert min(float(run(code)) for _ in range(5)) <= 0.3
 
 

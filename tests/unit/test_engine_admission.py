@@ -21,7 +21,7 @@ def run(
     async def main() -> None:
         clock = ManualClock()
         timers = ManualTimers(clock)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await test(Admission(rows, size, clock=clock, later=timers.later), timers)
 
     asyncio.run(main())

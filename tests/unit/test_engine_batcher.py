@@ -80,7 +80,7 @@ def _run(
             depth=depth,
         )
         batcher.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await test(batcher, runner, clock)
             runner.free.set()
             await batcher.close()

@@ -78,7 +78,7 @@ def _run(
                 max_bytes=max_bytes,
                 executor=pool,
             )
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await test(cache)
 
     asyncio.run(main())
@@ -198,7 +198,7 @@ class Gate:
     def load(self, data: bytes) -> Sized:
         head = self._store.load(data)
         self.has_begun.set()
-        assert self.may_finish.wait(10)
+        assert self.may_finish.wait(60)
         return head
 
 
@@ -294,7 +294,7 @@ def test_after_the_threads_have_ended_callers_are_sent_elsewhere(store: Store) -
         assert await asyncio.to_thread(gate.has_begun.wait, 10)
         pool.shutdown(wait=False, cancel_futures=True)  # the second has not begun
         gate.may_finish.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             first, second = await asyncio.gather(*tasks, return_exceptions=True)
         assert first is None
         assert isinstance(second, WireError)

@@ -194,15 +194,17 @@ def test_a_head_stays_while_rows_wait_for_it(backbone, blobs, pictures):
 
     async def test(engine):
         embedding = torch.from_numpy((await engine.extract(space, pictures[:200], ("pooled",))).embedding_BD)
-        long = asyncio.ensure_future(engine.predict(space, pictures[:200], models[0]))  # fifty batches
-        others = 0
-        while not long.done():
-            await engine.predict(space, pictures[:1], models[1 + others % 8])
-            others += 1
-        assert others > 8
-        np.testing.assert_allclose((await long).outputs_BK, heads[0].predict(embedding).numpy(), rtol=0, atol=1e-5)
-        # It was there all along: every load but one was of another model.
-        assert (await engine.stats()).head_loads <= 1 + others
+        expected = heads[0].predict(embedding).numpy()
+        requests = others = 0
+        while others <= 8:  # how many fit beside one long request is the machine's affair
+            long = asyncio.ensure_future(engine.predict(space, pictures[:200], models[0]))  # two hundred batches
+            requests += 1
+            while not long.done():
+                await engine.predict(space, pictures[:1], models[1 + others % 8])
+                others += 1
+            np.testing.assert_allclose((await long).outputs_BK, expected, rtol=0, atol=1e-5)
+        # It was there all along: a long request loads its head once, however many others come and go.
+        assert (await engine.stats()).head_loads <= requests + others
 
     with_engine(backbone, blobs, test, head_capacity=2, max_rows=1)
 

@@ -66,7 +66,7 @@ def run(
                     num_rows, decoder, key="a", work=WORK, hold=hold, deadline=deadline, slice_rows=SLICE_ROWS, width=1
                 )
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await test(process, decoder, batcher, clock)
             free.set()
             await batcher.close()

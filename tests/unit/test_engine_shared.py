@@ -32,7 +32,7 @@ def _run(test: Callable[[Maker, Shared[str, str]], Awaitable[None]], capacity: i
         problems: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
         maker = Maker()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await test(maker, Shared(maker, capacity=capacity))
         assert problems == []
 

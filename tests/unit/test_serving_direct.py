@@ -347,7 +347,7 @@ def test_after_a_restart_of_the_directory_old_and_new_tickets_are_taken(cluster,
     extract(channel, caller.metadata(EXTRACT))
 
     async def announced():
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await cluster.directory.announced.wait()
 
     cluster.run(announced())

@@ -189,7 +189,7 @@ def test_signs_of_life_go_on_through_a_directory_that_is_away_and_bring_the_new_
             await asyncio.sleep(0)
         assert learnt == []
         client.away = False
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await seen.wait()
             first = client.directory.list("net").secret
             assert learnt[-1] == first

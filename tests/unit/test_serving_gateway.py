@@ -540,12 +540,12 @@ def test_stopping_lets_a_call_in_progress_finish_and_takes_no_new_one(tmp_path):
     with grpc.insecure_channel(gateway.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         call = stub.Extract.future(extract(images()), metadata=USER)
-        assert gateway.engine.started.wait(10)
+        assert gateway.engine.started.wait(60)
         stopping = asyncio.run_coroutine_threadsafe(gateway.server.stop(20.0), gateway.loop)
         threading.Event().wait(0.05)  # lets the server announce that it goes away
         gateway.loop.call_soon_threadsafe(gateway.engine.gate.set)
-        assert call.result(timeout=10).embedding.shape[0] == 2
-        stopping.result(timeout=10)
+        assert call.result(timeout=60).embedding.shape[0] == 2
+        stopping.result(timeout=60)
     with grpc.insecure_channel(gateway.address) as channel:
         stub = catalog_pb2_grpc.CatalogServiceStub(channel)
         error = refused(lambda: stub.GetServerInfo(catalog_pb2.GetServerInfoRequest(), metadata=USER))
@@ -728,11 +728,11 @@ def test_what_all_callers_together_hold_in_memory_is_bounded(gateway, channel):
     gateway.budget.limit = request.ByteSize() + 10
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     first = stub.Extract.future(request, metadata=USER)
-    assert gateway.engine.started.wait(10)
+    assert gateway.engine.started.wait(60)
     error = refused(lambda: stub.Extract(request, metadata=USER))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert ("grpc-retry-pushback-ms", "500") in [tuple(one) for one in error.trailing_metadata()]
     gateway.loop.call_soon_threadsafe(gateway.engine.gate.set)
-    first.result(timeout=10)
+    first.result(timeout=60)
     stub.Extract(request, metadata=USER)
     assert gateway.engine.calls == 2
