@@ -159,7 +159,7 @@ def fit_ours(problem: Problem, seed: int, strength: float) -> tuple[float, float
     raw, truth = torch.from_numpy(problem.x[training]), torch.from_numpy(indices[training])
     started = time.perf_counter()
     fitted = standardisation(raw, [raw.shape[1]])
-    design = softmax.prepare((raw - fitted.mean_D) / fitted.scale_D)
+    design = softmax.prepare_softmax((raw - fitted.mean_D) / fitted.scale_D)
     num_classes = len(problem.labels.class_names)
     solved = softmax.fit_softmax(design, truth, num_classes, strength, on_step=lambda step, loss: None)
     seconds = time.perf_counter() - started

@@ -445,6 +445,30 @@ def test_thousands_of_classes_with_two_rows_each_stay_bounded() -> None:
     assert seen == [(512, 256)]
 
 
+def test_the_strength_of_wide_rows_is_chosen_by_many_of_them_held_out_once() -> None:
+    """Few rows would tell of a strength that suits few."""
+    draw = np.random.default_rng(0)
+    classes = np.arange(6000) % 3
+    x = draw.normal(size=(6000, 200)).astype(np.float32)
+    x[:, :3] += np.eye(3, dtype=np.float32)[classes]
+    seen: list[tuple[int, int, int]] = []
+
+    def watch(x_ND: torch.Tensor, classes_N: torch.Tensor, count: int, folds_N: torch.Tensor, *_: Any, **more: Any):
+        seen.append((len(x_ND), int(folds_N.max()) + 1, int((folds_N >= 0).sum())))
+        more["keep"](1.0, x_ND.new_zeros((len(x_ND), count)))
+        return {1.0: 0.0}
+
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trunkline_worker.training.choose.cross_validate_l2", watch)
+        progress = Progress(lambda event: None, lambda: False)
+        for rows in (6000, 1000, 400):
+            training = Rows(torch.from_numpy(x[:rows]), torch.from_numpy(classes[:rows]))
+            choose_l2(SPEC, "classification", training, classes[:rows], [200], progress, None, said.append)
+    assert seen == [(3000, 3, 1800), (1000, 5, 1000), (400, 5, 400)]
+    assert [(len(one.rows), len(one.log_NK)) for one in said] == [(1800, 1800), (1000, 1000), (400, 400)]
+
+
 def test_classes_of_a_single_row_do_not_crowd_out_those_that_can_be_compared() -> None:
     draw = np.random.default_rng(0)
     classes = np.concatenate([np.arange(2, 200), np.repeat([0, 1], 4)])

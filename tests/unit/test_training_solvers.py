@@ -86,7 +86,8 @@ def test_the_preconditioner_saves_steps() -> None:
     x, classes = problem(300, 40, 3)
     x = x @ np.diag(np.logspace(0, -3, 40)) @ np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0]
     design = softmax.prepare(torch.from_numpy(x))
-    blind = softmax.Design(design.x_NR, design.directions_RQ, torch.full_like(design.curvature_Q, 100.0), 100.0)
+    known = design.curvature
+    blind = softmax.Design(design.x_NR, softmax.Curvature(None, torch.full_like(known.curvature_Q, 100.0), 100.0))
     steps = [
         softmax.fit_softmax(one, torch.from_numpy(classes), 3, 1e-3, on_step=nothing).num_iterations
         for one in (design, blind)
@@ -130,6 +131,63 @@ def test_cross_validated_losses_are_those_of_separate_fits(monkeypatch: pytest.M
             model = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=10_000).fit(x[inside], classes[inside])
             total -= model.predict_log_proba(x[outside])[np.arange(outside.sum()), classes[outside]].sum()
         assert loss == pytest.approx(total / 60, rel=1e-3)
+
+
+def test_rows_of_no_fold_are_seen_by_every_fit_and_measured_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_LOOSE", 1e-10)
+    x, classes = problem(60, 100, 3)
+    fold = np.arange(60) % 5
+    fold[fold >= 2] = -1
+    said: list[torch.Tensor] = []
+    (loss,) = softmax.cross_validate_l2(
+        *(torch.from_numpy(x), torch.from_numpy(classes), 3, torch.from_numpy(fold), (30.0,)),
+        keep=lambda l2, log_NK: said.append(log_NK),
+        check=nothing,
+    ).values()
+    total = 0.0
+    for one in range(2):
+        model = LogisticRegression(C=1 / 30, tol=1e-9, max_iter=10_000).fit(x[fold != one], classes[fold != one])
+        logs = model.predict_log_proba(x[fold == one])
+        np.testing.assert_allclose(said[0][fold == one].numpy(), logs, atol=1e-3)
+        total -= logs[np.arange(len(logs)), classes[fold == one]].sum()
+    assert loss == pytest.approx(total / 24, rel=1e-3)
+    assert not said[0][fold < 0].any()
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (4, [4, 3, 2, 5, 6]),  # neither way leads on
+        (2, [4, 3, 2, 1, 0, 5]),  # the weaker way does, so that one look the other way is enough
+        (0, [4, 3, 2, 1, 0, 5]),
+        (7, [4, 3, 2, 5, 6, 7, 8]),
+    ],
+)
+def test_strengths_are_tried_from_the_middle_as_long_as_it_helps(best: int, tried: list[int]) -> None:
+    grid = [10.0**power for power in range(9)]
+    scores = softmax.score_strengths(grid, lambda l2: abs(float(np.log10(l2)) - best))
+    assert [round(float(np.log10(one))) for one in scores] == tried
+    assert min(scores, key=lambda one: scores[one]) == 10.0**best
+
+
+def test_a_bumpy_score_does_not_end_the_walk_at_once() -> None:
+    bumpy = dict(zip([1.0, 10.0, 100.0, 1000.0, 10_000.0], [0.1, 0.9, 0.5, 0.9, 0.9], strict=True))
+    assert min(softmax.score_strengths(list(bumpy), bumpy.__getitem__).values()) == 0.1
+
+
+def test_wide_rows_get_the_curvature_only_where_plain_steps_are_slow() -> None:
+    """Rows as wide as they are many: told apart without a mistake, and Newton's first step would fit their noise."""
+    x, classes = problem(1200, 1100, 4)
+    steps, asked = [], []
+    for l2 in (1.0, 100.0):
+        design = softmax.prepare_softmax(torch.from_numpy(x))
+        assert design.known is None
+        solved = softmax.fit_softmax(design, torch.from_numpy(classes), 4, l2, on_step=nothing)
+        assert solved.converged
+        steps.append(solved.num_iterations)
+        asked.append("curvature" in vars(design))
+    assert asked == [False, True]
+    assert max(steps) < 20, steps
 
 
 def test_constant_rows_and_no_penalty_end_without_nan() -> None:

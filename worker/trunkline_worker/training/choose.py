@@ -36,7 +36,12 @@ _L2_ROWS, _L2_CLASSES, _L2_FOLDS = 512, 256, 5
 _LEAST_L2_PICTURES = 64
 """However many views they have."""
 
-L2_PER_COLUMN = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+_FEW_SOFTMAX_ROWS, _MOST_SOFTMAX_ROWS, _MOST_SOFTMAX_ANSWERS, _CHEAP_CELLS = 2048, 8192, 80_000, 2**18
+"""A softmax takes all rows up to the first, else half of them up to the second, or so many that their probabilities are
+no more than the third: where columns are many, the best strength grows with the rows, and few would tell of another
+one. Where rows times columns are more than the last, ``_L2_ROWS`` of them are held out in all, not each in turn."""
+
+L2_PER_COLUMN = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _RIDGE_STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-10, 3))
 
 _NAMED = 6
@@ -163,7 +168,9 @@ def choose_l2(
     num_rows, num_columns = training.x_ND.shape
     if pictures.num_groups < 2 and pictures.groups_P is not None:
         raise _too_few_groups("choosing the L2 strength", "name the strength")
-    most = max(_LEAST_L2_PICTURES, _L2_ROWS // pictures.num_views)
+    is_softmax = task == CLASSIFICATION
+    most = _softmax_rows(num_rows, classes_N) if is_softmax and classes_N is not None else _L2_ROWS
+    most = max(_LEAST_L2_PICTURES, most // pictures.num_views)
     chosen = subsample(
         *(classes_N, pictures.count, most, min(_L2_CLASSES, most // 2)),
         random_stream(spec.seed, SUBSAMPLE),
@@ -180,6 +187,10 @@ def choose_l2(
         sample_classes_P = None if classes_N is None else classes_N[chosen]
         num_folds = min(_L2_FOLDS, some.num_groups)
         folds_P = folds(sample_classes_P, some.count, num_folds, random_stream(spec.seed, FOLDS), some.groups_P)
+        if is_softmax:
+            cheap, enough = _L2_FOLDS * _CHEAP_CELLS / x_ND.numel(), _L2_ROWS * num_folds / some.count
+            folds_P[folds_P >= max(cheap, enough)] = -1
+        held_P = torch.from_numpy(folds_P >= 0).to(x_ND.device)
         folds_N = some.spread(torch.from_numpy(folds_P)).to(x_ND.device)
         scored_N = some.scored(x_ND.device)
         grid = [num_columns * one for one in L2_PER_COLUMN]
@@ -188,7 +199,9 @@ def choose_l2(
         def badness(truth: Tensor) -> Callable[[Tensor], float] | None:
             if not spec.select_by:
                 return None
-            return lambda outputs: selected_badness(spec, task, some.firsts(outputs), some.firsts(truth))
+            return lambda outputs: selected_badness(
+                spec, task, some.firsts(outputs)[held_P], some.firsts(truth)[held_P]
+            )
 
         if task in (CLASSIFICATION, ORDINAL):
             present, dense_N = torch.unique(sample.truth, return_inverse=True)
@@ -209,7 +222,7 @@ def choose_l2(
                 )
                 if kind == LINEAR and weights_N is None and not smoothing and pictures.num_views == 1:
                     log_NK = said[min(scores, key=lambda one: scores[one])]
-                    on_said(HeldOutSaid(picked, present.cpu().numpy(), log_NK))
+                    on_said(HeldOutSaid(picked[folds_P >= 0], present.cpu().numpy(), log_NK[held_P]))
             else:
                 scores = cross_validate_ordinal(
                     *(x_ND, dense_N, len(present), folds_N, grid),
@@ -255,6 +268,13 @@ def choose_l2(
         check=lambda done: progress.check(),
     )
     return scored.strength * num_columns * num_rows
+
+
+def _softmax_rows(num_rows: int, classes_N: Indices) -> int:
+    """Return by how many rows to choose the strength of a softmax."""
+    num_classes = min(len(np.unique(classes_N)), _L2_CLASSES)
+    most = max(_FEW_SOFTMAX_ROWS, min(num_rows // 2, _MOST_SOFTMAX_ROWS))
+    return max(_L2_ROWS, min(most, _MOST_SOFTMAX_ANSWERS // num_classes))
 
 
 def _some(truth_NM: Tensor, most: int) -> Tensor:

@@ -31,7 +31,7 @@ from trunkline_worker.training.outputwise import (
 from trunkline_worker.training.progress import Progress
 from trunkline_worker.training.prototype import fit_prototypes
 from trunkline_worker.training.ridge import fit_ridge
-from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare
+from trunkline_worker.training.softmax import SoftmaxFit, fit_softmax, prepare, prepare_softmax
 from trunkline_worker.training.split import WEIGHTS, random_stream
 from trunkline_worker.training.standardise import input_statistics
 from trunkline_worker.training.weighing import class_weights, label_weights, row_weights
@@ -155,7 +155,7 @@ def _fit_to_convergence(
         start_from = _softmax_start(before, head) if before else None
         num_classes = head.output.out_features
         solved = fit_softmax(
-            prepare(x_ND),
+            prepare_softmax(x_ND),
             truth,
             num_classes,
             l2,

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from trunkline_worker.training.lbfgs import minimise
 from trunkline_worker.training.outputwise import OutputwiseFit
-from trunkline_worker.training.softmax import Design, curvature_floor, prepare, score_strengths
+from trunkline_worker.training.softmax import Design, prepare, score_strengths
 
 # Shape suffix legend: N = rows, D = columns, R = coordinates, T = thresholds, one fewer than classes
 
@@ -58,7 +58,7 @@ def fit_ordinal(
     above_NT = above(classes_N, num_classes).to(x_NR)
     weights_N1 = (x_NR.new_ones(num_rows) if weights_N is None else weights_N.to(x_NR))[:, None]
     total = weights_N1.sum()
-    floor = curvature_floor(design)
+    known = design.curvature
     width = x_NR.shape[1]
     slope_T = x_NR.new_ones(num_classes - 1)
 
@@ -76,14 +76,7 @@ def fit_ordinal(
 
     def precondition(flat_1V: Tensor) -> Tensor:
         weights_R, bias_T = flat_1V[0, :width], flat_1V[0, width:]
-        slope = slope_T.sum()
-        inverse_Q = 1.0 / (design.curvature_Q * slope + (l2 + floor))
-        if design.directions_RQ is None:
-            scaled_R = inverse_Q * weights_R
-        else:
-            inverse_rest = 1.0 / (design.rest * slope + (l2 + floor))
-            along_Q = (design.directions_RQ.T @ weights_R) * (inverse_Q - inverse_rest)
-            scaled_R = design.directions_RQ @ along_Q + inverse_rest * weights_R
+        scaled_R = known.precondition(weights_R, slope_T.sum(), l2 + known.floor)
         return torch.cat([scaled_R, bias_T / (total * slope_T)])[None]
 
     share_T = ((above_NT * weights_N1).sum(dim=0) / total).clamp(0.5 / num_rows, 1.0 - 0.5 / num_rows)
@@ -129,7 +122,7 @@ def cross_validate_ordinal(
             outside_N = folds_N == fold
             known_N = ~outside_N
             # One basis serves all folds: it holds the span of any of the rows.
-            part = Design(design.x_NR[known_N], design.directions_RQ, design.curvature_Q, design.rest)
+            part = Design(design.x_NR[known_N], design.curvature)
             fit = fit_ordinal(
                 part,
                 classes_N[known_N],

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trunkline_worker.training.lbfgs import minimise
-from trunkline_worker.training.softmax import Design, curvature_floor, prepare, score_strengths
+from trunkline_worker.training.softmax import Design, prepare, score_strengths
 
 # Shape suffix legend: N = rows, D = columns, R = coordinates, K = outputs, Q = directions of known curvature
 
@@ -93,7 +93,7 @@ def fit_outputwise(
     x_NR = design.x_NR
     num_rows, num_outputs = truth_NK.shape
     truth_NK = truth_NK.to(x_NR)
-    floor = curvature_floor(design)
+    known = design.curvature
     slope_K = x_NR.new_ones(num_outputs)
 
     def objective(flat_KV: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,15 +105,7 @@ def fit_outputwise(
         return loss_NK.sum(dim=0) + 0.5 * l2 * weights_KR.square().sum(dim=1), gradient_KV
 
     def precondition(flat_KV: Tensor) -> Tensor:
-        # As if every row had the output's mean curvature.
-        inverse_KQ = 1.0 / (design.curvature_Q * slope_K[:, None] + (l2 + floor))
-        weights_KR = flat_KV[:, :-1]
-        if design.directions_RQ is None:
-            scaled_KR = inverse_KQ * weights_KR
-        else:
-            inverse_rest_K1 = 1.0 / (design.rest * slope_K + (l2 + floor))[:, None]
-            along_KQ = (weights_KR @ design.directions_RQ) * (inverse_KQ - inverse_rest_K1)
-            scaled_KR = along_KQ @ design.directions_RQ.T + inverse_rest_K1 * weights_KR
+        scaled_KR = known.precondition(flat_KV[:, :-1], slope_K, l2 + known.floor)
         return torch.cat([scaled_KR, flat_KV[:, -1:] / (num_rows * slope_K)[:, None]], dim=1)
 
     start_KV = x_NR.new_zeros((num_outputs, x_NR.shape[1] + 1))
@@ -168,7 +160,7 @@ def cross_validate_outputwise(
         for outside_N in outside_PN:
             known_NK = truth_NK[~outside_N]
             # One basis serves all folds: it holds the span of any of the rows.
-            part = Design(design.x_NR[~outside_N], design.directions_RQ, design.curvature_Q, design.rest)
+            part = Design(design.x_NR[~outside_N], design.curvature)
             fit = fit_outputwise(
                 part, known_NK, loss, l2, start(known_NK), tolerance=_LOOSE, on_step=lambda step, value: check()
             )

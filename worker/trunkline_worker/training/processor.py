@@ -22,15 +22,18 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating[Any]]
 Vector = npt.NDArray[np.float64]
 
-_PORTION_CELLS = 2**17
+_PORTION_CELLS = 2**16
 """Numbers of the rows that are in hand at once: what a core's own cache holds."""
 
-_PORTION_ROWS = 128
+_PORTION_ROWS = 64
 """Rows of a portion at the least, however wide they are."""
 
 _SUFFICIENT_DECREASE = 1e-4
 _MAX_BACKTRACKS = 30
 _HISTORY = 12
+
+_SLOW = 0.05
+"""Share of the objective: where two steps together gain less, the curvature's estimate is worth what it costs."""
 _DOUBLE_DIGITS, _SINGLE_DIGITS = 1e-15, 1e-9
 """What the objective, relative to its size, may rise by and be no worse: as far as sums of rounded losses tell."""
 
@@ -109,7 +112,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """What is known of the rows' second moments. See ``softmax.Design``."""
+    """What is known of the rows' second moments. See ``softmax.Curvature``."""
 
     directions_RQ: Array | None
     curvature_Q: Vector
@@ -128,10 +131,11 @@ class Solution:
 
 def solve(
     rows: Rows,
-    curvature: Curvature,
+    curvature: Callable[[], Curvature],
     l2: float,
     start_KV: Vector,
     *,
+    is_exact: bool,
     min_slope: float,
     tolerance: float,
     gradient_tolerance: float = 0.0,
@@ -140,11 +144,16 @@ def solve(
 ) -> Solution:
     """Minimise the rows' losses plus ``l2 / 2`` times the squared weights.
 
+    The first guess of the inverse Hessian is as if every row had the average row's curvature. An estimate of it leads
+    astray at first, where rows are as wide as they are many: Newton's steps then fit what is noise, while plain ones
+    follow what many columns share. So it comes in once these are slow.
+
     Args:
         rows: What to fit to.
-        curvature: Makes the first guess of the inverse Hessian, as if every row had the average row's curvature.
+        curvature: Returns what is known of it.
         l2: Penalty.
         start_KV: Where to start.
+        is_exact: Whether the curvature is no estimate.
         min_slope: Least curvature of a logit that is assumed.
         tolerance: As for ``lbfgs.minimise``.
         gradient_tolerance: The search also ends once no part of the gradient, a row, is above this.
@@ -152,7 +161,12 @@ def solve(
         max_iterations: Most steps.
     """
     total = rows.total
-    ridge = l2 + curvature.floor
+
+    def guess(slope_K: Vector, *, is_informed: bool) -> Callable[[Vector], Vector]:
+        if not is_informed:
+            return lambda vector_KV: vector_KV / total
+        known = curvature()
+        return _Inverse(known, l2 + known.floor, total, slope_K)
 
     def evaluate(b_KV: Vector) -> tuple[float, Vector, Vector]:
         value, gradient_KV, slope_K = rows.evaluate(b_KV)
@@ -164,7 +178,8 @@ def solve(
     history = _History(start_KV.size)
     b_KV = start_KV
     value, gradient_KV, slope_K = evaluate(b_KV)
-    inverse = _Inverse(curvature, ridge, total, slope_K)
+    is_informed, before = is_exact, np.inf
+    inverse = guess(slope_K, is_informed=is_informed)
     gamma = 1.0
     digits = _DOUBLE_DIGITS if rows.x_NR.dtype == np.float64 else _SINGLE_DIGITS
     for iteration in range(max_iterations):
@@ -183,7 +198,8 @@ def solve(
             length *= 0.5
         else:  # lower values are below what these numbers can tell apart
             return Solution(b_KV, iteration, True)
-        inverse = _Inverse(curvature, ridge, total, slope_K)
+        is_informed, before = is_informed or before - new_value < _SLOW * new_value, value
+        inverse = guess(slope_K, is_informed=is_informed)
         step_KV, change_KV = new_KV - b_KV, new_gradient_KV - gradient_KV
         if history.add(step_KV, change_KV):
             gamma = float(np.vdot(step_KV, change_KV)) / float(np.vdot(change_KV, inverse(change_KV)))

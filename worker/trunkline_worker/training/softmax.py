@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor
 from trunkline_worker.training import processor
 from trunkline_worker.training.lbfgs import minimise
 
-# Shape suffix legend: N = rows, D = columns, R = columns of the basis in use, P = problems, K = classes
+# Shape suffix legend: N = rows, D = columns, R = columns of the basis in use, Q = directions of known curvature,
+# P = problems, K = classes, X = any number of problems
 
 MAX_BASIS = 1024
 """Largest basis worth an eigendecomposition: beyond it, the solver's plain steps are cheaper."""
@@ -58,28 +60,73 @@ def _same(coordinates_RK: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """The rows' second moments.
+
+    Attributes:
+        directions_RQ: Orthonormal directions of known curvature; None where they are the axes themselves.
+        curvature_Q: Sum over the rows of the squared coordinate along each direction.
+        rest: The same for any other direction.
+    """
+
+    directions_RQ: Tensor | None
+    curvature_Q: Tensor
+    rest: float
+
+    @property
+    def floor(self) -> float:
+        """What keeps directions without rows from getting endless steps when there is no penalty."""
+        return 1e-8 * float(self.curvature_Q.max()) if self.curvature_Q.numel() else 1.0
+
+    def precondition(self, weights_XR: Tensor, slope_X: Tensor, ridge: float | Tensor) -> Tensor:
+        """Return an estimate of the inverse Hessian times gradients.
+
+        As if every row had the average row's curvature: exact along directions that nothing has been learnt along yet,
+        and close to the penalty's own where the rows are already right.
+
+        Args:
+            weights_XR: Gradients by coordinates, for any number of problems.
+            slope_X: Mean over the rows of each problem's loss's second derivative.
+            ridge: The penalty and ``floor``; may differ by problem, (..., 1).
+        """
+        slope_X1 = slope_X[..., None]
+        inverse_XQ = 1.0 / (self.curvature_Q * slope_X1 + ridge)
+        if self.directions_RQ is None:
+            return inverse_XQ * weights_XR
+        inverse_rest_X1 = 1.0 / (self.rest * slope_X1 + ridge)
+        along_XQ = (weights_XR @ self.directions_RQ) * (inverse_XQ - inverse_rest_X1)
+        return along_XQ @ self.directions_RQ.T + inverse_rest_X1 * weights_XR
+
+
+@dataclass(frozen=True)
 class Design:
     """Standardised rows in the coordinates in which the problem is solved, with their curvature.
 
     Attributes:
         x_NR: The rows. In their own columns (R = D), or in a basis of their span.
-        directions_RQ: Orthonormal directions of known curvature; None where they are the axes themselves.
-        curvature_Q: Sum over the rows of the squared coordinate along each direction.
-        rest: The same for any other direction.
+        known: Their curvature; None where it is estimated once somebody asks.
         weights: From coordinates, (R, K), to weights on the columns, (D, K).
         coordinates: From weights on the columns to coordinates, of the part that lies in the basis.
     """
 
     x_NR: Tensor
-    directions_RQ: Tensor | None
-    curvature_Q: Tensor
-    rest: float
+    known: Curvature | None
     weights: Callable[[Tensor], Tensor] = _same
     coordinates: Callable[[Tensor], Tensor] = _same
 
+    @cached_property
+    def curvature(self) -> Curvature:
+        """The rows' curvature."""
+        return self.known or _estimated(self.x_NR)
 
-def prepare(x_ND: Tensor) -> Design:
-    """Choose coordinates for standardised rows."""
+
+def prepare(x_ND: Tensor, *, is_precise: bool = True) -> Design:
+    """Choose coordinates for standardised rows.
+
+    Args:
+        x_ND: The rows.
+        is_precise: Whether rows that stay as they are, and are not too many, get double precision.
+    """
     num_rows, num_columns = x_ND.shape
     if num_rows < num_columns and num_rows <= MAX_BASIS:
         x_ND = x_ND.double()
@@ -90,9 +137,7 @@ def prepare(x_ND: Tensor) -> Design:
         dual_NR = vectors_NR / root_R
         return Design(
             vectors_NR * root_R,
-            None,
-            values_R,
-            0.0,
+            Curvature(None, values_R, 0.0),
             # The basis itself, (D, R), is never needed: two thin products do its work.
             weights=lambda coordinates_RK: x_ND.T @ (dual_NR @ coordinates_RK),
             coordinates=lambda weights_DK: dual_NR.T @ (x_ND @ weights_DK),
@@ -102,14 +147,21 @@ def prepare(x_ND: Tensor) -> Design:
         values_D, vectors_DD = torch.linalg.eigh(x_ND.T @ x_ND)
         return Design(
             x_ND @ vectors_DD,
-            None,
-            values_D.clamp(min=0.0),
-            0.0,
+            Curvature(None, values_D.clamp(min=0.0), 0.0),
             weights=lambda coordinates_DK: vectors_DD @ coordinates_DK,
             coordinates=lambda weights_DK: vectors_DD.T @ weights_DK,
         )
-    x_ND = x_ND.double() if x_ND.numel() <= _FLOAT64_CELLS else x_ND.float()
-    # The curvature is only a preconditioner here: evenly spaced rows are enough to estimate it.
+    return Design(x_ND.double() if is_precise and x_ND.numel() <= _FLOAT64_CELLS else x_ND.float(), None)
+
+
+def prepare_softmax(x_ND: Tensor) -> Design:
+    """Choose coordinates for ``fit_softmax``, which on a processor computes in single precision but for few rows."""
+    return prepare(x_ND, is_precise=x_ND.device.type != "cpu" or x_ND.numel() <= _SMALL_CELLS)
+
+
+def _estimated(x_ND: Tensor) -> Curvature:
+    """Return what evenly spaced rows say of the curvature: enough for a preconditioner."""
+    num_rows, num_columns = x_ND.shape
     sketch_SD = x_ND[:: max(1, num_rows // _SKETCH_ROWS)][:_SKETCH_ROWS].double()
     share = num_rows / sketch_SD.shape[0]
     if num_columns <= sketch_SD.shape[0]:
@@ -120,7 +172,7 @@ def prepare(x_ND: Tensor) -> Design:
         values_Q = values_Q[kept_Q]
         directions_DQ = sketch_SD.T @ (vectors_SQ[:, kept_Q] / values_Q.sqrt())
     rest = float(values_Q.min().clamp(min=0.0)) * share if values_Q.numel() else 0.0
-    return Design(x_ND, directions_DQ.to(x_ND), (values_Q.clamp(min=0.0) * share).to(x_ND), rest)
+    return Curvature(directions_DQ.to(x_ND), (values_Q.clamp(min=0.0) * share).to(x_ND), rest)
 
 
 @dataclass(frozen=True)
@@ -191,14 +243,21 @@ def fit_softmax(
 
 
 def score_strengths(grid: Sequence[float], score: Callable[[float], float]) -> dict[float, float]:
-    """Return the held-out loss of each strength tried: from the strongest on, until two in a row were worse."""
+    """Return the held-out loss of each strength tried.
+
+    From the middle one to weaker ones and then to stronger ones, each way until two in a row were worse than the best.
+    """
+    ordered = sorted(grid, reverse=True)
+    middle = len(ordered) // 2
     scores: dict[float, float] = {}
-    worse = 0
-    for l2 in sorted(grid, reverse=True):
-        scores[l2] = score(l2)
-        worse = worse + 1 if scores[l2] > min(scores.values()) else 0
-        if worse == 2:
-            break
+    for way in (ordered[middle:], ordered[:middle][::-1]):
+        # What lies beyond the middle follows it: if the other side was better, one more that is worse is enough.
+        worse = int(bool(scores) and scores[ordered[middle]] > min(scores.values()))
+        for l2 in way:
+            scores[l2] = score(l2)
+            worse = worse + 1 if scores[l2] > min(scores.values()) else 0
+            if worse == 2:
+                break
     return scores
 
 
@@ -224,18 +283,19 @@ def cross_validate_l2(
         x_ND: Standardised rows.
         classes_N: Class of each row.
         num_classes: K.
-        folds_N: Fold of each row.
+        folds_N: Fold of each row; -1 for one that every fit may see, and that is not measured by.
         grid: Strengths to try.
         weights_N: As for ``fit_softmax``; held-out rows count as much.
         smoothing: Likewise.
-        scored_N: Which rows are measured by; the others are trained on alone. None: all.
-        badness: Says it of the logits of all rows, (N, K), each by a fit that has not seen it.
+        scored_N: Which rows of the folds are measured by; the others are trained on alone. None: all.
+        badness: Says it of the logits of all rows, (N, K), each by a fit that has not seen it; 0 for rows of no fold.
         keep: Takes each strength and what it made of the rows, as ``held_out_logs``.
         check: Called between steps; may raise to stop.
     """
-    design = prepare(x_ND)
+    design = prepare_softmax(x_ND)
     path = _FoldPath(design, classes_N, num_classes, folds_N, weights_N, smoothing, check)
     counts_N = torch.ones_like(classes_N, dtype=torch.float64) if weights_N is None else weights_N.double()
+    counts_N = counts_N * (folds_N >= 0)
     if scored_N is not None:
         counts_N = counts_N * scored_N.to(counts_N)
 
@@ -264,7 +324,7 @@ def held_out_logs(
 
     As exactly as is worth comparing. See ``cross_validate_l2``.
     """
-    path = _FoldPath(prepare(x_ND), classes_N, num_classes, folds_N, None, 0.0, check)
+    path = _FoldPath(prepare_softmax(x_ND), classes_N, num_classes, folds_N, None, 0.0, check)
     path.move(l2)
     return path.held_out_logs()
 
@@ -314,9 +374,9 @@ class _FoldPath:
             start_RK.copy_(torch.from_numpy(solved.b_KV).T)
 
     def held_out_logs(self) -> Tensor:
-        """Return the logarithms of each row's probabilities, (N, K), by the fit that has not seen it."""
+        """Return the logarithms of each row's probabilities, (N, K), by the fit that has not seen it; 0 without one."""
         x_NR = self._design.x_NR
-        log_NK = x_NR.new_empty((len(x_NR), self._solution_PRK.shape[2]))
+        log_NK = x_NR.new_zeros((len(x_NR), self._solution_PRK.shape[2]))
         for fold, b_RK in enumerate(self._solution_PRK):
             held = (self._folds_N == fold).nonzero().squeeze(1)
             log_NK[held] = torch.addmm(b_RK[-1], x_NR[held], b_RK[:-1]).log_softmax(dim=1)
@@ -346,15 +406,17 @@ def _solve_on_processor(
     on_step: Callable[[int, float], None],
     gradient_tolerance: float = 0.0,
 ) -> processor.Solution:
-    directions_RQ = None if design.directions_RQ is None else design.directions_RQ.numpy()
-    curvature = processor.Curvature(
-        directions_RQ, design.curvature_Q.double().numpy(), design.rest, curvature_floor(design)
-    )
+    def curvature() -> processor.Curvature:
+        known = design.curvature
+        directions_RQ = None if known.directions_RQ is None else known.directions_RQ.numpy()
+        return processor.Curvature(directions_RQ, known.curvature_Q.double().numpy(), known.rest, known.floor)
+
     return processor.solve(
         rows,
-        curvature,
+        cache(curvature),
         l2 * 2 if rows.num_classes == 2 else l2,
         np.ascontiguousarray(start_RK.double().T.numpy()),
+        is_exact=design.known is not None,
         min_slope=_MIN_SLOPE,
         tolerance=tolerance,
         gradient_tolerance=gradient_tolerance,
@@ -383,7 +445,7 @@ def _solve(
     target_NK = target_NK * (1.0 - smoothing) + smoothing / num_classes
 
     total_P1 = weights_PN.sum(dim=1, keepdim=True)
-    floor = curvature_floor(design)
+    known = design.curvature
 
     def slopes(probability_PNK: Tensor) -> Tensor:
         """Return the mean over the rows of each logit's curvature, p (1 - p)."""
@@ -410,17 +472,10 @@ def _solve(
         return value_P, gradient_PRK.view(num_problems, -1)
 
     def precondition(flat_PV: Tensor) -> Tensor:
-        # As if every row had the average row's curvature: exact along directions that no class has learnt yet, and
-        # close to the penalty's own where the rows are already right.
         b_PRK = flat_PV.view(shape)
         result_PRK = torch.empty_like(b_PRK)
-        inverse_PQK = 1.0 / (design.curvature_Q[:, None] * slope_PK[:, None] + (l2 + floor))
-        if design.directions_RQ is None:
-            result_PRK[:, :-1] = inverse_PQK * b_PRK[:, :-1]
-        else:
-            inverse_rest_P1K = 1.0 / (design.rest * slope_PK + (l2 + floor))[:, None]
-            along_PQK = (design.directions_RQ.T @ b_PRK[:, :-1]) * (inverse_PQK - inverse_rest_P1K)
-            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest_P1K * b_PRK[:, :-1]
+        scaled_PKR = known.precondition(b_PRK[:, :-1].transpose(1, 2), slope_PK, l2 + known.floor)
+        result_PRK[:, :-1] = scaled_PKR.transpose(1, 2)
         result_PRK[:, -1] = b_PRK[:, -1] / (total_P1 * slope_PK)
         return result_PRK.view(num_problems, -1)
 
@@ -442,11 +497,6 @@ def _losses(x_NR: Tensor, classes_N: Tensor, b_PRK: Tensor) -> tuple[Tensor, Ten
     log_PNK = logits_PNK.log_softmax(dim=2)
     index_PN1 = classes_N[None, :, None].expand(num_problems, -1, 1)
     return -log_PNK.gather(2, index_PN1).squeeze(2), log_PNK
-
-
-def curvature_floor(design: Design) -> float:
-    """Return what keeps directions without rows from getting endless steps when there is no penalty."""
-    return 1e-8 * float(design.curvature_Q.max()) if design.curvature_Q.numel() else 1.0
 
 
 def _log_shares(classes_N: Tensor, num_classes: int, weights_N: Tensor) -> Tensor:

@@ -89,13 +89,15 @@ def _map_statistics(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return mean_C.float(), torch.where(floored_C > 0, floored_C, torch.ones_like(floored_C)).float()
 
 
-def _chunks(x_ND: Tensor) -> Sequence[Tensor]:
-    return x_ND.split(max(1, 2**22 // max(1, x_ND.shape[1])))
+def chunks(x_ND: Tensor) -> Sequence[Tensor]:
+    """Return the rows in portions whose copies in double precision a processor's cache holds."""
+    cells = 2**18 if x_ND.device.type == "cpu" else 2**22
+    return x_ND.split(max(1, cells // max(1, x_ND.shape[1])))
 
 
 def _mean(x_ND: Tensor) -> Tensor:
     total_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
-    for chunk_ND in _chunks(x_ND):
+    for chunk_ND in chunks(x_ND):
         total_D += chunk_ND.double().sum(dim=0)
     return total_D / x_ND.shape[0]
 
@@ -103,7 +105,7 @@ def _mean(x_ND: Tensor) -> Tensor:
 def _spread(x_ND: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor]:
     """Return the standard deviation, and the share of the rows that it rests on: see ``standardisation``."""
     second_D, fourth_D = torch.zeros_like(mean_D), torch.zeros_like(mean_D)
-    for chunk_ND in _chunks(x_ND):
+    for chunk_ND in chunks(x_ND):
         square_ND = (chunk_ND.double() - mean_D).square_()
         second_D += square_ND.sum(dim=0)
         fourth_D += square_ND.square_().sum(dim=0)

@@ -21,7 +21,7 @@ from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 from trunkline_worker.training.fit import smooth_labels, target_scale
 from trunkline_worker.training.outputwise import Loss, huber, log_odds, logistic, medians
-from trunkline_worker.training.softmax import Design, curvature_floor, prepare
+from trunkline_worker.training.softmax import Curvature, Design, prepare
 from trunkline_worker.training.sweep.rows import FoldedRows, HeldOut, Result, by_device, portions
 from trunkline_worker.training.sweep.search import Search
 from trunkline_worker.training.weighing import class_weights, label_weights
@@ -100,7 +100,8 @@ def solve(
     shape = num_problems, _, num_outputs = start_PRK.shape
     total_P = weights_NP.sum(dim=0)
     share_P = total_P / len(x_NR)
-    ridge = l2 + curvature_floor(design)
+    known = design.curvature
+    ridge = l2 + known.floor
     portion_cells = by_device(_PORTION_CELLS, x_NR.device)
     slope_PK = torch.empty_like(start_PRK[:, 0])
 
@@ -129,17 +130,10 @@ def solve(
         return value_P, gradient_PRK.flatten(1)
 
     def precondition(flat_PV: Tensor) -> Tensor:
-        # As in `softmax`: as if every row had the average row's curvature.
         b_PRK = flat_PV.view(shape)
         result_PRK = torch.empty_like(b_PRK)
-        slope_P1K = (slope_PK * share_P[:, None])[:, None]
-        inverse_PQK = 1.0 / (design.curvature_Q[:, None] * slope_P1K + ridge)
-        if design.directions_RQ is None:
-            result_PRK[:, :-1] = inverse_PQK * b_PRK[:, :-1]
-        else:
-            inverse_rest_P1K = 1.0 / (design.rest * slope_P1K + ridge)
-            along_PQK = (design.directions_RQ.T @ b_PRK[:, :-1]) * (inverse_PQK - inverse_rest_P1K)
-            result_PRK[:, :-1] = design.directions_RQ @ along_PQK + inverse_rest_P1K * b_PRK[:, :-1]
+        scaled_PKR = known.precondition(b_PRK[:, :-1].transpose(1, 2), slope_PK * share_P[:, None], ridge)
+        result_PRK[:, :-1] = scaled_PKR.transpose(1, 2)
         result_PRK[:, -1] = b_PRK[:, -1] / (total_P[:, None] * slope_PK)
         return result_PRK.flatten(1)
 
@@ -269,11 +263,10 @@ class _RowWeights:
 
 def _single_precision(design: Design) -> Design:
     """Eigenvectors need double precision. Scores do not: what it costs would buy digits far below the folds' noise."""
+    known = design.curvature
+    directions_RQ = None if known.directions_RQ is None else known.directions_RQ.float()
     return replace(
-        design,
-        x_NR=design.x_NR.float(),
-        directions_RQ=None if design.directions_RQ is None else design.directions_RQ.float(),
-        curvature_Q=design.curvature_Q.float(),
+        design, x_NR=design.x_NR.float(), known=Curvature(directions_RQ, known.curvature_Q.float(), known.rest)
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trunkline_worker.training.ordinal import above
-from trunkline_worker.training.softmax import Design, curvature_floor, prepare
+from trunkline_worker.training.softmax import Design, prepare
 from trunkline_worker.training.sweep.linear import Path
 from trunkline_worker.training.sweep.rows import FoldedRows, Result
 from trunkline_worker.training.sweep.search import Search
@@ -84,7 +84,8 @@ class _Problem:
     def solve(self, l2: float, start_PV: Tensor, search: Search, check: Callable[[], None]) -> Tensor:
         """Return the solutions, (P, V): weights, then thresholds."""
         design, width = self._design, self.width
-        ridge = l2 + curvature_floor(design)
+        known = design.curvature
+        ridge = l2 + known.floor
         share_P = self._total_P / len(design.x_NR)
         slope_PT = torch.ones_like(start_PV[:, width:])
 
@@ -102,16 +103,8 @@ class _Problem:
             return value_P, torch.cat([gradient_PR, residual_NPT.sum(dim=0)], dim=1)
 
         def precondition(flat_PV: Tensor) -> Tensor:
-            # As in `training.ordinal`: as if every row had the average row's curvature.
             weights_PR, bias_PT = flat_PV[:, :width], flat_PV[:, width:]
-            slope_P1 = (slope_PT.sum(dim=1) * share_P)[:, None]
-            inverse_PQ = 1.0 / (design.curvature_Q * slope_P1 + ridge)
-            if design.directions_RQ is None:
-                scaled_PR = inverse_PQ * weights_PR
-            else:
-                inverse_rest_P1 = 1.0 / (design.rest * slope_P1 + ridge)
-                along_PQ = (weights_PR @ design.directions_RQ) * (inverse_PQ - inverse_rest_P1)
-                scaled_PR = along_PQ @ design.directions_RQ.T + inverse_rest_P1 * weights_PR
+            scaled_PR = known.precondition(weights_PR, slope_PT.sum(dim=1) * share_P, ridge)
             return torch.cat([scaled_PR, bias_PT / (self._total_P[:, None] * slope_PT)], dim=1)
 
         return search.minimise(objective, start_PV, precondition=precondition, on_step=check, tolerance=_TOLERANCE)

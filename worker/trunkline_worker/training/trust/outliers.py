@@ -19,7 +19,7 @@ from torch import Tensor
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.outliers import Detector
 from trunkline_worker.training.split import TRUST, Indices, folds, random_stream, subsample
-from trunkline_worker.training.standardise import standardisation
+from trunkline_worker.training.standardise import chunks, standardisation
 
 # Shape suffix legend: N = training rows, M = rows of a sample or held out, D = columns, P = directions, C = centres,
 # Q = quantiles, R = Q + 1
@@ -137,7 +137,7 @@ class _Fit:
         directions_PD = _directions(_standardised(_take(x_ND, picked), mean_D, scale_D), self.num_directions)
         self.check()
         parts, outside, length = [], 0.0, 0.0
-        for chunk_MD in _chunks(x_ND):
+        for chunk_MD in chunks(x_ND):
             z_MD = _standardised(chunk_MD, mean_D, scale_D)
             parts.append((z_MD @ directions_PD.t()).double())
             squares_M = z_MD.double().square().sum(dim=1)
@@ -177,7 +177,7 @@ def _directions(sample_MD: Tensor, num_directions: int) -> Tensor:
     exact where there are few of them. A sample of standardised rows need not have the mean 0.
     """
     centred_MD = sample_MD - sample_MD.mean(dim=0)
-    _, values, directions_PD = randomized_svd(centred_MD.numpy(), num_directions, n_iter=4, random_state=0)
+    _, values, directions_PD = randomized_svd(centred_MD.numpy(), num_directions, n_iter=2, random_state=0)
     is_real = (values > _LEAST_SPREAD * values.max(initial=0.0)) & (values > 0.0)
     return torch.from_numpy(np.ascontiguousarray(directions_PD[is_real], dtype=np.float32))
 
@@ -239,7 +239,7 @@ def _cross_validated(x_ND: Tensor, classes_N: Indices | None, fit: _Fit) -> Tens
 
 def _distances(detector: Detector, x_MD: Tensor, check: Callable[[], None]) -> Tensor:
     found = []
-    for chunk_MD in _chunks(x_MD):
+    for chunk_MD in chunks(x_MD):
         found.append(detector.distance(chunk_MD))
         check()
     return torch.cat(found)
@@ -251,7 +251,3 @@ def _standardised(x_MD: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
 
 def _take(x_ND: Tensor, rows: Indices) -> Tensor:
     return x_ND if len(rows) == len(x_ND) else x_ND[torch.from_numpy(rows).to(x_ND.device)]
-
-
-def _chunks(x_ND: Tensor) -> Sequence[Tensor]:
-    return x_ND.split(max(1, 2**22 // max(1, x_ND.shape[1])))
