@@ -325,3 +325,13 @@ class TestCommands:
     def test_nobody_records_what_nobody_waits_for(self, run, fake, data, tmp_path):
         done = run("train", data.reference, "--name", "m", "--tensorboard", tmp_path / "runs", "--no-wait")
         assert done.exit_code == 2 and "--no-wait" in done.stderr and fake.calls["SubmitJob"] == 0
+
+    def test_a_job_of_before_is_recorded_too(self, run, data, tmp_path):
+        submitted = run("train", data.reference, "--name", "m", "--no-wait", "--json")
+        job = json.loads(submitted.stdout)["id"]
+        idle = run("jobs", job, "--tensorboard", tmp_path / "runs")
+        assert idle.exit_code == 2 and "--wait" in idle.stderr
+        done = run("jobs", job, "--wait", "--tensorboard", tmp_path / "runs")
+        assert done.exit_code == 0, done.output
+        (folder,) = (tmp_path / "runs").glob("m-*")
+        assert Run(folder).texts["state"] == "SUCCEEDED"

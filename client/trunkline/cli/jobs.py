@@ -320,6 +320,9 @@ def jobs(
     cancel: Annotated[bool, typer.Option("--cancel", help="End it.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its model.")] = False,
     events: Annotated[bool, typer.Option("--events", help="Show what happened and what happens, to its end.")] = False,
+    tensorboard: TensorBoardFolder = None,
+    mlflow: MLflowAddress = None,
+    mlflow_experiment: MLflowExperiment = "trunkline",
 ) -> None:
     """List the jobs, or show, follow or end one."""
     from trunkline.errors import InvalidArgumentError
@@ -327,6 +330,7 @@ def jobs(
 
     if job_id is None and (cancel or wait or events):
         raise InvalidArgumentError("--cancel, --wait and --events need the id of a job", hint="`trunkline jobs` has it")
+    track = trackers(tensorboard, mlflow, mlflow_experiment, wait=wait, hint="Add --wait")
     with session.connect() as client:
         if job_id is None:
             statuses = [job._last for job in client.jobs()]
@@ -344,7 +348,7 @@ def jobs(
                 session.emit(event_to_dict(event), text)
             return
         if wait:
-            model = job.result()
+            model = job.result(track=track)
             session.emit({"job": job.id, "model": model.to_dict()}, _trained(model))
             return
         status = job.status()

@@ -23,7 +23,9 @@ MLflowExperiment = Annotated[
 ]
 
 
-def trackers(tensorboard: str | None, mlflow: str | None, experiment: str, *, wait: bool) -> list[Tracker]:
+def trackers(
+    tensorboard: str | None, mlflow: str | None, experiment: str, *, wait: bool, hint: str = "Leave --no-wait out"
+) -> list[Tracker]:
     """Return who records a job.
 
     Raises:
@@ -36,7 +38,5 @@ def trackers(tensorboard: str | None, mlflow: str | None, experiment: str, *, wa
     if mlflow is not None:
         found.append(MLflow(mlflow, experiment=experiment))
     if found and not wait:
-        raise InvalidArgumentError(
-            "--tensorboard and --mlflow record a job while it is waited for", hint="Leave --no-wait out"
-        )
+        raise InvalidArgumentError("--tensorboard and --mlflow record a job while it is waited for", hint=hint)
     return found
