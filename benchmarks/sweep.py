@@ -22,7 +22,7 @@ from torch.nn import functional
 from trunkline_wire.heads import CLASSIFICATION, REGRESSION
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.inputs import HeadInput
-from trunkline_worker.training.softmax import fit_softmax, prepare
+from trunkline_worker.training.softmax import fit_softmax, prepare_softmax
 from trunkline_worker.training.split import FOLDS, folds, random_stream
 from trunkline_worker.training.standardise import standardisation
 from trunkline_worker.training.sweep import alone, run
@@ -131,7 +131,7 @@ def plain_loop(x_ND: Tensor, classes_N: Tensor, widths: Sequence[int], l2: float
         inside_N = fold_N != fold
         fitted = standardisation(x_ND[inside_N], widths)
         x_TD = (x_ND[inside_N] - fitted.mean_D) / fitted.scale_D
-        fit_softmax(prepare(x_TD), classes_N[inside_N], 10, l2, on_step=lambda step, loss: None)
+        fit_softmax(prepare_softmax(x_TD), classes_N[inside_N], 10, l2, on_step=lambda step, loss: None)
     return watch.spent()
 
 

@@ -96,7 +96,7 @@ def test_equal_searches_give_equal_bytes() -> None:
     assert one.found.trials == other.found.trials
     # A grid for linear heads; with hidden layers one strength, and each dropout.
     kinds = [bool(trial.configuration.hidden) for trial in one.found.trials]
-    assert (kinds.count(False), kinds.count(True)) == (7, 2)
+    assert (kinds.count(False), kinds.count(True)) == (9, 2)
 
 
 @pytest.mark.parametrize("metric", ["balanced_accuracy", "roc_auc"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 from trunkline_wire import job_messages
@@ -13,6 +14,7 @@ from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.v1 import training_pb2 as pb
 from trunkline_wire.v1.training_pb2_grpc import TrainingServiceStub
 
+from trunkline._calls.aside import read_aside
 from trunkline._calls.core import MAX_IDLE_CONNECTIONS, Caller, error_from_message, new_request_id
 from trunkline._calls.heads import head_from_message, head_to_message
 from trunkline._calls.times import from_timestamp
@@ -91,14 +93,18 @@ class TrainingCalls:
 
     def _watch_once(self, job_id: str, after_seq: int, deadline: Deadline) -> Iterator[JobEvent | JobStatus]:
         request_id = new_request_id()
-        call = self._caller.connection.stub(TrainingServiceStub).WatchJob(
-            pb.WatchJobRequest(id=job_id, after_seq=after_seq),
-            timeout=deadline.check("WatchJob"),
-            metadata=self._caller.metadata(request_id),
-            wait_for_ready=True,
-        )
+        timeout_s = deadline.check("WatchJob")
+
+        def open_call() -> Any:
+            return self._caller.connection.stub(TrainingServiceStub).WatchJob(
+                pb.WatchJobRequest(id=job_id, after_seq=after_seq),
+                timeout=timeout_s,
+                metadata=self._caller.metadata(request_id),
+                wait_for_ready=True,
+            )
+
         try:
-            for message in call:
+            for message in read_aside(open_call):
                 kind = message.WhichOneof("kind")
                 if kind == "event":
                     yield _event(message.event)
@@ -108,8 +114,6 @@ class TrainingCalls:
                     return
         except grpc.RpcError as error:
             raise self._caller.error(error, request_id) from None
-        finally:
-            call.cancel()
 
 
 def _spec_to_message(spec: JobSpec) -> pb.JobSpec:
