@@ -119,6 +119,9 @@ svg .bar {{ fill: var(--c0); }}
   body {{ font-size: 11pt; }}
   main {{ max-width: none; padding: 0; }}
   nav, details:not([open]) {{ display: none; }}
+  .scroll {{ overflow: visible; }}
+  svg {{ min-width: 0 !important; }}
+  tr {{ break-inside: avoid; }}
   h2, h3 {{ break-after: avoid; }}
   svg, .tiles li, .cards li, .warnings, .picture {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 }}
