@@ -1252,8 +1252,8 @@ def test_groups_views_and_outlier_scores_are_named(whole):
     metrics = {**record.metrics, "num_groups": 31.0, "num_views": 4.0}
     words = whole("classification", metrics=metrics, has_outlier_scores=True).sections["summary"]
     assert "groups, none of them on both sides31" in words and "views of each, to train on4" in words
-    assert "says how unusual rows are" in words
-    assert "unusual" not in whole("classification").sections["summary"]
+    assert "outlier scoresyes" in words
+    assert "outlier" not in whole("classification").sections["summary"]
 
 
 def test_an_interval_without_width_is_none(whole):
@@ -1261,3 +1261,20 @@ def test_an_interval_without_width_is_none(whole):
     metrics = {**record.metrics, "balanced_accuracy": 1.0, "balanced_accuracy_low": 1.0, "balanced_accuracy_high": 1.0}
     words = whole("classification", metrics=metrics).sections["summary"]
     assert "1.0000 to 1.0000" not in words and "0.8500 to 0.9400" in words
+
+
+def test_what_paper_shows_of_a_folded_list(whole):
+    page = whole("regression", trials=tuple(trial(number) for number in range(14)))
+    folded = page.all("details", "search")
+    assert [one.get("class") for one in folded] == ["rest"], "paper says that there are more"
+    assert {one.get("class") for one in page.all("details", "again")} == {None}
+    (style,) = [words for words in page.words if "@media print" in words]
+    on_paper = style[style.index("@media print") :]
+    assert "details:not([open]):not(.rest) { display: none; }" in on_paper
+    assert "min-width: 0 !important" in on_paper, "nothing can be scrolled there"
+
+
+def test_mistakes_of_labels_say_what_is_in_brackets(whole):
+    images = np.random.default_rng(0).integers(0, 256, (700, 9, 9, 3), dtype=np.uint8)
+    assert "In brackets the class that is most wrong" in whole("multi_label", images).sections["mistakes"]
+    assert "In brackets" not in whole("classification", images).sections["mistakes"]

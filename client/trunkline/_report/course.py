@@ -264,7 +264,7 @@ def _score_of(material: Material) -> str:
 def _listed(header: Sequence[str], rows: Sequence[Sequence[Child]], what: str, total: int) -> Markup:
     """Return a table, of a long one the first rows and the others folded; without columns in which nothing stands."""
     first, rest = rows[:_AT_ONCE], rows[_AT_ONCE:]
-    more = folded(f"{len(rest)} more {what}", _without_empty(header, rest)) if rest else None
+    more = folded(f"{len(rest)} more {what}", _without_empty(header, rest), is_rest=True) if rest else None
     left_out = note(f"{total - len(rows):,} more are not shown.") if total > len(rows) else None
     return join([_without_empty(header, first), more, left_out])
 

@@ -199,6 +199,8 @@ def mistakes(material: Material, answers: Answers | None, gallery: Gallery) -> M
         worst += ", each measured by how much its number varies"
     remark = note(f"{len(found)} of {total:,}, {worst}. Rows are numbered from 0, as they were uploaded.")
     if gallery:
+        if material.is_of_labels:
+            remark = join([remark, note("In brackets the class that is most wrong, and the probability it was given.")])
         before = "" if material.record.class_names else "off by "
         cards = [_mistake_card(one, before, gallery) for one in found]
         return join([remark, tag("ul", *cards, class_="cards")])

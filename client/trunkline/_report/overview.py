@@ -59,7 +59,7 @@ def summary(material: Material) -> Markup:
             ("dataset", label(record.dataset) if record.dataset else None),
             *((name, label(value, _FACT_LENGTH)) for name, value in material.facts if value),
             *((words, f"{metrics[name]:,.0f}") for name, words in _counts(material).items() if name in metrics),
-            ("says how unusual rows are", "yes, with outliers=True" if record.has_outlier_scores else None),
+            ("outlier scores", "yes: model.predict(..., outliers=True)" if record.has_outlier_scores else None),
         ]
     )
     return join([_warnings(record.warnings), *measured, about, _all_scores(metrics, names) if names else None])
