@@ -1278,3 +1278,14 @@ def test_mistakes_of_labels_say_what_is_in_brackets(whole):
     images = np.random.default_rng(0).integers(0, 256, (700, 9, 9, 3), dtype=np.uint8)
     assert "In brackets the class that is most wrong" in whole("multi_label", images).sections["mistakes"]
     assert "In brackets" not in whole("classification", images).sections["mistakes"]
+
+
+@pytest.mark.parametrize(("uneven", "said"), [(False, "of the 8 first classes"), (True, "of the 8 largest classes")])
+def test_classes_of_one_size_are_not_told_apart_by_it(uneven, said, tmp_path):
+    record, evaluation = drawn("classification", outputs=10, rows=100)
+    classes = np.arange(100) % 10
+    classes[0] = 1 if uneven else 0
+    images = np.zeros((500, 9, 9, 3), dtype=np.uint8)
+    words = reported(tmp_path, record, replace(evaluation, classes_N=classes), images).sections["data"]
+    assert said in words
+    assert ("10 of each class" in words.replace("\u00a0", " ")) is not uneven

@@ -28,10 +28,10 @@ _FACT_LENGTH = 1000
 
 _COUNTS = {
     "num_rows": "rows",
-    "num_views": "views of each, to train on",
-    "num_groups": "groups, none of them on both sides",
     "num_train_rows": "of them to train on",
     "num_validation_rows": "of them held out",
+    "num_views": "views of each, to train on",
+    "num_groups": "groups, none of them on both sides",
     "num_features": "columns that the head reads",
 }
 
@@ -177,7 +177,8 @@ def _class_strips(material: Material, answers: Answers, gallery: Gallery) -> Mar
         strips.append(
             _strip(material.class_name(index), [int(rows[at]) for at in evenly(len(rows), STRIP_LENGTH)], gallery)
         )
-    which = f" of the {MAX_STRIPS} largest classes" if len(known) > MAX_STRIPS else ""
+    are_alike = len({counts[one] for one in known}) == 1
+    which = f" of the {MAX_STRIPS} {'first' if are_alike else 'largest'} classes" if len(known) > MAX_STRIPS else ""
     return join([tag("h3", f"Held-out pictures{which}"), tag("ul", *strips, class_="strips")])
 
 
