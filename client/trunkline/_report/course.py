@@ -39,7 +39,7 @@ MAX_TRIALS = 50
 TUNE = "tune_"
 """What curves of fine-tuning begin with."""
 
-MIXED = "Rows are mixed in pairs while it learns, so that this loss is larger than that of the rows as they are."
+MIXED = "Rows are mixed in pairs while it learns, so this loss is mostly larger than that of the rows as they are."
 """What to say of a training loss under mixup."""
 
 _AT_ONCE = 12
