@@ -56,6 +56,7 @@ from trunkline.records import (
     ModelRecord,
     Trial,
 )
+from trunkline_wire.fits import FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.specs import FeatureSpace, local_space
 from typer.testing import CliRunner
@@ -723,15 +724,17 @@ def test_trials(whole):
     trials += [trial(0, score=0.0, scores=(), error="the loss was <not> finite"), trial(5, won=True)]
     words = whole("regression", trials=tuple(trials)).sections["search"]
     page = whole("regression", trials=tuple(trials))
-    rows = page.rows("search", 1)
-    assert len(rows) == course.MAX_TRIALS and "12 more are not shown" in words and "of which 1 failed" in words
-    assert rows[0][0] == "★\u00a0won" and [row[0] for row in rows[1:]] == [""] * 49
-    scores = [float(row[1]) for row in rows[1:]]
+    rows, folded = page.rows("search", 1), page.rows("search", 2)
+    assert len(rows + folded) == course.MAX_TRIALS and "12 more are not shown" in words and "of which 1 failed" in words
+    assert len(rows) == 12 and "38 more configurations" in words
+    assert rows[0][0] == "★\u00a0won" and [row[0] for row in rows[1:]] == [""] * 11
+    # Nothing stands in the first column of those that are folded, so it is left out.
+    scores = [float(row[1]) for row in rows[1:]] + [float(row[0]) for row in folded]
     assert scores == sorted(scores, reverse=True)
     assert rows[1][2:8] == ["± 0.071", "1", "64", "0.01", "0.1", "pooled"]
     early = [trial(0, won=True), trial(1, dropped=True, scores=(0.99,), score=0.99), trial(2)]
     page = whole("regression", trials=tuple(early))
-    assert [row[0] for row in page.rows("search", 1)] == ["★\u00a0won", "", "dropped early"]
+    assert [row[0] for row in page.rows("search", 1)] == ["★\u00a0won", "", "dropped\u00a0early"]
     assert "of which 1 dropped early" in page.sections["search"] and "a fifth of the epochs" in page.sections["search"]
     few = whole("regression", trials=tuple(trials[-3:])).rows("search", 1)
     assert few[-1][1] == "failed" and few[-1][-1] == "the loss was <not> finite" and len(few) == 3
@@ -1180,8 +1183,109 @@ def test_fine_tuning_says_whether_it_was_kept_and_what_it_changed(whole):
         num_resumed=1,
         seconds=75.0,
     )
-    words = whole("classification", fine_tuning=tuned).sections["search"].replace("\u00a0", " ")
+    page = whole("classification", fine_tuning=tuned)
+    words = page.sections["tuning"].replace("\u00a0", " ")
     assert "The blocks behind blocks.4 were not kept: what they gain may be <chance>." in words
-    assert "1,234,567 numbers in 3 epochs by 2 workers, resumed 1 time" in words
-    assert "0.91" in words and "0.92" in words and "f1_macro" not in words
-    assert "fine-tuned" not in whole("classification").sections["search"]
+    assert "The model is the head alone" in words and "before calibration" in words
+    assert "1,234,567, the head's included" in words and "2 workers, resumed 1 time" in words
+    assert page.rows("tuning") == [["accuracy", "0.9100", "0.9200"]]
+    assert "columns that the head reads" in page.sections["summary"]
+    assert "Nothing was searched" not in page.sections["search"] and "tuning" not in whole("classification").sections
+    numbers_alone = whole("regression", fine_tuning=replace(tuned, before={"mae": 1.0}, after={"mae": 2.0}))
+    assert numbers_alone.rows("tuning") == [["mean absolute error", "1.0000", "2.0000"]]
+    assert "calibration" not in numbers_alone.sections["tuning"]
+
+
+def test_fine_tuning_says_how_it_was_done_and_how_it_went(tmp_path):
+    both = {name: 0.5 for name in ("zeta", "cross_entropy", "roc_auc", "accuracy")}
+    tuned = FineTuning(
+        *(True, "kept: better beyond chance", "blocks.4", "cross_entropy", 0.1, 0.05, 0.2, both, both, 10, 3, 1, 0, 1.0)
+    )
+    record, evaluation = drawn("classification", fine_tuning=tuned)
+    solved = {name: value for name, value in record.metrics.items() if name != "best_epoch"}
+    record = replace(record, metrics=solved)
+    evaluation = replace(evaluation, curves={"loss": (2.0, 1.0), "tune_loss": (0.9, 0.4, 0.25)})
+    status = job()
+    asked = FineTuneConfig(cut="blocks.4", lora_rank=4, learning_rate=0.002, layer_decay=0.5)
+    spec = replace(status.spec, fine_tune=asked, fit=replace(status.spec.fit, optimiser=OptimiserConfig(mixup=0.2)))
+    page = reported(tmp_path, record, evaluation, status=replace(status, spec=spec), events=events())
+    words = page.sections["tuning"].replace("\u00a0", " ")
+    assert "The model has blocks of its own, and its scores are theirs." in words
+    assert [row[0] for row in page.rows("tuning")] == [
+        *("accuracy", "area under the ROC curve", "cross-entropy, nats a row", "zeta")
+    ]
+    assert "weightsadditions of rank 4" in words and "learning rate of the last stage0.002" in words
+    assert "0.5 times that of the stage behind it" in words and "left to the clusterrows a step, weight decay" in words
+    assert "keeps the statistics of the pretraining" in words
+    # Its curve is by epochs, whatever the head's is by, and stands where it belongs.
+    assert "training loss from 0.9 to 0.25" in words and "epoch" in words and "step" in page.sections["curves"]
+    assert len(page.all("svg", "tuning")) == len(page.all("svg", "curves")) == 1
+    assert "mixed in pairs" in words and "mixed in pairs" in page.sections["curves"]
+    assert "tune" not in page.sections["curves"].replace("fine-tuning", "")
+    assert (
+        "of the head alone" in page.sections["curves"] and "columns that the head reads" not in page.sections["summary"]
+    )
+    card = Model(FakeClient(record, evaluation, status=status), record).card(tmp_path / "card.md")
+    assert "Head and blocks were trained together" in card and "frozen" not in card
+    assert "trained behind `blocks.4`, of `resnet18`" in card
+
+
+def test_what_sweeps_were_won_by_is_named(tmp_path):
+    def score(task, select_by="", loss=LossConfig(), **hidden):
+        record, evaluation = drawn(task, trials=(trial(1, won=True), *hidden.get("more", ())))
+        status = job()
+        fit = replace(status.spec.fit, select_by=select_by, loss=loss)
+        status = replace(status, spec=replace(status.spec, fit=fit))
+        return reported(tmp_path, record, evaluation, status=status).sections["search"]
+
+    assert "The score is minus the cross-entropy, the mean over folds" in score("classification")
+    assert "The score is F1, mean over classes, the mean" in score("classification", "f1_macro")
+    assert "The score is minus the root mean squared error, the mean" in score("regression", "rmse")
+    assert "The score is minus the mean absolute error, the mean" in score("regression", loss=LossConfig("huber"))
+    assert "The score is R², the mean" in score("regression")
+    failed = [trial(number, error="no", scores=()) for number in range(14)]
+    assert "3 more configurations, 3 of them failed" in score("classification", more=failed)
+
+
+def test_groups_views_and_outlier_scores_are_named(whole):
+    record, _ = drawn("classification")
+    metrics = {**record.metrics, "num_groups": 31.0, "num_views": 4.0}
+    words = whole("classification", metrics=metrics, has_outlier_scores=True).sections["summary"]
+    assert "groups, none of them on both sides31" in words and "views of each, to train on4" in words
+    assert "outlier scoresyes" in words
+    assert "outlier" not in whole("classification").sections["summary"]
+
+
+def test_an_interval_without_width_is_none(whole):
+    record, _ = drawn("classification")
+    metrics = {**record.metrics, "balanced_accuracy": 1.0, "balanced_accuracy_low": 1.0, "balanced_accuracy_high": 1.0}
+    words = whole("classification", metrics=metrics).sections["summary"]
+    assert "1.0000 to 1.0000" not in words and "0.8500 to 0.9400" in words
+
+
+def test_what_paper_shows_of_a_folded_list(whole):
+    page = whole("regression", trials=tuple(trial(number) for number in range(14)))
+    folded = page.all("details", "search")
+    assert [one.get("class") for one in folded] == ["rest"], "paper says that there are more"
+    assert {one.get("class") for one in page.all("details", "again")} == {None}
+    (style,) = [words for words in page.words if "@media print" in words]
+    on_paper = style[style.index("@media print") :]
+    assert "details:not([open]):not(.rest) { display: none; }" in on_paper
+    assert "min-width: 0 !important" in on_paper, "nothing can be scrolled there"
+
+
+def test_mistakes_of_labels_say_what_is_in_brackets(whole):
+    images = np.random.default_rng(0).integers(0, 256, (700, 9, 9, 3), dtype=np.uint8)
+    assert "In brackets the class that is most wrong" in whole("multi_label", images).sections["mistakes"]
+    assert "In brackets" not in whole("classification", images).sections["mistakes"]
+
+
+@pytest.mark.parametrize(("uneven", "said"), [(False, "of the 8 first classes"), (True, "of the 8 largest classes")])
+def test_classes_of_one_size_are_not_told_apart_by_it(uneven, said, tmp_path):
+    record, evaluation = drawn("classification", outputs=10, rows=100)
+    classes = np.arange(100) % 10
+    classes[0] = 1 if uneven else 0
+    images = np.zeros((500, 9, 9, 3), dtype=np.uint8)
+    words = reported(tmp_path, record, replace(evaluation, classes_N=classes), images).sections["data"]
+    assert said in words
+    assert ("10 of each class" in words.replace("\u00a0", " ")) is not uneven

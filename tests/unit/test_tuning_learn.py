@@ -11,6 +11,7 @@ from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import BATCH_NORM_ADAPT, BFLOAT16, FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from trunkline_worker.store.records import JobSpec
+from trunkline_worker.training.mixup import Mixer
 from trunkline_worker.training.progress import TrainingCancelled
 from trunkline_worker.training.tuning.checkpoint import NoCheckpoints, progress_from_bytes
 from trunkline_worker.training.tuning.learn import learn
@@ -134,6 +135,78 @@ def test_a_run_that_is_resumed_ends_where_it_would_have(lora_rank, ema):
         torch.testing.assert_close(rest.tensors[name], one, rtol=0, atol=0)
 
 
+def test_a_mixed_run_that_is_resumed_ends_where_it_would_have():
+    work = work_for(optimiser=OptimiserConfig(mixup=0.5), epochs=8)
+    whole, _ = run(work)
+    kept = Kept()
+    with pytest.raises(TrainingCancelled):
+        run(work, checkpoints=kept, stop_at=17)
+    rest, _ = run(work, checkpoints=kept)
+    assert rest.num_resumed == 1
+    for name, one in whole.tensors.items():
+        torch.testing.assert_close(rest.tensors[name], one, rtol=0, atol=0)
+
+
+def mixed_loss(work, step):
+    """Return the loss of a step from where the run starts, by maps and labels mixed by hand."""
+    maps_ND, _ = maps_of()
+    generator = torch.Generator().manual_seed((work.spec.seed * 1_000_003) % 2**63)
+    size = work.config.batch_size
+    order_N = torch.from_numpy(work.training_index)[torch.randperm(len(work.training_index), generator=generator)]
+    rows = order_N[step * size : (step + 1) * size]
+    mix = Mixer(work.spec.optimiser.mixup, work.spec.seed, step).draw(len(rows), torch.device("cpu"))
+    share, partners = mix.share, rows[mix.partner_B]
+    assert 0.01 < share < 0.99 and not torch.equal(partners, rows)
+    tail = small_backbone().tail_for(work.head_config)
+    tail.draw(torch.Generator().manual_seed(work.spec.seed))
+    head = work.make_head(tail).train()
+    tail.adapt_norms(adapt=False)
+    outputs = head(share * maps_ND[rows].float() + (1 - share) * maps_ND[partners].float())
+    truth = torch.from_numpy(work.truth)
+    weights = torch.tensor(work.spec.loss.class_weights or (1.0, 1.0))
+    soft = share * torch.eye(2)[truth[rows]] * weights + (1 - share) * torch.eye(2)[truth[partners]] * weights
+    return float(-(soft * outputs.detach().log_softmax(dim=1)).sum() / weights[truth[rows]].sum())
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 3.0)])
+def test_maps_and_labels_are_mixed_in_the_shares_drawn(weights):
+    work = work_for(optimiser=OptimiserConfig(mixup=1.0), loss=LossConfig(class_weights=weights))
+    draw = np.random.default_rng(0)
+    width = work.start.weight_KE.shape
+    # A head that says something: otherwise every row costs the same, mixed or not.
+    work = dataclasses.replace(
+        work, start=dataclasses.replace(work.start, weight_KE=draw.normal(size=width).astype(np.float32))
+    )
+    _, steps = run(work)
+    assert steps[0]["loss"] == pytest.approx(mixed_loss(work, 0), rel=1e-4)
+    _, plain = run(dataclasses.replace(work, spec=dataclasses.replace(work.spec, optimiser=OptimiserConfig())))
+    assert plain[0]["loss"] != pytest.approx(steps[0]["loss"], rel=1e-2)
+
+
+def test_mixed_runs_learn_and_follow_from_the_seed():
+    optimiser = OptimiserConfig(mixup=0.2)
+    first, _ = run(work_for(optimiser=optimiser, epochs=30))
+    second, _ = run(work_for(optimiser=optimiser, epochs=30))
+    plain, _ = run(work_for(epochs=30))
+    assert (first.outputs_WK.argmax(axis=1) == work_for().truth).mean() > 0.9
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    assert not all(torch.equal(first.tensors[name], plain.tensors[name]) for name in first.tensors)
+    # Between two labels lies a probability: what learns from it is less sure of itself.
+    margins = [np.abs(one.outputs_WK[:, 0] - one.outputs_WK[:, 1]).mean() for one in (first, plain)]
+    assert margins[0] < margins[1]
+
+
+def test_mixed_labels_and_numbers_are_learnt_too():
+    _, classes_N = maps_of()
+    targets = np.stack([classes_N.numpy(), 1 - classes_N.numpy()], axis=1).astype(np.float32)
+    optimiser = OptimiserConfig(mixup=0.2)
+    learnt, _ = run(work_for(MULTI_LABEL, truth=targets, epochs=30, optimiser=optimiser))
+    assert ((learnt.outputs_WK > 0) == targets).mean() > 0.85
+    values = (10.0 * classes_N.numpy()[:, None]).astype(np.float32)
+    learnt, _ = run(work_for(REGRESSION, truth=values, num_outputs=1, epochs=40, optimiser=optimiser))
+    assert float(np.abs(learnt.outputs_WK - values).mean()) < 3.0
+
+
 def test_discriminative_rates_move_deeper_stages_less():
     work = work_for(layer_decay=0.1)
     backbone = small_backbone()
@@ -209,11 +282,13 @@ def _join(rank, size, folder, work, results):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("weights", [(), (1.0, 5.0)])
-def test_two_workers_take_the_steps_of_one(tmp_path, weights, monkeypatch):
+@pytest.mark.parametrize(("weights", "mixup"), [((), 0.0), ((1.0, 5.0), 0.0), ((), 0.5), ((1.0, 5.0), 0.5)])
+def test_two_workers_take_the_steps_of_one(tmp_path, weights, mixup, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    # Batches of 8 of 30 rows: the last one has 6; and of 7, which two cannot share evenly.
-    work = work_for(loss=LossConfig(class_weights=weights), batch_size=7, epochs=4)
+    # Batches of 7 of 29 rows, which two cannot share evenly; the last has a single row.
+    loss, optimiser = LossConfig(class_weights=weights), OptimiserConfig(mixup=mixup)
+    work = work_for(loss=loss, optimiser=optimiser, batch_size=7, epochs=4)
+    work = dataclasses.replace(work, training_index=work.training_index[:29])
     alone, _ = run(work)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

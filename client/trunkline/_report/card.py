@@ -107,6 +107,9 @@ def _embedding(material: Material) -> str:
     names = dict.fromkeys(one.space.source for one in material.record.inputs if one.space.source)
     local = all(one.space.is_local for one in material.record.inputs)
     what = "local features" if local else "frozen embeddings" if len(names) > 1 else "the frozen embedding"
+    tuned = material.record.fine_tuning
+    if tuned is not None and tuned.kept:
+        what = f"blocks of its own, trained behind {code(tuned.cut)},"
     return f"{what} of {' and '.join(map(code, names))}" if names else what
 
 
@@ -158,7 +161,8 @@ def _training_data(material: Material) -> str:
 
 def _training(material: Material) -> str:
     record, metrics, status = material.record, material.metrics, material.status
-    lines = [f"The head alone was trained, on {_embedding(material)}."]
+    trained = "Head and blocks were trained together" if material.is_tuned else "The head alone was trained"
+    lines = [f"{trained}, on {_embedding(material)}."]
     if status is not None:
         fit = status.spec.fit
         loss = f", loss {code(material.loss)}" if material.loss else ""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+from trunkline_wire.fits import HUBER, LOWER_IS_BETTER, QUANTILE
 
 from trunkline._report import text
 from trunkline._report.figures import Values, evenly
@@ -28,17 +29,28 @@ from trunkline._report.page import (
 )
 from trunkline._report.plots import Axis, bars, frame, plot
 from trunkline._report.scales import LOG_SPAN, percent_scale, scale_of
-from trunkline.records import FineTuning, JobEvent, Trial
+from trunkline._report.scoring import score_name
+from trunkline.records import JobEvent
 from trunkline.training import job_to_dict
 
 MAX_TRIALS = 50
 """Most configurations, and most sets of slices, that are listed."""
 
+TUNE = "tune_"
+"""What curves of fine-tuning begin with."""
+
+MIXED = "Rows are mixed in pairs while it learns, so this loss is mostly larger than that of the rows as they are."
+"""What to say of a training loss under mixup."""
+
+_AT_ONCE = 12
+"""Rows of a long table that are seen at once; the others are folded."""
+
 _MAX_CURVES, _MAX_POINTS = 12, 500
 _MAX_INPUTS = 16
 _MAX_VERSIONS = 100
 _ERROR_LENGTH = 200
-_NUMBERS = ("score", "between folds", "penalty", "rate", "dropout", "took")
+_NUMBERS = ("columns", "accuracy", "score", "between folds", "penalty", "rate", "dropout", "took")
+_FAILED = "failed"
 _SETTINGS_LENGTH = 20_000
 
 Curve = list[tuple[float, float]]
@@ -50,7 +62,7 @@ def curves(material: Material) -> Markup:
     if material.evaluation is None:
         return paragraph("The cluster keeps no learning curves of this model.")
     kept = {name: np.asarray(one, dtype=np.float64) for name, one in material.evaluation.curves.items()}
-    drawn = [(name, one) for name, one in kept.items() if np.isfinite(one).any()]
+    drawn = [(name, one) for name, one in kept.items() if np.isfinite(one).any() and not name.startswith(TUNE)]
     if not drawn:
         return paragraph("This head was computed in one go, so there are no curves.")
     metrics = material.metrics
@@ -59,20 +71,22 @@ def curves(material: Material) -> Markup:
     )
     if material.is_refitted:
         words += " The curves are of the fit that was measured, before the last one on all rows."
+    if material.is_tuned:
+        words += " They are of the head alone, from which fine-tuning went on."
+    if material.is_mixed and "loss" in kept:
+        words += f" {MIXED}"
     unit = "epoch" if "best_epoch" in metrics else "step"
     groups = _groups(dict(drawn[:_MAX_CURVES]))
-    shown = [_curve_figure(group, unit, 480 if len(groups) > 1 else 640) for group in groups]
+    shown = [curve_figure(group, unit, 480 if len(groups) > 1 else 640) for group in groups]
     return join([tag("div", *shown, class_="pair"), note(words.strip()) if words else None])
 
 
 def search(material: Material) -> Markup:
     """Return the sets of slices and the configurations that were tried."""
     record = material.record
-    tuned = _fine_tuning(record.fine_tuning)
     if not record.candidates and not record.trials:
-        nothing = paragraph("Nothing was searched: no sets of slices and no configurations were compared.")
-        return nothing if tuned is None else tuned
-    return join([_candidates(material), _trials(record.trials), tuned])
+        return paragraph("Nothing was searched: no sets of slices and no configurations were compared.")
+    return join([_candidates(material), _trials(material)])
 
 
 def timings(material: Material) -> Markup:
@@ -126,7 +140,8 @@ def _groups(drawn: Mapping[str, Values]) -> list[dict[str, Values]]:
     return [dict(sorted(one.items(), key=lambda item: len(item[0]))) for one in groups.values()]
 
 
-def _curve_figure(group: Mapping[str, Values], unit: str, width: float) -> Markup:
+def curve_figure(group: Mapping[str, Values], unit: str, width: float) -> Markup:
+    """Return curves of the same kind in one drawing, what they say in words below it."""
     names = [text.shorten(one.replace("_", " "), 30) for one in group]
     lines = [_points(one) for one in group.values()]
     values = [height for line in lines for _, height in line]
@@ -183,21 +198,24 @@ def _candidates(material: Material) -> Markup | None:
     return join(
         [
             tag("h3", "Sets of slices of the embedding"),
-            note(f"The score is {what}, by cross-validation on the training rows. Higher is better."),
-            table(header, rows, right=(2, 3, 4)),
-            _more(len(given)),
+            note(
+                f"The score is {what}, by cross-validation on the training rows. Higher is better; of those that are "
+                "as good as equal, the narrower set stands first."
+            ),
+            _listed(header, rows, "sets", len(given)),
         ]
     )
 
 
-def _trials(given: Sequence[Trial]) -> Markup | None:
+def _trials(material: Material) -> Markup | None:
+    given = material.record.trials
     if not given:
         return None
     order = sorted(given, key=lambda one: (not one.won, bool(one.error), one.dropped, -one.score))
     rows = [
         (
-            "★\u00a0won" if one.won else "dropped early" if one.dropped else "",
-            "failed" if one.error else text.score(one.score),
+            "★\u00a0won" if one.won else "dropped\u00a0early" if one.dropped else "",
+            _FAILED if one.error else text.score(one.score),
             f"± {text.number(float(np.std(one.scores, ddof=1)), 2)}" if len(one.scores) > 1 else "",
             text.number(one.l2, 3),
             "-".join(map(str, one.hidden)) or "none",
@@ -215,47 +233,46 @@ def _trials(given: Sequence[Trial]) -> Markup | None:
     early = ""
     if dropped:
         early = " Of one dropped early it is that on the first fold, after a fifth of the epochs: no match for others."
+    num_hidden = sum(row[1] == _FAILED for row in rows[_AT_ONCE:])
+    hidden = f", {num_hidden} of them failed" if num_hidden else ""
     header = ("", "score", "between folds", "penalty", "hidden", "rate", "dropout", "slices", "took", "why it failed")
     return join(
         [
             tag("h3", "Configurations of the sweep"),
-            note(f"{tried}. The score is the mean over folds of the training rows. Higher is better.{early}"),
-            _without_empty(header, rows),
-            _more(len(given)),
+            note(
+                f"{tried}. The score is {_score_of(material)}, the mean over folds of the training rows. Higher is "
+                f"better; the simplest of those within one standard error of the best won.{early}"
+            ),
+            _listed(header, rows, f"configurations{hidden}", len(given)),
         ]
     )
 
 
-def _fine_tuning(one: FineTuning | None) -> Markup | None:
-    """Return whether trained blocks were kept, and by how much they changed the held-out scores."""
-    if one is None:
-        return None
-    both = [name for name in one.before if name in one.after]
-    rows = [(name, text.score(one.before[name]), text.score(one.after[name])) for name in both]
-    resumed = f", resumed {text.amount(one.num_resumed, 'time')}" if one.num_resumed else ""
-    about = (
-        f"{one.num_trained:,} numbers in {text.amount(one.epochs, 'epoch')} by {text.amount(one.num_workers, 'worker')}"
-        f"{resumed}, {text.seconds(max(0.0, one.seconds))}."
-    )
-    return join(
-        [
-            tag("h3", "The last blocks, fine-tuned"),
-            paragraph(f"The blocks behind {text.shorten(one.cut)} were {text.shorten(one.reason, _ERROR_LENGTH)}."),
-            table(("held-out score", "head alone", "with the blocks"), rows, right=(1, 2)),
-            note(about),
-        ]
-    )
+def _score_of(material: Material) -> str:
+    """Return what the configurations of a sweep were told apart by."""
+    status = material.status
+    if status is None:
+        return "what they were chosen by"
+    metric = status.spec.fit.select_by
+    if not metric and material.record.class_names:
+        return "minus the cross-entropy"
+    metric = metric or {HUBER: "mae", QUANTILE: "pinball"}.get(material.loss, "r2")
+    minus = "minus the " if any(metric in names for names in LOWER_IS_BETTER.values()) else ""
+    return f"{minus}{text.shorten(score_name(metric))}"
+
+
+def _listed(header: Sequence[str], rows: Sequence[Sequence[Child]], what: str, total: int) -> Markup:
+    """Return a table, of a long one the first rows and the others folded; without columns in which nothing stands."""
+    first, rest = rows[:_AT_ONCE], rows[_AT_ONCE:]
+    more = folded(f"{len(rest)} more {what}", _without_empty(header, rest), is_rest=True) if rest else None
+    left_out = note(f"{total - len(rows):,} more are not shown.") if total > len(rows) else None
+    return join([_without_empty(header, first), more, left_out])
 
 
 def _without_empty(header: Sequence[str], rows: Sequence[Sequence[Child]]) -> Markup:
-    """Return a table of trials without the columns in which nothing stands."""
     kept = [at for at in range(len(header)) if any(row[at] != "" for row in rows)]
     right = [place for place, at in enumerate(kept) if header[at] in _NUMBERS]
     return table([header[at] for at in kept], [[row[at] for at in kept] for row in rows], right=right)
-
-
-def _more(total: int) -> Markup | None:
-    return note(f"{total - MAX_TRIALS:,} more are not shown.") if total > MAX_TRIALS else None
 
 
 def _phases(events: Sequence[JobEvent]) -> dict[str, float]:

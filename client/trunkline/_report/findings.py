@@ -55,6 +55,7 @@ MAX_SUSPECTS = 50
 """Most rows whose label looks wrong that are listed; fewer as pictures."""
 
 _MAX_DOTS = 2000
+_FEW_A_BIN = 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def confusion(material: Material, answers: Answers | None) -> Markup:
         words += f" Of {len(names):,} classes these are taken for others most often:"
         return join([paragraph(words), _pairs(material, answers)])
     counts_KK = confusion_matrix(answers.classes_N, answers.said, len(names))
-    if pairs:
+    if pairs and pairs[0].count > 1:
         worst = pairs[0]
         true, said = (text.shorten(names[one], 40) for one in (worst.true, worst.said))
         words += f" Most often, {text.amount(worst.count, 'time')}, “{true}” is taken for “{said}”."
@@ -124,6 +125,13 @@ def calibration(material: Material, answers: Answers | None) -> Markup:
     apart = text.score(calibration_error(bins))
     words = f"In {len(bins)} bins of equal mass, what was said and what came true are {apart} apart in the mean."
     caption = "Dots on the dashed line mean what they say; below it the model is too sure. Bars are 95 % intervals."
+    if sum(one.count for one in bins) < _FEW_A_BIN * len(bins):
+        caption += " With so few in a bin, chance alone sets the two apart."
+    if "ece" in metrics:
+        caption += (
+            " This is at the model's own temperature. For the calibration error above, each half of the rows was "
+            "judged at the temperature of the other: the two may differ."
+        )
     drawing = _reliability_drawing(bins, what, words)
     return join(
         [measured, figure(drawing, f"{words} {caption}"), folded("As numbers", table(header, rows, right=range(4)))]
@@ -191,6 +199,8 @@ def mistakes(material: Material, answers: Answers | None, gallery: Gallery) -> M
         worst += ", each measured by how much its number varies"
     remark = note(f"{len(found)} of {total:,}, {worst}. Rows are numbered from 0, as they were uploaded.")
     if gallery:
+        if material.is_of_labels:
+            remark = join([remark, note("In brackets the class that is most wrong, and the probability it was given.")])
         before = "" if material.record.class_names else "off by "
         cards = [_mistake_card(one, before, gallery) for one in found]
         return join([remark, tag("ul", *cards, class_="cards")])

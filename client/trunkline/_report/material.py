@@ -107,6 +107,17 @@ class Material:
         return has_measured and self.status is not None and self.status.spec.fit.refit
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether the model has blocks of its own."""
+        return self.record.fine_tuning is not None and self.record.fine_tuning.kept
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether rows were mixed in pairs while it learnt."""
+        optimiser = None if self.status is None else self.status.spec.fit.optimiser
+        return optimiser is not None and optimiser.mixup > 0
+
+    @property
     def loss(self) -> str:
         """What was minimised; empty if that is not known."""
         loss = None if self.status is None else self.status.spec.fit.loss

@@ -24,12 +24,14 @@ MAX_STRIPS, STRIP_LENGTH = 8, 6
 _MAX_TILES = 4
 _MAX_WARNINGS, _WARNING_LENGTH = 20, 1000
 _MAX_METRICS = 200
-_FACT_LENGTH = 300
+_FACT_LENGTH = 1000
 
 _COUNTS = {
     "num_rows": "rows",
     "num_train_rows": "of them to train on",
     "num_validation_rows": "of them held out",
+    "num_views": "views of each, to train on",
+    "num_groups": "groups, none of them on both sides",
     "num_features": "columns that the head reads",
 }
 
@@ -56,7 +58,8 @@ def summary(material: Material) -> Markup:
             ("classes" if record.class_names else "numbers a row", f"{number:,}"),
             ("dataset", label(record.dataset) if record.dataset else None),
             *((name, label(value, _FACT_LENGTH)) for name, value in material.facts if value),
-            *((words, f"{metrics[name]:,.0f}") for name, words in _COUNTS.items() if name in metrics),
+            *((words, f"{metrics[name]:,.0f}") for name, words in _counts(material).items() if name in metrics),
+            ("outlier scores", "yes: model.predict(..., outliers=True)" if record.has_outlier_scores else None),
         ]
     )
     return join([_warnings(record.warnings), *measured, about, _all_scores(metrics, names) if names else None])
@@ -74,6 +77,11 @@ def data(material: Material, answers: Answers | None, gallery: Gallery) -> Marku
         title = f"True {name} of held-out rows"
         drawings.append(figure(columns(title, f"true {name}", answers.targets_NK[:, output])))
     return join([tag("div", *drawings, class_="pair"), _sampled(answers), _value_strip(material, answers, gallery)])
+
+
+def _counts(material: Material) -> Mapping[str, str]:
+    """Return what is counted, in words. The head of trained blocks reads what these make, not columns."""
+    return {name: words for name, words in _COUNTS.items() if not material.is_tuned or name != "num_features"}
 
 
 def _tile(metrics: Mapping[str, float], name: str) -> Markup:
@@ -148,10 +156,12 @@ def _class_bars(material: Material, answers: Answers) -> Markup:
         shown = sorted(shown, key=lambda one: -counts[one])[:MAX_BARS]
     rows = [(names[one], float(counts[one]), f"{counts[one]:,}") for one in shown]
     words = f"{text.amount(len(answers), 'row')}; the largest class has {max(counts):,}, the smallest {min(counts):,}."
+    if max(counts) == min(counts):
+        words = f"{text.amount(len(answers), 'row')}, {max(counts):,} of each class."
     if material.is_of_labels:
         words += " A row may be of several."
     if len(counts) > len(shown):
-        words += f" These are the {MAX_BARS} largest of {len(counts):,} classes."
+        words += f" These are {MAX_BARS} of {len(counts):,} classes, the largest first."
     return figure(bars("Held-out rows of each class", words, "held-out rows", rows, whole=True), words)
 
 
@@ -167,7 +177,8 @@ def _class_strips(material: Material, answers: Answers, gallery: Gallery) -> Mar
         strips.append(
             _strip(material.class_name(index), [int(rows[at]) for at in evenly(len(rows), STRIP_LENGTH)], gallery)
         )
-    which = f" of the {MAX_STRIPS} largest classes" if len(known) > MAX_STRIPS else ""
+    are_alike = len({counts[one] for one in known}) == 1
+    which = f" of the {MAX_STRIPS} {'first' if are_alike else 'largest'} classes" if len(known) > MAX_STRIPS else ""
     return join([tag("h3", f"Held-out pictures{which}"), tag("ul", *strips, class_="strips")])
 
 

@@ -102,9 +102,9 @@ def figure(drawing: Markup, *caption: Child) -> Markup:
     return tag("figure", tag("div", drawing, class_="scroll"), below)
 
 
-def folded(summary: str, *children: Child) -> Markup:
-    """Return what is seen once it is asked for."""
-    return tag("details", tag("summary", summary), *children)
+def folded(summary: str, *children: Child, is_rest: bool = False) -> Markup:
+    """Return what is seen once it is asked for. Of the rest of a list paper says at least that there is one."""
+    return tag("details", tag("summary", summary), *children, class_="rest" if is_rest else None)
 
 
 def document(title: str, heading: Markup, sections: Sequence[tuple[str, str, Markup]]) -> str:

@@ -21,6 +21,8 @@ _GLYPH, _WIDE_GLYPH = 6.8, 12.5
 """Widths of a character of a drawing, in its units; those of text of 12 units come to less. Chinese ones are wide."""
 
 _GAP = 8
+_LEAST = 0.85
+"""How far a drawing shrinks. Its text is of 12 pixels; beyond that it is scrolled."""
 _NUM_COLUMNS = 20
 
 
@@ -96,7 +98,7 @@ def svg(title: str, words: str, width: float, height: float, *children: Child) -
         *children,
         viewBox=f"0 0 {width:.0f} {height:.0f}",
         role="img",
-        style=f"max-width:{width:.0f}px;min-width:min({width:.0f}px,26rem)",
+        style=f"max-width:{width:.0f}px;min-width:{_LEAST * width:.0f}px",
     )
 
 

@@ -12,6 +12,7 @@ from trunkline._report.material import Material, gather
 from trunkline._report.page import Markup, document
 from trunkline._report.pictures import Gallery
 from trunkline._report.text import shorten
+from trunkline._report.tuning import tuning
 
 if TYPE_CHECKING:
     from trunkline._deadline import Deadline
@@ -41,6 +42,8 @@ def render(material: Material, gallery: Gallery) -> str:
         ("curves", "Learning curves", course.curves(material)),
         ("search", "Search", course.search(material)),
     ]
+    if material.record.fine_tuning is not None:
+        parts.append(("tuning", "Fine-tuning", tuning(material, material.record.fine_tuning)))
     if material.is_one_of:
         parts.append(("confusion", "Confusion matrix", findings.confusion(material, answers)))
     if material.is_one_of or material.is_of_labels:

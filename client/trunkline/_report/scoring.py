@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from trunkline._report import text
+from trunkline.scores import held_out_scores
 
 SCORE_NAMES = {
     "subset_accuracy": "all classes of a row right",
@@ -33,7 +34,18 @@ def score_name(name: str) -> str:
     return SCORE_NAMES.get(name, name)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return scores, the usual ones first."""
+    given = sorted(names)
+    usual = list(held_out_scores(dict.fromkeys(given, 0.0)))
+    return [*usual, *(one for one in given if one not in usual)]
+
+
 def interval(metrics: Mapping[str, float], name: str) -> str:
-    """Return the 95 % interval of a score; empty if there is none."""
+    """Return the 95 % interval of a score; empty if there is none.
+
+    One without any width comes from rows that are all alike, all right for instance, drawn again and again. It says
+    nothing of other rows.
+    """
     low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    return "" if low is None or high is None else f"{text.score(low)} to {text.score(high)}"
+    return "" if low is None or high is None or low == high else f"{text.score(low)} to {text.score(high)}"

@@ -113,12 +113,18 @@ svg .curve.s2 {{ stroke-dasharray: 2 3; }}
 svg .curve.s3 {{ stroke-dasharray: 9 3 2 3; }}
 svg .bar {{ fill: var(--c0); }}
 @media screen and (max-width: 40rem) {{
+  dl {{ grid-template-columns: minmax(5rem, 38%) 1fr; column-gap: .75rem; }}
+  th, td {{ padding-right: .75rem; }}
+  table {{ font-size: .875rem; }}
   .strips > li {{ grid-template-columns: 1fr; gap: .25rem; }}
 }}
 @media print {{
   body {{ font-size: 11pt; }}
   main {{ max-width: none; padding: 0; }}
-  nav, details:not([open]) {{ display: none; }}
+  nav, details:not([open]):not(.rest) {{ display: none; }}
+  .scroll {{ overflow: visible; }}
+  svg {{ min-width: 0 !important; max-height: 20cm; }}
+  tr {{ break-inside: avoid; }}
   h2, h3 {{ break-after: avoid; }}
   svg, .tiles li, .cards li, .warnings, .picture {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 }}

@@ -1,4 +1,4 @@
-"""Rows mixed in pairs, columns and labels alike, while a head learns.
+"""Rows mixed in pairs, columns or maps and labels alike, while a head learns.
 
 Source: Zhang, Cisse, Dauphin and Lopez-Paz 2018, "mixup: Beyond Empirical Risk Minimization".
 """
@@ -47,15 +47,16 @@ class Mix:
 class Mixer:
     """Draws how minibatches are mixed, one after another."""
 
-    def __init__(self, alpha: float, seed: int) -> None:
+    def __init__(self, alpha: float, seed: int, *place: int) -> None:
         """Prepare to draw.
 
         Args:
             alpha: Shares come from Beta(alpha, alpha): the smaller, the closer to one of the two rows.
             seed: Of everything drawn. What else is drawn while learning has streams of its own.
+            place: Where to begin, such as a step: a run that is resumed draws what it would have drawn.
         """
         self._alpha = alpha
-        self._random = np.random.default_rng([seed % 2**64, _STREAM])
+        self._random = np.random.default_rng([seed % 2**64, _STREAM, *place])
 
     def draw(self, num_rows: int, device: torch.device) -> Mix:
         """Return how the next minibatch is mixed."""

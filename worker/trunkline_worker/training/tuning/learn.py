@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from trunkline_worker.heads.artefact import load_own_state, own_state
 from trunkline_worker.heads.model import Head
 from trunkline_worker.training.fit import make_objective, target_scale
 from trunkline_worker.training.learner import speed
+from trunkline_worker.training.mixup import Mixer
 from trunkline_worker.training.objective import Objective
 from trunkline_worker.training.progress import TrainingCancelled
 from trunkline_worker.training.tuning.checkpoint import Checkpoints, Progress, progress_from_bytes, progress_to_bytes
@@ -155,16 +156,13 @@ class _Run:
         work, team, config = self._work, self._team, self._work.config
         epoch, place = divmod(self.step, work.steps_per_epoch)
         batch_B = self._order(epoch)[place * config.batch_size : (place + 1) * config.batch_size]
-        own_B = batch_B[team.rank :: team.size]
-        share = _weight(self._objective, self._truth[own_B]) / _weight(self._objective, self._truth[batch_B])
-        if len(own_B) == 0:
-            own_B, share = batch_B[:1], 0.0  # a row that does not count: all workers must take part
+        parts = self._parts(batch_B)
         self._module.train()
         self._tail.adapt_norms(adapt=config.batch_norm == BATCH_NORM_ADAPT)
-        x_BD = self._maps_ND[own_B].to(team.device, torch.float32)
+        x_BD = self._mixed_maps(parts)
         with self._precision():
             outputs_BK = self._module(x_BD)
-        loss = self._objective.loss(outputs_BK.float(), self._truth[own_B].to(team.device)) * share
+        loss = self._part_of_loss(outputs_BK.float(), parts, batch_B)
         summed = team.total(torch.stack([loss.detach().double(), loss.new_tensor(float(stop)).double()]))
         batch_loss, any_stop = summed.tolist()
         if any_stop:
@@ -259,6 +257,38 @@ class _Run:
             shuffled_N = torch.randperm(len(self._training_N), generator=generator)
             self._order_N, self._order_of = self._training_N[shuffled_N], epoch
         return self._order_N
+
+    def _parts(self, batch_B: Tensor) -> list[tuple[float, Tensor]]:
+        """Return this worker's rows of a batch, and those that they are mixed with, each with their share.
+
+        Who is mixed with whom follows from seed and step: it is the same for any number of workers, and in a run that
+        is resumed. All workers have the map of every row, so the other one may be anybody's.
+        """
+        place_B = torch.arange(len(batch_B))[self._team.rank :: self._team.size]
+        if len(place_B) == 0:
+            place_B = torch.zeros(1, dtype=torch.int64)  # a row that does not count: all workers must take part
+        alpha = self._work.spec.optimiser.mixup
+        if not alpha:
+            return [(1.0, batch_B[place_B])]
+        mix = Mixer(alpha, self._work.spec.seed, self.step).draw(len(batch_B), torch.device("cpu"))
+        return [(mix.share, batch_B[place_B]), (1.0 - mix.share, batch_B[mix.partner_B[place_B]])]
+
+    def _mixed_maps(self, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+        (share, rows), *others = parts
+        x_BD = self._maps_ND[rows].to(self._team.device, torch.float32)
+        for other_share, other_rows in others:
+            x_BD = share * x_BD + other_share * self._maps_ND[other_rows].to(self._team.device, torch.float32)
+        return x_BD
+
+    def _part_of_loss(self, outputs_BK: Tensor, parts: Sequence[tuple[float, Tensor]], batch_B: Tensor) -> Tensor:
+        """Return what this worker's rows are of the batch's loss: by each label, as much as its share and weight."""
+        counts = 1.0 if self._team.rank < len(batch_B) else 0.0
+        whole = _weight(self._objective, self._truth[batch_B])
+        loss = outputs_BK.new_zeros(())
+        for share, rows in parts:
+            part = counts * share * _weight(self._objective, self._truth[rows]) / whole
+            loss = loss + part * self._objective.loss(outputs_BK, self._truth[rows].to(self._team.device))
+        return loss
 
     def _parameters(self) -> list[Tensor]:
         return [one for group in self._optimiser.param_groups for one in group["params"]]
