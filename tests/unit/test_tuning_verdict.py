@@ -268,3 +268,15 @@ def test_models_are_compared_at_the_temperature_that_suits_each():
     assert judge(numbers + 1.0, numbers, REGRESSION, numbers).is_better
     one = judge(outputs[:1], better[:1], truth=truth[:1])
     assert not one.is_better
+    assert "too few held-out rows" in one.reason and "inf" not in one.reason
+
+
+def test_several_numbers_count_alike_whatever_they_are_measured_in():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(300, 2, generator=generator) * torch.tensor([1.0, 1000.0])
+    noise = torch.randn(300, 2, generator=generator)
+    before, after = truth + noise * torch.tensor([1.0, 10.0]), truth + noise * torch.tensor([0.1, 20.0])
+    verdict = compare(REGRESSION, "", before, after, truth, np.random.default_rng(0))
+    assert verdict.is_better and "standard deviations" in verdict.reason
+    alone = compare(REGRESSION, "", before[:, 1:], after[:, 1:], truth[:, 1:], np.random.default_rng(0))
+    assert not alone.is_better and "standard deviations" not in alone.reason

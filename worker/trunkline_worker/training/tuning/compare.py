@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
+from trunkline_worker.training.fit import target_scale
 from trunkline_worker.training.trust.bootstrap import difference
 from trunkline_worker.training.trust.calibration import fit_temperature
 
@@ -84,7 +85,8 @@ def compare(
     """Say whether one model is better than another beyond what chance explains.
 
     The 95 % interval of the mean difference over the same rows must lie above 0. Probabilities are compared at the
-    temperature that suits each best: a model is not better for having been less sure of itself.
+    temperature that suits each best: a model is not better for having been less sure of itself. Of several numbers
+    each counts in standard deviations of its own, whatever it is measured in.
 
     Args:
         task: ``classification``, ``multi_label`` or ``regression``.
@@ -98,15 +100,23 @@ def compare(
     metric = select_by if select_by in by_row else next(iter(by_row))
     if task != CLASSIFICATION:
         truth = truth.double()
+    scale_K, unit = truth.new_ones(()), ""
+    if task == REGRESSION and before_NK.shape[1] > 1 and len(truth):
+        _, scale_K = target_scale(truth)
+        truth, unit = truth / scale_K, " in standard deviations"
     values: list[Values] = []
     for outputs_NK in (before_NK, after_NK):
-        outputs_NK = outputs_NK.double() / fit_temperature(task, outputs_NK, truth)
+        outputs_NK = outputs_NK.double() / scale_K / fit_temperature(task, outputs_NK, truth)
         values.append(by_row[metric](outputs_NK, truth).numpy().astype(np.float64))
     before_N, after_N = values
     gain = float((after_N - before_N).mean()) if len(after_N) else 0.0
     interval = difference(after_N, before_N, generator)
     low, high = interval or (-np.inf, np.inf)
-    where = f"{metric} a row, {len(after_N)} held-out rows: gain {gain:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
+    where = f"{metric}{unit} a row, {len(after_N)} held-out rows: gain {gain:+.4g}"
+    if interval is None:
+        reason = f"not kept: too few held-out rows to tell a gain from chance ({where})"
+        return Verdict(False, metric, gain, low, high, reason)
+    where += f", 95 % interval {low:+.4g} to {high:+.4g}"
     if low > 0:
         reason = f"kept: better beyond chance ({where})"
     elif high < 0:
