@@ -465,8 +465,8 @@ def test_the_strength_of_wide_rows_is_chosen_by_many_of_them_held_out_once() -> 
         for rows in (6000, 1000, 400):
             training = Rows(torch.from_numpy(x[:rows]), torch.from_numpy(classes[:rows]))
             choose_l2(SPEC, "classification", training, classes[:rows], [200], progress, None, said.append)
-    assert seen == [(3000, 3, 1800), (1000, 5, 1000), (400, 5, 400)]
-    assert [(len(one.rows), len(one.log_NK)) for one in said] == [(1800, 1800), (1000, 1000), (400, 400)]
+    assert seen == [(3000, 1, 600), (1000, 3, 600), (400, 5, 400)]
+    assert [(len(one.rows), len(one.log_NK)) for one in said] == [(600, 600), (600, 600), (400, 400)]
 
 
 def test_classes_of_a_single_row_do_not_crowd_out_those_that_can_be_compared() -> None:

@@ -36,10 +36,10 @@ _L2_ROWS, _L2_CLASSES, _L2_FOLDS = 512, 256, 5
 _LEAST_L2_PICTURES = 64
 """However many views they have."""
 
-_FEW_SOFTMAX_ROWS, _MOST_SOFTMAX_ROWS, _MOST_SOFTMAX_ANSWERS, _CHEAP_CELLS = 2048, 8192, 80_000, 2**18
+_FEW_SOFTMAX_ROWS, _MOST_SOFTMAX_ROWS, _MOST_SOFTMAX_ANSWERS = 2048, 8192, 80_000
 """A softmax takes all rows up to the first, else half of them up to the second, or so many that their probabilities are
 no more than the third: where columns are many, the best strength grows with the rows, and few would tell of another
-one. Where rows times columns are more than the last, ``_L2_ROWS`` of them are held out in all, not each in turn."""
+one. About ``_L2_ROWS`` of them are held out in all, a fifth at the least, not each in turn."""
 
 L2_PER_COLUMN = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _RIDGE_STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-10, 3))
@@ -188,8 +188,7 @@ def choose_l2(
         num_folds = min(_L2_FOLDS, some.num_groups)
         folds_P = folds(sample_classes_P, some.count, num_folds, random_stream(spec.seed, FOLDS), some.groups_P)
         if is_softmax:
-            cheap, enough = _L2_FOLDS * _CHEAP_CELLS / x_ND.numel(), _L2_ROWS * num_folds / some.count
-            folds_P[folds_P >= max(cheap, enough)] = -1
+            folds_P[folds_P >= max(1, round(_L2_ROWS * num_folds / some.count))] = -1
         held_P = torch.from_numpy(folds_P >= 0).to(x_ND.device)
         folds_N = some.spread(torch.from_numpy(folds_P)).to(x_ND.device)
         scored_N = some.scored(x_ND.device)
