@@ -13,15 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from common import digits, report, summary
 from torch import Tensor
 from torch.nn import functional
-from trunkline_wire.heads import CLASSIFICATION, REGRESSION
+from trunkline_wire.fits import SweepConfig
+from trunkline_wire.heads import CLASSIFICATION, MLP, REGRESSION, HeadConfig
 from trunkline_wire.specs import SliceSpec
 from trunkline_worker.heads.inputs import HeadInput
+from trunkline_worker.store.records import JobSpec
+from trunkline_worker.training.loop import Labels, Source, train_head
 from trunkline_worker.training.softmax import fit_softmax, prepare_softmax
 from trunkline_worker.training.split import FOLDS, folds, random_stream
 from trunkline_worker.training.standardise import standardisation
@@ -35,6 +39,10 @@ SLICE_WIDTH = 320
 NAMES = ("one", "two", "three", "four")
 SETS = (NAMES, NAMES[:2], NAMES[2:], NAMES[3:])
 STRENGTHS = tuple(float(one) for one in np.logspace(-1, -4, 16))
+STRENGTHS_ALL = tuple(one * len(NAMES) * SLICE_WIDTH for one in STRENGTHS)
+RATES = tuple(float(one) for one in np.logspace(-3.5, -1.5, 8))
+DECAYS = tuple(float(one) for one in np.logspace(-2, -0.5, 8))
+MLPS = {"head": HeadConfig(MLP, (32,)), "solver": "adamw"}
 GROWTH_ROWS = (1_000, 10_000, 100_000)
 GROWTH_COLUMNS = 64
 MLP_COLUMNS = 64
@@ -148,6 +156,25 @@ def alone_loop(x_ND: Tensor, classes_N: Tensor, one: Configuration) -> Spent:
     return watch.spent()
 
 
+def whole_job(
+    x_ND: Tensor, slices: Sequence[SliceSpec], classes_N: Tensor, tried: SweepConfig, **changes: Any
+) -> Spent:
+    """Return what a job takes that searches: its search, the winner's fits, and what the model says of itself."""
+    spec = JobSpec(
+        "m", "d", "b", 0, embedding="slices", slices=tuple(one.name for one in slices), sweep=tried, **changes
+    )
+    labels = Labels(tuple("0123456789"), classes_N.numpy())
+    watch = Watch()
+    train_head(
+        [Source("b", x_ND.numpy(), tuple(slices))],
+        labels,
+        spec,
+        on_event=lambda event: None,
+        should_stop=lambda: False,
+    )
+    return watch.spent()
+
+
 def linear_configurations(widths: dict[str, int]) -> list[Configuration]:
     """Return 64 configurations: 4 sets of slices times 16 strengths, which grow with the columns."""
     return [Configuration(one, l2 * sum(widths[name] for name in one)) for one in SETS for l2 in STRENGTHS]
@@ -155,10 +182,7 @@ def linear_configurations(widths: dict[str, int]) -> list[Configuration]:
 
 def mlp_configurations(names: Sequence[str]) -> list[Configuration]:
     """Return 64 configurations: 8 learning rates times 8 decays of AdamW's."""
-    rates, strengths = np.logspace(-3.5, -1.5, 8), np.logspace(-2, -0.5, 8)
-    return [
-        Configuration(tuple(names), float(l2), (32,), learning_rate=float(rate)) for rate in rates for l2 in strengths
-    ]
+    return [Configuration(tuple(names), l2, (32,), learning_rate=rate) for rate in RATES for l2 in DECAYS]
 
 
 def compare(
@@ -235,6 +259,12 @@ def main() -> None:
             arguments.rounds,
         ),
         compare(
+            "the same, the whole job",
+            lambda: whole_job(x_ND, slices, classes_N, SweepConfig(l2=STRENGTHS_ALL[8:9], embeddings=SETS[:1])),
+            lambda: whole_job(x_ND, slices, classes_N, SweepConfig(l2=STRENGTHS_ALL, embeddings=SETS)),
+            arguments.rounds,
+        ),
+        compare(
             "the same, beside one configuration fold by fold as jobs train",
             lambda: plain_loop(x_ND, classes_N, list(widths.values()), single.l2),
             lambda: sweep(x_ND, slices, classes_N, linear)[0],
@@ -258,6 +288,12 @@ def main() -> None:
             f"MLP of 32 units, {MLP_COLUMNS} columns",
             lambda: sweep(pixels_ND, few, classes_N, mlps[27:28])[0],
             lambda: sweep(pixels_ND, few, classes_N, mlps)[0],
+            arguments.rounds,
+        ),
+        compare(
+            "the same, the whole job",
+            lambda: whole_job(pixels_ND, few, classes_N, SweepConfig(l2=DECAYS[3:4], learning_rate=RATES[3:4]), **MLPS),
+            lambda: whole_job(pixels_ND, few, classes_N, SweepConfig(l2=DECAYS, learning_rate=RATES), **MLPS),
             arguments.rounds,
         ),
         compare(
@@ -301,8 +337,9 @@ def main() -> None:
             f"1,797 digits. Linear: {len(SETS)} sets of slices of 1,280, 640, 640 and 320 columns times "
             f"{len(STRENGTHS)} strengths; one configuration reads all 1,280. MLPs: 8 learning rates times 8 weight "
             "decays; all 64 are trained on the first fold for a fifth of the epochs, and the best 6 cross-validated "
-            f"in full, as the one configuration is. {arguments.rounds} rounds for the first line of each, one for the "
-            f"others: median (least to most), ratios within a round. Threads: {torch.get_num_threads()}.",
+            "in full, as the one configuration is. A whole job holds rows out, searches, fits what wins twice, and "
+            f"measures, calibrates and looks for doubts. {arguments.rounds} rounds for the first two lines of each, one "
+            f"for the others: median (least to most), ratios within a round. Threads: {torch.get_num_threads()}.",
             "",
             "What dropping early finds: cross-entropy, lower is better, of a cross-validation in which nothing was "
             "dropped, on random parts of the digits. Both winners are the simplest within one standard error of the "

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 from trunkline_worker.training.fit import smooth_labels, target_scale
@@ -26,8 +25,8 @@ from trunkline_worker.training.sweep.rows import FoldedRows, HeldOut, Result, by
 from trunkline_worker.training.sweep.search import Search
 from trunkline_worker.training.weighing import class_weights, label_weights
 
-# Shape suffix legend: N = rows, R = coordinates, P = problems, K = outputs of one problem, Q = directions of known
-# curvature, V = numbers of one problem, F = folds, M = outputs
+# Shape suffix legend: N = rows, R = coordinates, V = R + 1, the intercept last, P = problems, K = outputs of a problem,
+# F = folds, M = outputs
 
 _TOLERANCE = 1e-4
 """Promised decrease, relative to the objective, at which a problem counts as solved."""
@@ -43,23 +42,28 @@ _PORTION_CELLS = {"cpu": 2**19, "": 2**26}
 """Logits that are held at once: on a processor, what its cache holds."""
 
 Losses = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
-"""Logits of some rows, (N, P, K), and which rows they are, to the loss, (N, P), its slopes and its curvatures, (N, P,
-K)."""
+"""Logits of some rows, (P, K, N), which it may overwrite, and which rows they are, to the loss, (P, N), its slopes and
+its curvatures, (P, K, N). Rows come last: sums over classes are then sums of long vectors."""
 
 
 def softmax_losses(classes_N: Tensor, smoothing: float = 0.0) -> Losses:
     """Cross-entropy, in nats, of one class a row. ``smoothing`` is the share of a label that all classes get."""
 
-    def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_NPK = logits_NPK.log_softmax(dim=2)
-        index_NP1 = classes_N[rows, None, None].expand(-1, logits_NPK.shape[1], 1)
-        loss_NP = -log_NPK.gather(2, index_NP1).squeeze(2)
+    def losses(work_PKN: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        num_problems, num_classes, _ = work_PKN.shape
+        index_P1N = classes_N[rows].expand(num_problems, 1, -1)
+        work_PKN -= work_PKN.amax(dim=1, keepdim=True)
+        loss_PN = -work_PKN.gather(1, index_P1N).squeeze(1)
         if smoothing:
-            loss_NP = (1.0 - smoothing) * loss_NP - smoothing * log_NPK.mean(dim=2)
-        probability_NPK = log_NPK.exp_()
-        target_NK = functional.one_hot(classes_N[rows], logits_NPK.shape[2]).to(logits_NPK)
-        target_NK = target_NK * (1.0 - smoothing) + smoothing / logits_NPK.shape[2]
-        return loss_NP, probability_NPK - target_NK[:, None], probability_NPK * (1 - probability_NPK)
+            loss_PN = (1.0 - smoothing) * loss_PN - smoothing * work_PKN.mean(dim=1)
+        total_PN = work_PKN.exp_().sum(dim=1)
+        loss_PN += total_PN.log()
+        work_PKN /= total_PN[:, None]
+        curvature_PKN = work_PKN - work_PKN.square()
+        if smoothing:
+            work_PKN -= smoothing / num_classes
+        work_PKN.scatter_add_(1, index_P1N, work_PKN.new_tensor(smoothing - 1.0).expand(index_P1N.shape))
+        return loss_PN, work_PKN, curvature_PKN
 
     return losses
 
@@ -67,10 +71,10 @@ def softmax_losses(classes_N: Tensor, smoothing: float = 0.0) -> Losses:
 def outputwise_losses(truth_NM: Tensor, label_P: Tensor, loss: Loss) -> Losses:
     """What each output costs for itself: one output a problem."""
 
-    def losses(logits_NPK: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        truth_NP = truth_NM[rows][:, label_P].to(logits_NPK)
-        loss_NP, slope_NP, curvature_NP = loss(logits_NPK.squeeze(2), truth_NP)
-        return loss_NP, slope_NP[:, :, None], curvature_NP[:, :, None]
+    def losses(logits_PKN: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        truth_NP = truth_NM[rows][:, label_P].to(logits_PKN)
+        loss_NP, slope_NP, curvature_NP = loss(logits_PKN.squeeze(1).T, truth_NP)
+        return loss_NP.T, slope_NP.T[:, None], curvature_NP.T[:, None]
 
     return losses
 
@@ -78,69 +82,66 @@ def outputwise_losses(truth_NM: Tensor, label_P: Tensor, loss: Loss) -> Losses:
 def solve(
     design: Design,
     losses: Losses,
-    weights_NP: Tensor,
+    weights_PN: Tensor,
     l2: float,
-    start_PRK: Tensor,
+    start_PKV: Tensor,
     search: Search,
     *,
     check: Callable[[], None],
 ) -> Tensor:
-    """Solve problems that share the rows' coordinates and the penalty. The last row of (R + 1, K) holds the intercepts.
+    """Solve problems that share the rows' coordinates and the penalty.
 
     Args:
         design: What ``prepare`` returned.
         losses: What the logits cost.
-        weights_NP: How much each row counts.
+        weights_PN: How much each row counts.
         l2: Penalty.
-        start_PRK: Where to start.
+        start_PKV: Where to start.
         search: What is known of the curvature.
         check: Called between steps; may raise to stop.
     """
     x_NR = design.x_NR
-    shape = num_problems, _, num_outputs = start_PRK.shape
-    total_P = weights_NP.sum(dim=0)
-    share_P = total_P / len(x_NR)
+    shape = num_problems, num_outputs, _ = start_PKV.shape
+    total_P = weights_PN.sum(dim=1)
+    share_P1 = total_P[:, None] / len(x_NR)
     known = design.curvature
     ridge = l2 + known.floor
     portion_cells = by_device(_PORTION_CELLS, x_NR.device)
-    slope_PK = torch.empty_like(start_PRK[:, 0])
+    slope_PK = torch.empty_like(start_PKV[:, :, 0])
 
-    def objective(flat_PV: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal slope_PK
-        b_PRK = flat_PV.view(shape)
-        side_by_side_RV = b_PRK[:, :-1].transpose(0, 1).flatten(1)
-        gradient_RV = torch.zeros_like(side_by_side_RV)
-        bias_V = b_PRK[:, -1].flatten()
-        bias_gradient_PK, curvature_PK = torch.zeros_like(b_PRK[:, -1]), torch.zeros_like(b_PRK[:, -1])
-        value_P = 0.5 * l2 * b_PRK[:, :-1].square().sum(dim=(1, 2))
+        b_PKV = flat.view(shape)
+        weights_PKR, bias_PK = b_PKV[:, :, :-1], b_PKV[:, :, -1]
+        side_by_side = weights_PKR.flatten(0, 1)
+        gradient_PKV = torch.zeros_like(b_PKV)
+        curvature_PK = torch.zeros_like(bias_PK)
+        summed = torch.zeros_like(side_by_side)
+        value_P = 0.5 * l2 * weights_PKR.square().sum(dim=(1, 2))
         for rows in portions(len(x_NR), portion_cells // (num_problems * num_outputs)):
-            logits_NPK = torch.addmm(bias_V, x_NR[rows], side_by_side_RV).view(-1, num_problems, num_outputs)
-            loss_NP, residual_NPK, curvature_NPK = losses(logits_NPK, rows)
-            count_NP = weights_NP[rows]
-            residual_NPK *= count_NP[:, :, None]
-            value_P += (loss_NP * count_NP).sum(dim=0)
-            curvature_PK += (curvature_NPK * count_NP[:, :, None]).sum(dim=0)
-            bias_gradient_PK += residual_NPK.sum(dim=0)
-            gradient_RV.addmm_(x_NR[rows].T, residual_NPK.flatten(1))
+            logits_PKN = torch.addmm(bias_PK.reshape(-1, 1), side_by_side, x_NR[rows].T).unflatten(0, bias_PK.shape)
+            loss_PN, residual_PKN, curvature_PKN = losses(logits_PKN, rows)
+            count_PN = weights_PN[:, rows]
+            residual_PKN = residual_PKN * count_PN[:, None]
+            value_P += (loss_PN * count_PN).sum(dim=1)
+            curvature_PK += (curvature_PKN * count_PN[:, None]).sum(dim=2)
+            gradient_PKV[:, :, -1] += residual_PKN.sum(dim=2)
+            summed.addmm_(residual_PKN.flatten(0, 1), x_NR[rows])
         slope_PK = (curvature_PK / total_P[:, None]).clamp(min=_MIN_SLOPE)
-        gradient_PRK = torch.empty_like(b_PRK)
-        gradient_PRK[:, :-1] = gradient_RV.unflatten(1, (num_problems, num_outputs)).transpose(0, 1)
-        gradient_PRK[:, :-1] += l2 * b_PRK[:, :-1]
-        gradient_PRK[:, -1] = bias_gradient_PK
-        return value_P, gradient_PRK.flatten(1)
+        gradient_PKV[:, :, :-1] = torch.add(summed.view_as(weights_PKR), weights_PKR, alpha=l2)
+        return value_P, gradient_PKV.flatten(1)
 
-    def precondition(flat_PV: Tensor) -> Tensor:
-        b_PRK = flat_PV.view(shape)
-        result_PRK = torch.empty_like(b_PRK)
-        scaled_PKR = known.precondition(b_PRK[:, :-1].transpose(1, 2), slope_PK * share_P[:, None], ridge)
-        result_PRK[:, :-1] = scaled_PKR.transpose(1, 2)
-        result_PRK[:, -1] = b_PRK[:, -1] / (total_P[:, None] * slope_PK)
-        return result_PRK.flatten(1)
+    def precondition(flat: Tensor) -> Tensor:
+        b_PKV = flat.view(shape)
+        result_PKV = torch.empty_like(b_PKV)
+        result_PKV[:, :, :-1] = known.precondition(b_PKV[:, :, :-1], slope_PK * share_P1, ridge)
+        result_PKV[:, :, -1] = b_PKV[:, :, -1] / (total_P[:, None] * slope_PK)
+        return result_PKV.flatten(1)
 
-    solution_PV = search.minimise(
-        objective, start_PRK.flatten(1), precondition=precondition, on_step=check, tolerance=_TOLERANCE
+    solution = search.minimise(
+        objective, start_PKV.flatten(1), precondition=precondition, on_step=check, tolerance=_TOLERANCE
     )
-    return solution_PV.view(shape)
+    return solution.view(shape)
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ class _Family:
     Attributes:
         fold_P: Which fold each leaves out.
         label_P: Which label it is about; all 0 for classes.
-        start_PRK: Where to start: with what no feature tells.
+        start_PKV: Where to start: with what no feature tells.
     """
 
     fold_P: Tensor
     label_P: Tensor
-    start_PRK: Tensor
+    start_PKV: Tensor
 
     @classmethod
     def of(cls, rows: FoldedRows, design: Design) -> _Family:
@@ -169,10 +170,10 @@ class _Family:
             bias_PK = (counts_K.log() - counts_K.log().mean()).repeat(num_folds, 1)
         else:
             bias_PK = torch.cat([log_odds(rows.truth[training]) for training in rows.folds.training])[:, None]
-        start_PRK = design.x_NR.new_zeros((num_folds * num_labels, design.x_NR.shape[1] + 1, bias_PK.shape[1]))
-        start_PRK[:, -1] = bias_PK.to(start_PRK)
+        start_PKV = design.x_NR.new_zeros((num_folds * num_labels, bias_PK.shape[1], design.x_NR.shape[1] + 1))
+        start_PKV[:, :, -1] = bias_PK.to(start_PKV)
         fold_P = torch.arange(num_folds, device=device).repeat_interleave(num_labels)
-        return cls(fold_P, torch.arange(num_labels, device=device).repeat(num_folds), start_PRK)
+        return cls(fold_P, torch.arange(num_labels, device=device).repeat(num_folds), start_PKV)
 
 
 def linear_outputs(
@@ -197,29 +198,30 @@ def linear_outputs(
         mean_M, scale_M = target_scale(rows.truth)
         rows = replace(rows, truth=((rows.truth.double() - mean_M) / scale_M).float())
     family = _Family.of(rows, design)
-    penalised_RK = torch.ones_like(family.start_PRK[0])
-    penalised_RK[-1] = 0.0
+    penalised_KV = torch.ones_like(family.start_PKV[0])
+    penalised_KV[:, -1] = 0.0
     parts = list(
-        portions(len(family.start_PRK), _SEARCH_BYTES // (4 * (_VECTORS * penalised_RK.numel() + len(design.x_NR))))
+        portions(len(family.start_PKV), _SEARCH_BYTES // (4 * (_VECTORS * penalised_KV.numel() + len(design.x_NR))))
     )
     row_weights = _RowWeights(rows)
-    path, search = Path(family.start_PRK), Search()
+    held_out = [design.x_NR[held] for held in rows.folds.held]
+    path, search = Path(family.start_PKV), Search()
     order = sorted(range(len(strengths)), key=lambda one: -strengths[one])
     for done, number in enumerate(order):
         # Two classes have two weight vectors, of opposite sign: see `softmax`.
         l2 = strengths[number] * (2 if rows.task == CLASSIFICATION and rows.num_outputs == 2 else 1)
         if done:
-            search.shift(l2 - path.l2, penalised_RK.flatten())
-        start_PRK = path.start(l2)
-        solution_PRK = torch.empty_like(start_PRK)
+            search.shift(l2 - path.l2, penalised_KV.flatten())
+        start_PKV = path.start(l2)
+        solution_PKV = torch.empty_like(start_PKV)
         for part in parts:
             if len(parts) > 1:
                 search = Search()  # what is remembered is the most of the memory: parts that take turns begin without
             losses = _losses(rows, family.label_P[part])
-            weights_NP = row_weights.of(family.fold_P[part], family.label_P[part])
-            solution_PRK[part] = solve(design, losses, weights_NP, l2, start_PRK[part], search, check=check)
-        path.add(l2, solution_PRK)
-        yield number, [one * scale_M.to(one) + mean_M.to(one) for one in _held_out(design, rows, solution_PRK)]
+            weights_PN = row_weights.of(family.fold_P[part], family.label_P[part])
+            solution_PKV[part] = solve(design, losses, weights_PN, l2, start_PKV[part], search, check=check)
+        path.add(l2, solution_PKV)
+        yield number, [one * scale_M.to(one) + mean_M.to(one) for one in _outputs(held_out, solution_PKV)]
         tell((done + 1) / len(order))
 
 
@@ -253,12 +255,12 @@ class _RowWeights:
         self._sides_FM = [torch.stack(one).to(rows.x_ND) for one in zip(*sides, strict=True)]
 
     def of(self, fold_P: Tensor, label_P: Tensor) -> Tensor:
-        """Return the weights of problems, (N, P)."""
-        weights_NP = self._training_FN[fold_P].T
+        """Return the weights of problems, (P, N)."""
+        weights_PN = self._training_FN[fold_P]
         if self._sides_FM:
             present_P, absent_P = (one_FM[fold_P, label_P] for one_FM in self._sides_FM)
-            weights_NP = weights_NP * torch.where(self._truth[:, label_P] > 0.5, present_P, absent_P)
-        return weights_NP.contiguous()
+            weights_PN = weights_PN * torch.where(self._truth[:, label_P] > 0.5, present_P, absent_P).T
+        return weights_PN.contiguous()
 
 
 def _single_precision(design: Design) -> Design:
@@ -291,20 +293,21 @@ class Path:
         """Go on along the last two solutions, by the logarithm of the strength, but no further than they are apart."""
         if len(self._solved) < 2:
             return self._solved[-1][1] if self._solved else self._start
-        (before, before_PRK), (last, last_PRK) = self._solved
+        (before, before_PKV), (last, last_PKV) = self._solved
         if before <= last:
-            return last_PRK
+            return last_PKV
         ahead = math.log(last / l2) / math.log(before / last) if l2 > 0 else 1.0
-        return last_PRK + min(1.0, ahead) * (last_PRK - before_PRK)
+        return last_PKV + min(1.0, ahead) * (last_PKV - before_PKV)
 
-    def add(self, l2: float, solution_PRK: Tensor) -> None:
+    def add(self, l2: float, solution_PKV: Tensor) -> None:
         """Take a solution; the one before the last is forgotten."""
-        self._solved = [*self._solved[-1:], (l2, solution_PRK)]
+        self._solved = [*self._solved[-1:], (l2, solution_PKV)]
 
 
-def _held_out(design: Design, rows: FoldedRows, solved_PRK: Tensor) -> HeldOut:
+def _outputs(held_out: Sequence[Tensor], solved_PKV: Tensor) -> HeldOut:
+    """Return what the heads of each fold say of the rows that it holds out."""
     outputs = []
-    for held, of_fold_PRK in zip(rows.folds.held, solved_PRK.chunk(len(rows.folds)), strict=True):
-        b_RM = of_fold_PRK.transpose(0, 1).flatten(1)
-        outputs.append(torch.addmm(b_RM[-1], design.x_NR[held], b_RM[:-1]))
+    for x_NR, of_fold_PKV in zip(held_out, solved_PKV.chunk(len(held_out)), strict=True):
+        b_MV = of_fold_PKV.flatten(0, 1)
+        outputs.append(torch.addmm(b_MV[:, -1], x_NR, b_MV[:, :-1].T))
     return outputs
