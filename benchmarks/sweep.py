@@ -338,8 +338,8 @@ def main() -> None:
             f"{len(STRENGTHS)} strengths; one configuration reads all 1,280. MLPs: 8 learning rates times 8 weight "
             "decays; all 64 are trained on the first fold for a fifth of the epochs, and the best 6 cross-validated "
             "in full, as the one configuration is. A whole job holds rows out, searches, fits what wins twice, and "
-            f"measures, calibrates and looks for doubts. {arguments.rounds} rounds for the first two lines of each, one "
-            f"for the others: median (least to most), ratios within a round. Threads: {torch.get_num_threads()}.",
+            f"measures, calibrates and looks for doubts. {arguments.rounds} rounds for the first two lines of each, "
+            f"one for the others: median (least to most), ratios within a round. Threads: {torch.get_num_threads()}.",
             "",
             "What dropping early finds: cross-entropy, lower is better, of a cross-validation in which nothing was "
             "dropped, on random parts of the digits. Both winners are the simplest within one standard error of the "
