@@ -160,9 +160,9 @@ def whole_job(
     x_ND: Tensor, slices: Sequence[SliceSpec], classes_N: Tensor, tried: SweepConfig, **changes: Any
 ) -> Spent:
     """Return what a job takes that searches: its search, the winner's fits, and what the model says of itself."""
-    spec = JobSpec(
-        "m", "d", "b", 0, embedding="slices", slices=tuple(one.name for one in slices), sweep=tried, **changes
-    )
+    if not tried.embeddings:
+        changes |= {"embedding": "slices", "slices": tuple(one.name for one in slices)}
+    spec = JobSpec("m", "d", "b", 0, sweep=tried, **changes)
     labels = Labels(tuple("0123456789"), classes_N.numpy())
     watch = Watch()
     train_head(
