@@ -4,7 +4,7 @@ import contextlib
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 SEVERAL_PROCESSES = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several processes that share the tests."""
@@ -14,7 +14,7 @@ if SEVERAL_PROCESSES:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The machine is shared with clusters under test: how long one example takes says nothing.
-settings.register_profile("trunkline", deadline=None)
+settings.register_profile("trunkline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("trunkline")
 
 _END_OF_CLUSTER = pytest.StashKey[contextlib.ExitStack]()
