@@ -48,8 +48,8 @@ def test_a_run_of_two_workers_goes_on_after_one_is_killed_and_is_served(cluster,
     job = client.train(rows, name="fine-tuned", embedding="pooled", validation=0.4, fine_tune=tuning, refit=False)
     killed, resumed = None, ""
     for event in job.events(timeout_s=500):
-        # Past the first checkpoint, which is at step 10.
-        if killed is None and event.phase == "tune" and event.metrics.get("step", 0) > 12:
+        # Well past the first checkpoint, at step 10 of 102: Ray Train's controller asks for them now and then only.
+        if killed is None and event.phase == "tune" and event.metrics.get("step", 0) > 35:
             killed = sorted(train_workers(cluster) - lanes)
             assert len(killed) == 2, cluster.titles()
             os.kill(killed[1], signal.SIGKILL)
