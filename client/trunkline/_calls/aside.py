@@ -43,8 +43,9 @@ def read_aside(open_call: Callable[[], Any]) -> Iterator[Any]:
         except Exception as error:
             messages.put(_End(error))
 
-    threading.Thread(target=read, name="trunkline-read", daemon=True).start()
     try:
+        # In here: starting one waits for it, and may be interrupted as well.
+        threading.Thread(target=read, name="trunkline-read", daemon=True).start()
         while not isinstance(message := messages.get(), _End):
             yield message
         if message.error is not None:
