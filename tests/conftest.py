@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +19,14 @@ settings.register_profile("trunkline", deadline=None, suppress_health_check=[Hea
 settings.load_profile("trunkline")
 
 _END_OF_CLUSTER = pytest.StashKey[contextlib.ExitStack]()
+
+
+@pytest.fixture
+def terminal():
+    """Have SIGINT interrupt, as at a terminal: whatever a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

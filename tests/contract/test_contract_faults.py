@@ -271,7 +271,7 @@ class TestJobs:
         fake.faults.hold_jobs.set()
         assert job.result(20).name == "m"
 
-    def test_interrupting_says_that_the_job_goes_on(self, fake, fake_client, pictures, capsys):
+    def test_interrupting_says_that_the_job_goes_on(self, fake, fake_client, pictures, capsys, terminal):
         fake.faults.hold_jobs = threading.Event()
         job = fake_client.train(fake_client.upload(*pictures(6), name="d"), name="m")
         main = threading.main_thread().ident

@@ -59,7 +59,7 @@ def test_leaving_ends_the_call() -> None:
     assert call.cancelled.is_set()
 
 
-def test_leaving_ends_a_call_that_is_not_open_yet() -> None:
+def test_leaving_ends_a_call_that_is_not_open_yet(terminal: None) -> None:
     call, opening, may_open = Call(waits=True), threading.Event(), threading.Event()
 
     def open_call() -> Call:
