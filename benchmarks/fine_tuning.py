@@ -67,7 +67,7 @@ def train(
         cut = spec.cut(tuning.cut)
         assert cut is not None
         trainer = LocalTailTrainer(backbone, lambda name: rows.maps[labelled])
-        tail = TailSource(cut.name, cut.slices, cut.map_shape, trainer)
+        tail = TailSource(cut, trainer)
     return train_head(
         [Source(BACKBONE, rows.embedding[labelled].numpy(), spec.slices)],
         Labels(tuple(map(str, range(10))), rows.classes[labelled], None),

@@ -14,6 +14,9 @@ MAP_KIND = "map"
 """Slices of this kind, ``TAP.map``, are the features at a tap themselves, unpooled. No embedding holds them: they are
 asked for alone, for any cut that is a map and is not before the one where rows enter."""
 
+TOKENS_KIND = "tokens"
+"""Slices of this kind, ``TAP.tokens``, are such features with the tokens that stand for no place, which a map lacks."""
+
 POOLED = "pooled"
 """The slice of the last layer: what enters the network's own classifier."""
 
@@ -117,6 +120,24 @@ class CutSpec:
     int8_fingerprint: str = ""
     map_shape: tuple[int, ...] = ()
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of all of the features, channels first: the map's, where all is in it.
+
+        Tokens that stand for no place, such as a class token, are in no map: with them it is channels, tokens and 1.
+        Empty where the places form no map.
+        """
+        if self.map_shape and len(self.feature_shape) == 2:
+            tokens, channels = self.feature_shape
+            if tokens > math.prod(self.map_shape[1:]):
+                return (channels, tokens, 1)
+        return self.map_shape
+
+    @property
+    def whole_slice(self) -> str:
+        """Name of the slice that is all of the features: the map, or the tokens."""
+        return map_slice(self.name) if self.whole_shape == self.map_shape else tokens_slice(self.name)
+
     def precision_of(self, fingerprint: str) -> str | None:
         """Return which stem makes features of that fingerprint: ``float32``, ``int8``, or None for no stem of this."""
         if fingerprint == self.fingerprint:
@@ -178,11 +199,19 @@ class BackboneSpec:
 
     def slice_width(self, name: str) -> int | None:
         """Return the columns of a slice, maps included, or None if there is none of that name."""
-        tap = map_tap(name)
-        if tap is not None:
-            cut = self.cut(tap)
-            return math.prod(cut.map_shape) if cut is not None and cut.map_shape else None
+        if map_tap(name) is not None:
+            shape = self.map_shape(name)
+            return math.prod(shape) if shape else None
         return next((one.width for one in self.slices if one.name == name), None)
+
+    def map_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a slice that is the map at a tap, or its tokens; empty where there is none such."""
+        cut = self.cut(map_tap(name) or "")
+        if cut is None:
+            return ()
+        if name == map_slice(cut.name):
+            return cut.map_shape
+        return cut.whole_shape if name == cut.whole_slice else ()
 
     def space(self, cut: CutSpec, precision: str = "float32") -> FeatureSpace:
         """Return the feature space at a cut, of features that the stem of that precision makes."""
@@ -328,10 +357,15 @@ def map_slice(tap: str) -> str:
     return f"{tap}.{MAP_KIND}"
 
 
+def tokens_slice(tap: str) -> str:
+    """Return the name of the slice that is all tokens at a tap, those included that stand for no place."""
+    return f"{tap}.{TOKENS_KIND}"
+
+
 def map_tap(name: str) -> str | None:
-    """Return the tap whose map a slice is, or None if it is a pooled one."""
+    """Return the tap whose map, or tokens, a slice is, or None if it is a pooled one."""
     tap, dot, kind = name.rpartition(".")
-    return tap if dot and kind == MAP_KIND else None
+    return tap if dot and kind in (MAP_KIND, TOKENS_KIND) else None
 
 
 def local_fingerprint(model_sha256: str, inputs: str, width: int) -> str:

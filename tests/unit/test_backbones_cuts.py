@@ -370,6 +370,33 @@ def test_the_map_of_tokens_leaves_out_those_that_stand_for_no_place() -> None:
     torch.testing.assert_close(from_before, at_the_cut)
 
 
+def test_all_tokens_are_a_slice_of_their_own() -> None:
+    backbone = _backbone(Tokens())
+    spec = backbone.describe()
+    cut = spec.cut("layers.2")
+    assert cut is not None
+    assert (cut.whole_slice, cut.whole_shape) == ("layers.2.tokens", (16, 17, 1))
+    assert (spec.slice_width("layers.2.tokens"), spec.slice_width("layers.2.map")) == (17 * 16, 16 * 16)
+    with torch.inference_mode():
+        tokens = backbone.stem("layers.2")(sample_images(2, SIZE))
+        at_the_cut = backbone.trunk("layers.2", "layers.2.tokens")(tokens)
+        from_before = backbone.trunk("layers.0", "layers.2.tokens")(backbone.stem("layers.0")(sample_images(2, SIZE)))
+    torch.testing.assert_close(at_the_cut, tokens.transpose(1, 2).flatten(1))
+    torch.testing.assert_close(from_before, at_the_cut)
+    with pytest.raises(WireError, match="no places that form a map"):
+        backbone.trunk("input", "input.tokens")
+
+
+def test_where_all_is_in_the_map_there_are_no_tokens() -> None:
+    spec = _backbone(ChannelsLast()).describe()
+    cut = spec.cut("second")
+    assert cut is not None
+    assert (cut.whole_slice, cut.whole_shape) == ("second.map", (12, 16, 16))
+    assert spec.slice_width("second.tokens") is None
+    assert spec.slice_width("nowhere.tokens") is None
+    assert spec.cuts[0].whole_shape == ()
+
+
 def test_the_map_of_channels_last_features_has_its_channels_first() -> None:
     backbone = _backbone(ChannelsLast())
     assert backbone.describe().cut("second").map_shape == (12, 16, 16)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_backbones import SIZE, small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import map_slice
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.lora import add_lora, merge_lora
 
@@ -13,8 +14,10 @@ IMAGES = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8, generator=
 
 
 def maps(backbone, cut):
+    """Return all of the features at a cut, as a tail reads them."""
+    whole = backbone.describe().cut(cut).whole_slice
     with torch.no_grad():
-        return backbone.trunk("input", cut)(IMAGES)
+        return backbone.trunk("input", cut if whole == map_slice(cut) else whole)(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,8 @@ def maps(backbone, cut):
         ("places", "blocks.1", 2),
         ("large", "shrink", 0),
         ("deep", "second", 0),
+        ("tokens", "layers.0", 0),
+        ("tokens", "layers.2", 2),
     ],
 )
 def test_it_starts_as_what_the_backbone_says(kind, cut, rank):

@@ -16,6 +16,7 @@ from trunkline_worker.training.progress import TrainingCancelled
 from trunkline_worker.training.tuning.checkpoint import NoCheckpoints, progress_from_bytes
 from trunkline_worker.training.tuning.learn import learn
 from trunkline_worker.training.tuning.team import Alone, TorchTeam
+from trunkline_worker.training.tuning.tune import TailSource
 from trunkline_worker.training.tuning.work import StartHead, TuningWork, filled_in
 
 NUM_ROWS = 37
@@ -51,7 +52,7 @@ def work_for(task=CLASSIFICATION, *, kind="places", cut=CUT, slices=SLICES, num_
         spec=job,
         task=task,
         slices=slices,
-        map_shape=spec.cut(cut).map_shape,
+        head_input=TailSource(spec.cut(cut), trainer=None).input,
         start=StartHead(
             np.zeros(width, np.float32),
             np.full(width, 0.2, np.float32),

@@ -48,10 +48,28 @@ class _Blocks(nn.Sequential):
         self.mean, self.flat, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
 
 
-def make_backbone():
+class _Tokens(nn.Module):
+    """The same for tokens, of which the first stands for no place, and says what the picture is."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.patch = nn.Identity()
+        layers = (nn.TransformerEncoderLayer(8, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(3))
+        self.blocks = nn.Sequential(*layers)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.head(self.blocks(self.patch(x))[:, 0])
+
+
+def make_backbone(kind=_Blocks):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = _Blocks()
+        network = kind()
     preprocessing = Preprocessing(SIZE, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     return Backbone("blocks", network, preprocessing, WeightsInfo("random", pretrained=False), sha256_of(network))
 
@@ -59,8 +77,8 @@ def make_backbone():
 class Bench:
     """Pictures of two classes, what a small backbone makes of them, and who trains its last blocks."""
 
-    def __init__(self):
-        self.backbone = make_backbone()
+    def __init__(self, kind=_Blocks):
+        self.backbone = make_backbone(kind)
         self.spec = self.backbone.describe()
         generator = torch.Generator().manual_seed(3)
         bright_N3 = torch.rand((NUM_ROWS, 3), generator=generator)
@@ -71,12 +89,13 @@ class Bench:
         self.images = images.to(torch.uint8)
         with torch.no_grad():
             self.embedding = self.backbone.trunk("input")(self.images)
-            self.maps = self.backbone.trunk("input", CUT)(self.images)
+            whole = self.spec.cut(CUT).whole_slice
+            self.maps = self.backbone.trunk("input", CUT if whole == map_slice(CUT) else whole)(self.images)
         self.cuts = []
 
     def tail(self):
         cut = self.spec.cut(CUT)
-        return TailSource(CUT, cut.slices, cut.map_shape, LocalTailTrainer(self.backbone, self._read))
+        return TailSource(cut, LocalTailTrainer(self.backbone, self._read))
 
     def _read(self, cut):
         self.cuts.append(cut)
@@ -106,14 +125,20 @@ def bench():
     return Bench()
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["all-weights", "low-rank"])
+@pytest.fixture(
+    scope="module",
+    params=[(_Blocks, 0), (_Blocks, 3), (_Tokens, 0), (_Tokens, 3)],
+    ids=["all-weights", "low-rank", "tokens-all-weights", "tokens-low-rank"],
+)
 def kept(bench, request):
-    result, events = bench.train(config={"lora_rank": request.param})
-    return result, events, request.param
+    kind, rank = request.param
+    own = bench if kind is _Blocks else Bench(kind)
+    result, events = own.train(config={"lora_rank": rank})
+    return result, events, rank, own
 
 
-def test_blocks_that_help_are_kept_and_say_why(kept, bench):
-    result, events, rank = kept
+def test_blocks_that_help_are_kept_and_say_why(kept):
+    result, events, rank, bench = kept
     record = result.tuning
     assert record.kept
     assert record.cut == CUT
@@ -122,7 +147,7 @@ def test_blocks_that_help_are_kept_and_say_why(kept, bench):
     assert record.after["accuracy"] > record.before["accuracy"]
     assert result.metrics["accuracy"] == record.after["accuracy"]
     assert result.head.config == HeadConfig(TAIL, tap=CUT, slices=("pooled",), lora_rank=rank)
-    assert result.head.slices == (map_slice(CUT),)
+    assert result.head.slices == (bench.spec.cut(CUT).whole_slice,)
     assert [one for one in events if one.phase == "tune"][-1].message.startswith(f"the blocks behind {CUT} are kept")
     assert "tune_loss" in result.evaluation.curves
     # Trained once more on every row, and right about them.
@@ -130,8 +155,8 @@ def test_blocks_that_help_are_kept_and_say_why(kept, bench):
     assert (said == bench.classes).mean() > 0.95
 
 
-def test_a_file_gives_the_same_answers_and_low_rank_a_small_one(kept, bench):
-    result, _, rank = kept
+def test_a_file_gives_the_same_answers_and_low_rank_a_small_one(kept):
+    result, _, rank, bench = kept
     data = head_to_bytes(result.head)
     again = packed_from_bytes(data, make_tail=bench.backbone.tail_for)
     torch.testing.assert_close(again.predict(bench.maps), result.head.predict(bench.maps), rtol=1e-4, atol=1e-5)
@@ -147,8 +172,8 @@ def test_a_file_gives_the_same_answers_and_low_rank_a_small_one(kept, bench):
     assert caught.value.code is ErrorCode.CORRUPT_DATA
 
 
-def test_an_engine_serves_it_beside_plain_heads_on_one_trunk(kept, bench, tmp_path):
-    result, _, _ = kept
+def test_an_engine_serves_it_beside_plain_heads_on_one_trunk(kept, tmp_path):
+    result, _, _, bench = kept
     plain, _ = bench.train(fine_tune=None)
     blobs = BlobStore(f"file://{tmp_path}")
     space = bench.spec.space(bench.spec.cut("input"))
@@ -233,7 +258,7 @@ def test_jobs_that_cannot_be_are_refused_before_anything_is_read(changes, code):
 
 
 def test_slices_before_the_cut_are_refused(bench):
-    tail = dataclasses.replace(bench.tail(), slices=("pooled",))
+    tail = dataclasses.replace(bench.tail(), cut=dataclasses.replace(bench.spec.cut(CUT), slices=("pooled",)))
     spec = JobSpec(
         "m", "d", "blocks", SIZE, embedding="slices", slices=("block9.mean",), fine_tune=FineTuneConfig(cut=CUT)
     )

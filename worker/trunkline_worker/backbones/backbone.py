@@ -21,10 +21,12 @@ from trunkline_wire.specs import (
     embedding_fingerprint,
     feature_fingerprint,
     int8_fingerprint,
+    map_tap,
+    tokens_slice,
 )
 
 from trunkline_worker.backbones.cuts import part
-from trunkline_worker.backbones.embedding import LastPool, MapPool, Places, Select, map_shape, slices_of
+from trunkline_worker.backbones.embedding import LastPool, MapPool, Places, Select, TokensPool, map_shape, slices_of
 from trunkline_worker.backbones.plan import Cut, make_plan
 from trunkline_worker.backbones.samples import BUNDLED, Samples
 from trunkline_worker.backbones.tail import Tail, depths_of
@@ -176,7 +178,8 @@ class Backbone:
     def trunk(self, cut: str, tap: str = "") -> nn.Module:
         """Return the part behind a cut: features in, the (B, D) embedding out. Shares the weights.
 
-        With the name of a tap, the map there comes out instead: (B, channels * height * width), in that order.
+        With the name of a tap, the map there comes out instead: (B, channels * height * width), in that order. With
+        the name of its tokens, as ``tokens_slice`` says it, these: (B, channels * tokens).
 
         Raises:
             WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is a map at no input size, or is before the
@@ -208,7 +211,7 @@ class Backbone:
         """Return the blocks behind a cut that some slices need, with weights of their own: what fine-tuning trains.
 
         Args:
-            cut: Where the features are a map.
+            cut: Where the features are a map, or a map and tokens beside it.
             slices: Behind the cut, none twice.
             lora_rank: 0: all weights are trained. Otherwise what is added to them is, of that rank.
 
@@ -254,9 +257,11 @@ class Backbone:
         return part(self._graph, start.node, end, self._plan.values, first=first, pools=pools).eval()
 
     def _map_part(self, cut: str, tap: str) -> nn.Module:
-        """Return what turns features at a cut into the map at a tap, flat."""
+        """Return what turns features at a cut into the map at a tap, or its tokens, flat."""
         plan = self._plan
-        start, end = plan.find(cut), plan.find(tap)
+        named = map_tap(tap)
+        has_tokens = named in self.cut_names and tap == tokens_slice(named)
+        start, end = plan.find(cut), plan.find(named if has_tokens and named is not None else tap)
         behind = plan.cuts[plan.cuts.index(start) :]
         if end not in behind or not _may_be_map(end):
             why = "lies before it" if end not in behind else "has no places that form a map"
@@ -266,7 +271,8 @@ class Backbone:
                 f"{self.name} gives no map at {tap!r} from features at cut {cut!r}: {tap!r} {why}. Ends of stages that "
                 f"are maps there: {maps or 'none'}",
             )
-        return self._part(cut, end.node, {end.node: MapPool(end.shape)})
+        pool = TokensPool() if has_tokens and len(end.shape) == 2 else MapPool(end.shape)
+        return self._part(cut, end.node, {end.node: pool})
 
     def preprocessing_at(self, input_size: int = 0) -> Preprocessing:
         """Return the preprocessing at an input size; 0 is the network's own.

@@ -138,6 +138,18 @@ class MapPool(nn.Module):
         return self.places(x.float()).flatten(1)
 
 
+class TokensPool(nn.Module):
+    """Pools nothing, and leaves nothing out: all tokens, flat, channel by channel.
+
+    Shape:
+        x_BTC: (B, T, C); returns (B, C * T), float32.
+    """
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Return the columns."""
+        return x_BTC.float().transpose(1, 2).flatten(1)
+
+
 class LastPool(nn.Module):
     """Pools the last features: as they are where a row is one vector, else the mean over its places.
 

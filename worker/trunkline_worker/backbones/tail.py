@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from trunkline_wire.errors import ErrorCode, WireError
 
-from trunkline_worker.backbones.layout import channel_axis, num_extra_tokens
+from trunkline_worker.backbones.layout import channel_axis
 from trunkline_worker.backbones.lora import add_lora, merge_lora
 
 # Shape suffix legend: B = rows, C = channels, H = height, W = width, D = columns of the slices
@@ -17,7 +17,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Tail(nn.Module):
-    """From the map at a cut to slices of the embedding behind it. Always in evaluation mode, but for ``adapt_norms``.
+    """From features at a cut to slices of the embedding behind it. Always in evaluation mode, but for ``adapt_norms``.
 
     Its weights are a copy: training them changes no one else's backbone. With a ``lora_rank`` the copies stay as they
     are, and factors of that rank are added to them.
@@ -28,7 +28,8 @@ class Tail(nn.Module):
         depths: By the name of a trained parameter: stages between its own and the last one.
 
     Shape:
-        x_BD: (B, C * H * W), a map as ``MapPool`` lays it out; returns (B, columns of all slices), float32.
+        x_BD: (B, C * H * W), a map as ``MapPool`` lays it out, or (B, C * T), tokens as ``TokensPool`` does.
+        returns: (B, columns of all slices), float32.
     """
 
     def __init__(
@@ -50,18 +51,11 @@ class Tail(nn.Module):
             lora_rank: 0: all weights are trained.
 
         Raises:
-            WireError: UNSUPPORTED where there is nothing to train in that way, or where a row has tokens that stand for
-                no place, which a map does not hold.
+            WireError: UNSUPPORTED where there is nothing to train in that way.
         """
         super().__init__()
         self._row_shape = tuple(row_shape)
         self.widths = tuple(widths)
-        if len(row_shape) == 2 and num_extra_tokens(row_shape[0]) != 0:
-            raise WireError(
-                ErrorCode.UNSUPPORTED,
-                f"some of the {row_shape[0]} tokens there stand for no place, which a map does not hold: the blocks "
-                "behind this cut cannot be fine-tuned",
-            )
         self.reader = reader.eval().requires_grad_(False)
         if lora_rank:
             self._factors = add_lora(reader, lora_rank)
@@ -118,13 +112,13 @@ class Tail(nn.Module):
         return columns_BD
 
     def _features(self, x_BD: Tensor) -> Tensor:
-        """Bring a map to the layout of the features at the cut: the inverse of ``Places``."""
+        """Bring columns to the layout of the features at the cut: the inverse of ``MapPool`` and ``TokensPool``."""
         axis = channel_axis(self._row_shape)
         channels = self._row_shape[axis]
+        if len(self._row_shape) == 2:
+            return x_BD.unflatten(1, (channels, -1)).transpose(1, 2)
         side = round((x_BD.shape[1] // channels) ** 0.5)
         x_BCHW = x_BD.unflatten(1, (channels, side, side))
-        if len(self._row_shape) == 2:
-            return x_BCHW.flatten(2).permute(0, 2, 1)
         return x_BCHW if axis == 0 else x_BCHW.permute(0, 2, 3, 1)
 
 

@@ -347,8 +347,9 @@ def _select_map(names: Sequence[str], spec: BackboneSpec, cut: CutSpec) -> tuple
     (name,) = names
     behind = spec.cuts[spec.cuts.index(cut) :]
     tap = spec.cut(map_tap(name) or "")
-    if tap in behind and tap.map_shape:
-        return (SliceSpec(name, 0, math.prod(tap.map_shape)),)
+    shape = spec.map_shape(name)
+    if tap in behind and shape:
+        return (SliceSpec(name, 0, math.prod(shape)),)
     maps = ", ".join(map_slice(one.name) for one in behind if one.is_stage and one.map_shape) or "none"
     advice = f"Ends of stages that are maps behind cut {cut.name!r}: {maps}"
     if tap is None:

@@ -102,11 +102,12 @@ def embedding_error(got_BD: Tensor, expected_BD: Tensor, slices: Sequence[SliceS
 
 
 def trunk_slices(spec: BackboneSpec, cut: str, tap: str) -> list[SliceSpec]:
-    """Return what comes out behind a cut, side by side: the slices of the embedding, or the map at a tap."""
+    """Return what comes out behind a cut, side by side: the slices of the embedding, or the map or tokens at a tap."""
     if tap:
-        width = spec.slice_width(map_slice(tap))
+        name = map_slice(tap) if spec.cut(tap) else tap
+        width = spec.slice_width(name)
         assert width is not None
-        return [SliceSpec(map_slice(tap), 0, width)]
+        return [SliceSpec(name, 0, width)]
     found = spec.cut(cut)
     assert found is not None
     return [one for one in spec.slices if one.name in found.slices]

@@ -7,14 +7,17 @@ from functools import cached_property
 from typing import NamedTuple
 
 from trunkline_wire.bottleneck import Bottleneck
-from trunkline_wire.specs import BackboneSpec, CutSpec, SliceSpec, map_tap
+from trunkline_wire.specs import BackboneSpec, CutSpec, SliceSpec, map_tap, tokens_slice
 
 from trunkline_worker.engine.choice import trunk_slices
 from trunkline_worker.engine.multihead import Columns
 
 
 class TrunkKey(NamedTuple):
-    """Rows of equal keys share a pass of the trunk. ``tap``: whose map comes out; empty for the embedding."""
+    """Rows of equal keys share a pass of the trunk.
+
+    ``tap``: as ``Backbone.trunk`` has it, whose map comes out, or the name of its tokens; empty for the embedding.
+    """
 
     cut: str
     input_size: int
@@ -49,7 +52,11 @@ class Target:
     @cached_property
     def key(self) -> TrunkKey:
         """The group of the rows."""
-        return TrunkKey(self.cut.name, self.spec.preprocessing.input_size, map_tap(self.slices[0].name) or "")
+        name = self.slices[0].name
+        tap = map_tap(name) or ""
+        if tap and name == tokens_slice(tap):
+            tap = name
+        return TrunkKey(self.cut.name, self.spec.preprocessing.input_size, tap)
 
     @cached_property
     def columns(self) -> Columns:

@@ -213,7 +213,7 @@ def _with_tail(spec: JobSpec, dataset: DatasetRecord, first: _Reader, limits: Tu
             f"slice {missing!r} lies before the cut {cut.name!r}, behind which blocks are to be trained; there is "
             + ", ".join(cut.slices)
         )
-    num_bytes = dataset.num_rows * math.prod(cut.map_shape) * 4
+    num_bytes = dataset.num_rows * math.prod(cut.whole_shape) * 4
     if num_bytes > limits.memory_mb * 2**20:
         raise invalid(
             f"the features of {dataset.num_rows} rows at {cut.name!r} need {num_bytes / 2**30:.1f} GiB in each worker; "

@@ -20,7 +20,6 @@ from trunkline_wire.specs import (
     CutSpec,
     FeatureSpace,
     SliceSpec,
-    map_slice,
     map_tap,
 )
 
@@ -98,10 +97,8 @@ class _Entry:
 
     @property
     def map_shape(self) -> tuple[int, ...]:
-        """Shape of the map; empty where the embedding is wanted."""
-        tap = map_tap(self.tap_slice) if self.tap_slice else None
-        cut = self.spec.cut(tap) if tap else None
-        return cut.map_shape if cut else ()
+        """Shape of the map, or of the tokens; empty where the embedding is wanted."""
+        return self.spec.map_shape(self.tap_slice)
 
     @property
     def embedding_key(self) -> str:
@@ -147,7 +144,7 @@ def read_inputs(
 
 @dataclass(frozen=True)
 class RowMaps:
-    """The maps at a cut of a dataset's first input, in storage once they are prepared.
+    """The maps at a cut of a dataset's first input, or its tokens, in storage once they are prepared.
 
     Attributes:
         tenant: Whose dataset it is.
@@ -173,7 +170,7 @@ class RowMaps:
         _Reader(self.tenant, tools, keeper).fill(self._entry, self.row_ids)
 
     def read(self, tools: JobTools) -> npt.NDArray[np.float32]:
-        """Return the maps of all rows, (rows, channels * height * width).
+        """Return the maps of all rows, (rows, channels * height * width), or their tokens, (rows, channels * tokens).
 
         Raises:
             WireError: CORRUPT_DATA; NOT_FOUND where they were not prepared.
@@ -182,7 +179,9 @@ class RowMaps:
 
     @property
     def _entry(self) -> _Entry:
-        return _entry(self.spec, self.space, map_slice(self.cut))
+        cut = self.spec.cut(self.cut)
+        assert cut is not None
+        return _entry(self.spec, self.space, cut.whole_slice)
 
 
 class _Reader:

@@ -110,7 +110,7 @@ def _tail(
         )
     maps = RowMaps(lease.job.tenant, spec, first.space, cut.name, row_ids)
     maps.prepare(tools, keeper)
-    return TailSource(cut.name, cut.slices, cut.map_shape, tools.tails(lease.job.id, maps))
+    return TailSource(cut, tools.tails(lease.job.id, maps))
 
 
 def _publish(

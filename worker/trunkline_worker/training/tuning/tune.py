@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import AUTO, FOCAL, QUANTILE
 from trunkline_wire.heads import LINEAR, HeadConfig, invalid
-from trunkline_wire.specs import POOLED, SliceSpec
+from trunkline_wire.specs import POOLED, CutSpec, SliceSpec
 
 from trunkline_worker.heads.artefact import load_own_state
+from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
 from trunkline_worker.store.records import FineTuning, JobSpec
 from trunkline_worker.training.choose import choose_l2, choose_slices
@@ -38,16 +40,17 @@ class TailSource:
     """Where a tail begins, and who trains it.
 
     Attributes:
-        cut: Name of the cut.
-        slices: Those of the first input's embedding that lie behind it.
-        map_shape: Channels, height and width there.
+        cut: Where, in the backbone of the first input; its features are a map, or a map and tokens beside it.
         trainer: Does the work.
     """
 
-    cut: str
-    slices: tuple[str, ...]
-    map_shape: tuple[int, ...]
+    cut: CutSpec
     trainer: TailTrainer
+
+    @property
+    def input(self) -> HeadInput:
+        """What the blocks read: all of the features."""
+        return HeadInput((self.cut.whole_slice,), (math.prod(self.cut.whole_shape),), self.cut.whole_shape)
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,11 @@ def check_tuning(spec: JobSpec, tail: TailSource | None) -> None:
         raise WireError(
             ErrorCode.UNSUPPORTED, "fine-tuning needs a backbone and somebody who trains it; neither is here"
         )
-    if spec.embedding == "slices" and not set(spec.slices) <= set(tail.slices):
-        missing = sorted(set(spec.slices) - set(tail.slices))
+    if spec.embedding == "slices" and not set(spec.slices) <= set(tail.cut.slices):
+        missing = sorted(set(spec.slices) - set(tail.cut.slices))
         raise invalid(
-            f"slice {missing[0]!r} lies before the cut {tail.cut!r}, behind which blocks are to be trained; there is "
-            + ", ".join(tail.slices)
+            f"slice {missing[0]!r} lies before the cut {tail.cut.name!r}, behind which blocks are to be trained; there "
+            f"is {', '.join(tail.cut.slices)}"
         )
 
 
@@ -121,7 +124,7 @@ def fine_tune(
         pictures: How the rows belong together.
     """
     assert spec.fine_tune is not None
-    config = filled_in(replace(spec.fine_tune, cut=tail.cut), len(training_index) * pictures.num_views)
+    config = filled_in(replace(spec.fine_tune, cut=tail.cut.name), len(training_index) * pictures.num_views)
     progress.tell(PHASE, 0.0)
     # One solution, found to the end, is the best start there is, whatever is minimised then.
     loss = replace(spec.loss, kind=AUTO) if spec.loss.kind in (FOCAL, QUANTILE) else spec.loss
@@ -141,7 +144,7 @@ def fine_tune(
         inputs = [source.head_input(slices)]
         start = fit_head(linear, task, num_outputs, inputs, rows, None, l2, _quiet(progress), span=(0.0, 1.0)).head
         return TuningWork(
-            *(name, config, spec, task, names, tail.map_shape, StartHead.of(start)),
+            *(name, config, spec, task, names, tail.input, StartHead.of(start)),
             truth=everything.truth.cpu().numpy(),
             training_index=row_index,
             # Of the pictures themselves: changed views are for training alone.
@@ -169,7 +172,7 @@ def fine_tune(
     record = FineTuning(
         kept=verdict.is_better,
         reason=verdict.reason,
-        cut=tail.cut,
+        cut=tail.cut.name,
         metric=verdict.metric,
         gain=verdict.gain,
         low=verdict.low,
@@ -182,7 +185,8 @@ def fine_tune(
         num_resumed=sum(one.num_resumed for one in runs),
         seconds=sum(one.seconds for one in runs),
     )
-    progress.tell(PHASE, 1.0, {"gain": verdict.gain}, f"the blocks behind {tail.cut} are {verdict.reason}", always=True)
+    message = f"the blocks behind {tail.cut.name} are {verdict.reason}"
+    progress.tell(PHASE, 1.0, {"gain": verdict.gain}, message, always=True)
     if not verdict.is_better:
         return Tuned(record, None, None, measured.curves)
     return Tuned(record, _head(last, work, tail), outputs_NK, measured.curves)
@@ -200,7 +204,7 @@ def _slices(
     pictures: Pictures,
 ) -> list[SliceSpec]:
     """Return what the tail is to make: the best slices behind the cut, and the last layer, so that all of it learns."""
-    behind = [one for one in source.slices if one.name in tail.slices]
+    behind = [one for one in source.slices if one.name in tail.cut.slices]
     if spec.embedding == "slices":
         chosen: Sequence[str] = spec.slices
     elif spec.embedding == POOLED:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from trunkline_wire.fits import FineTuneConfig
 from trunkline_wire.heads import TAIL, HeadConfig
-from trunkline_wire.specs import map_slice
 
 from trunkline_worker.heads.inputs import HeadInput
 from trunkline_worker.heads.model import Head
@@ -59,7 +58,7 @@ class TuningWork:
         spec: The job, for its loss, optimiser and seed.
         task: One of ``heads.TASKS``.
         slices: What the tail makes of the map, in order.
-        map_shape: Channels, height and width.
+        head_input: What the tail reads.
         start: Where the head starts.
         truth: As ``Rows.truth``, of all rows.
         training_index: Rows to learn from.
@@ -71,7 +70,7 @@ class TuningWork:
     spec: JobSpec
     task: str
     slices: tuple[str, ...]
-    map_shape: tuple[int, ...]
+    head_input: HeadInput
     start: StartHead
     truth: npt.NDArray[np.generic]
     training_index: Indices
@@ -81,11 +80,6 @@ class TuningWork:
     def head_config(self) -> HeadConfig:
         """What the head is made of."""
         return HeadConfig(TAIL, tap=self.config.cut, slices=self.slices, lora_rank=self.config.lora_rank)
-
-    @property
-    def head_input(self) -> HeadInput:
-        """What it reads."""
-        return HeadInput((map_slice(self.config.cut),), (math.prod(self.map_shape),), tuple(self.map_shape))
 
     @property
     def num_steps(self) -> int:
