@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from trunkline_wire.fits import FineTuneConfig
+from trunkline_wire.specs import map_slice
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.store.records import JobSpec
@@ -51,7 +52,7 @@ def read(backbone: Backbone, cut: str, size: int) -> Rows:
     ]
     images = torch.from_numpy(np.stack(pictures))
     with torch.inference_mode():
-        embed, tap = backbone.trunk("input"), backbone.trunk("input", cut)
+        embed, tap = backbone.trunk("input"), backbone.trunk("input", map_slice(cut))
         embedding = torch.cat([embed(one) for one in images.split(_PORTION)])
         maps = torch.cat([tap(one) for one in images.split(_PORTION)])
     return Rows(images, embedding.clone(), maps.clone(), digits.target.astype(np.int64))

@@ -101,7 +101,7 @@ def test_every_head_is_served_as_it_computes_in_torch(client, served, datasets, 
     features = torch.from_numpy(stem(others))
     with torch.inference_mode():
         if kind == "conv":
-            first = backbone.trunk(CUT, "blocks.4")(features)
+            first = backbone.trunk(CUT, "blocks.4.map")(features)
         else:
             embedded = backbone.trunk(CUT)(features)
             spec = backbone.describe(SIZE)

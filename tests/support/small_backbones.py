@@ -56,22 +56,22 @@ class _Deep(nn.Sequential):
         self.mean, self.flat, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
 
 
-class _Tokens(nn.Module):
-    """A vision transformer in small, which reads its class token: 17 tokens of 16 numbers."""
+class Tokens(nn.Module):
+    """A vision transformer in small, which reads its class token: 17 tokens at ``patch`` and behind each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16, num_layers: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 16, 8, 8)
-        self.token = nn.Parameter(torch.randn(1, 1, 16))
-        self.layers = nn.Sequential(
-            *(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True) for _ in range(4))
-        )
-        self.head = nn.Linear(16, 5)
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.patch = nn.Identity()
+        options = {"dim_feedforward": 32, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(width, 2, **options) for _ in range(num_layers)))
+        self.head = nn.Linear(width, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.head(self.layers(x)[:, 0])
+        return self.head(self.layers(self.patch(x))[:, 0])
 
 
 def small_backbone(kind: str = "places", samples=BUNDLED) -> Backbone:
@@ -80,7 +80,7 @@ def small_backbone(kind: str = "places", samples=BUNDLED) -> Backbone:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = {"places": _Places, "large": _Large, "deep": _Deep, "tokens": _Tokens}[kind]()
+        network = {"places": _Places, "large": _Large, "deep": _Deep, "tokens": Tokens}[kind]()
     preprocessing = Preprocessing(SIZE, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     info = WeightsInfo("random", pretrained=False)
     return Backbone(kind, network, preprocessing, info, sha256_of(network), samples=samples)

@@ -7,9 +7,10 @@ import operator
 import parity
 import pytest
 import torch
+from small_backbones import Tokens
 from torch import Tensor, nn
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import Preprocessing
+from trunkline_wire.specs import Preprocessing, map_slice
 from trunkline_worker.backbones.backbone import Backbone, WeightsInfo
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
@@ -304,28 +305,10 @@ def test_where_nothing_crosses_alone_the_output_is_the_embedding() -> None:
     assert [(one.name, one.width) for one in spec.slices] == [("pooled", 5)]
 
 
-class Tokens(nn.Module):
-    """A vision transformer in small: patches, a class token, layers of one shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 16, 8, 8)
-        self.token = nn.Parameter(torch.zeros(1, 1, 16))
-        self.layers = nn.Sequential(
-            *(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(6))
-        )
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.head(self.layers(x)[:, 0])
-
-
 def test_layers_of_one_shape_are_tapped_at_four_depths_without_the_class_token() -> None:
     torch.backends.mha.set_fastpath_enabled(False)  # whose numbers differ from the slow path's in the last bits
     try:
-        backbone = _check(Tokens())
+        backbone = _check(Tokens(num_layers=6))
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     assert backbone.stage_names == ("layers.0", "layers.2", "layers.3", "layers.5")
@@ -360,18 +343,18 @@ def test_channels_are_found_where_they_come_last() -> None:
 
 
 def test_the_map_of_tokens_leaves_out_those_that_stand_for_no_place() -> None:
-    backbone = _backbone(Tokens())
+    backbone = _backbone(Tokens(num_layers=6))
     assert backbone.describe().cut("layers.2").map_shape == (16, 4, 4)  # type: ignore[union-attr]
     with torch.inference_mode():
         tokens = backbone.stem("layers.2")(sample_images(2, SIZE))
-        at_the_cut = backbone.trunk("layers.2", "layers.2")(tokens)
-        from_before = backbone.trunk("layers.0", "layers.2")(backbone.stem("layers.0")(sample_images(2, SIZE)))
+        at_the_cut = backbone.trunk("layers.2", "layers.2.map")(tokens)
+        from_before = backbone.trunk("layers.0", "layers.2.map")(backbone.stem("layers.0")(sample_images(2, SIZE)))
     torch.testing.assert_close(at_the_cut, tokens[:, 1:].transpose(1, 2).flatten(1))
     torch.testing.assert_close(from_before, at_the_cut)
 
 
 def test_all_tokens_are_a_slice_of_their_own() -> None:
-    backbone = _backbone(Tokens())
+    backbone = _backbone(Tokens(num_layers=6))
     spec = backbone.describe()
     cut = spec.cut("layers.2")
     assert cut is not None
@@ -402,7 +385,7 @@ def test_the_map_of_channels_last_features_has_its_channels_first() -> None:
     assert backbone.describe().cut("second").map_shape == (12, 16, 16)  # type: ignore[union-attr]
     with torch.inference_mode():
         images = sample_images(2, SIZE)
-        flat = backbone.trunk("input", "second")(images)
+        flat = backbone.trunk("input", "second.map")(images)
         features = backbone.stem("second")(images)
     torch.testing.assert_close(flat, features.permute(0, 3, 1, 2).flatten(1))
 
@@ -416,7 +399,8 @@ def test_the_map_at_a_convolution_is_what_leaves_it() -> None:
         for tap in backbone.stage_names:
             features = backbone.stem(tap)(images)
             assert spec.cut(tap).map_shape == features.shape[1:]  # type: ignore[union-attr]
-            torch.testing.assert_close(backbone.trunk("stem", tap)(backbone.stem("stem")(images)), features.flatten(1))
+            flat = backbone.trunk("stem", map_slice(tap))(backbone.stem("stem")(images))
+            torch.testing.assert_close(flat, features.flatten(1))
 
 
 def test_a_tap_that_gives_no_map_is_refused_with_those_that_do() -> None:
@@ -424,15 +408,15 @@ def test_a_tap_that_gives_no_map_is_refused_with_those_that_do() -> None:
     first, last = backbone.stage_names
     for tap, why in ((first, "lies before it"), ("stem", "lies before it"), ("input", "lies before it")):
         with pytest.raises(WireError, match=f"{why}.*are maps there: {last}$") as caught:
-            backbone.trunk(last, tap)
+            backbone.trunk(last, map_slice(tap))
         assert caught.value.code is ErrorCode.INVALID_ARGUMENT
     pooled = backbone.cut_names[-1]
     for tap in (pooled, "input"):
         with pytest.raises(WireError, match=f"no places that form a map.*: {first}, {last}$") as caught:
-            backbone.trunk("input", tap)
+            backbone.trunk("input", map_slice(tap))
         assert caught.value.code is ErrorCode.INVALID_ARGUMENT
     with pytest.raises(WireError) as caught:
-        backbone.trunk("stem", "nowhere")
+        backbone.trunk("stem", "nowhere.map")
     assert caught.value.code is ErrorCode.NOT_FOUND
 
 

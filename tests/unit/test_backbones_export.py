@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_backbones import small_backbone
 from torch import nn
 from trunkline_wire.errors import ErrorCode, WireError
+from trunkline_wire.specs import map_slice
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import export_module, export_stem, sample_images, session_options
@@ -96,7 +97,7 @@ def test_trunks_that_end_in_a_map_are_exported(cut: str, tap: str) -> None:
     backbone = small_backbone()
     images = sample_images(3, backbone.preprocessing.input_size, seed=1)
     features = images if cut == "input" else backbone.stem(cut)(images)
-    module = backbone.trunk(cut, tap)
+    module = backbone.trunk(cut, map_slice(tap))
     expected = module(features).numpy()
     with torch.inference_mode(mode=False):
         data = export_module(module, features[:2].clone(), "features", "embedding")

@@ -17,7 +17,7 @@ from trunkline_wire.bottleneck import Bottleneck, ChannelLinear
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.heads import HeadConfig
 from trunkline_wire.quantise import pack
-from trunkline_wire.specs import FeatureSpace, bottleneck_fingerprint, local_space, map_slice
+from trunkline_wire.specs import FeatureSpace, bottleneck_fingerprint, local_space, map_slice, map_tap
 from trunkline_worker.backbones.catalogue import load_backbone
 from trunkline_worker.backbones.export import sample_images
 from trunkline_worker.engine.targets import Target
@@ -270,7 +270,7 @@ def test_a_convolutional_head_reads_the_map_at_its_tap(backbone, blobs, spec, fe
     model, head = publish(blobs, spec, config, (entry, OWN), more=MORE)
     space = spec.space(spec.cut(CUT))
     with torch.inference_mode():
-        reference = backbone.trunk(CUT, TAP)(torch.from_numpy(features))
+        reference = backbone.trunk(CUT, map_slice(TAP))(torch.from_numpy(features))
         expected = head.predict(torch.cat([reference, torch.from_numpy(own)], dim=1)).numpy()
 
     async def test(engine):
@@ -315,7 +315,7 @@ def test_the_runtime_of_a_map_is_measured_once_and_found_again(blobs, monkeypatc
     begin = RuntimeChooser.begin
 
     def counted(self, key, exported, **options):
-        measured.append((key.cut, key.tap))
+        measured.append((key.cut, map_tap(key.whole) or ""))
         return begin(self, key, exported, **options)
 
     monkeypatch.setattr(RuntimeChooser, "begin", counted)

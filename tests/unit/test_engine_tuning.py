@@ -19,7 +19,7 @@ import torch
 from small_backbones import SIZE, small_backbone
 from torch import Tensor
 from trunkline_wire.errors import ErrorCode, WireError
-from trunkline_wire.specs import RuntimeResult, RuntimeSpeed, SliceSpec, Tuning
+from trunkline_wire.specs import RuntimeResult, RuntimeSpeed, SliceSpec, Tuning, map_slice
 from trunkline_worker.backbones.backbone import Backbone
 from trunkline_worker.backbones.export import sample_images
 from trunkline_worker.engine import trials, trunk_exports, tuning
@@ -397,11 +397,11 @@ def test_the_runtime_of_a_map_is_chosen_by_its_tap(bench: Bench, small: Backbone
     for tap in ("blocks.1", "blocks.3", ""):
 
         async def test(runtimes: Runtimes, tap: str = tap) -> Tensor:
-            prepared = await runtimes.get(TrunkKey("norm", SIZE, tap))
+            prepared = await runtimes.get(TrunkKey("norm", SIZE, tap and map_slice(tap)))
             return await runtimes._threads.compute(prepared.runtime.run, features.contiguous().numpy())
 
         for _ in range(2):
-            got, expected = bench.do(test), small.trunk("norm", tap)(features)
+            got, expected = bench.do(test), small.trunk("norm", tap and map_slice(tap))(features)
             torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 

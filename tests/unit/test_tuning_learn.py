@@ -10,6 +10,7 @@ from small_backbones import SIZE, small_backbone
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import BATCH_NORM_ADAPT, BFLOAT16, FineTuneConfig, LossConfig, OptimiserConfig
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from trunkline_wire.specs import map_slice
 from trunkline_worker.store.records import JobSpec
 from trunkline_worker.training.mixup import Mixer
 from trunkline_worker.training.progress import TrainingCancelled
@@ -32,7 +33,7 @@ def maps_of(kind="places", cut=CUT):
     for row, one in enumerate(classes_N):
         images[row, :, : SIZE // 2 if one else SIZE, 0] += 100
     with torch.no_grad():
-        return small_backbone(kind).trunk("input", cut)(images.to(torch.uint8)), classes_N
+        return small_backbone(kind).trunk("input", map_slice(cut))(images.to(torch.uint8)), classes_N
 
 
 def work_for(task=CLASSIFICATION, *, kind="places", cut=CUT, slices=SLICES, num_outputs=2, truth=None, **changes):

@@ -2,18 +2,19 @@
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from small_backbones import SIZE
+from small_backbones import SIZE, Tokens
 from torch import nn
 from trunkline_wire.errors import ErrorCode, WireError
 from trunkline_wire.fits import FineTuneConfig, LossConfig
 from trunkline_wire.heads import CLASSIFICATION, MULTI_LABEL, REGRESSION, TAIL, HeadConfig
-from trunkline_wire.specs import Preprocessing, map_slice
+from trunkline_wire.specs import Preprocessing
 from trunkline_worker.backbones.backbone import Backbone, WeightsInfo, sha256_of
 from trunkline_worker.engine.local import LocalEngine
 from trunkline_worker.heads.artefact import head_from_bytes, head_path, head_to_bytes, own_state
@@ -48,22 +49,7 @@ class _Blocks(nn.Sequential):
         self.mean, self.flat, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
 
 
-class _Tokens(nn.Module):
-    """The same for tokens, of which the first stands for no place, and says what the picture is."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 8, 8)
-        self.token = nn.Parameter(torch.randn(1, 1, 8))
-        self.patch = nn.Identity()
-        layers = (nn.TransformerEncoderLayer(8, 2, 32, 0.0, batch_first=True, norm_first=True) for _ in range(3))
-        self.blocks = nn.Sequential(*layers)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.head(self.blocks(self.patch(x))[:, 0])
+_SmallTokens = functools.partial(Tokens, width=8, num_layers=3)
 
 
 def make_backbone(kind=_Blocks):
@@ -89,8 +75,7 @@ class Bench:
         self.images = images.to(torch.uint8)
         with torch.no_grad():
             self.embedding = self.backbone.trunk("input")(self.images)
-            whole = self.spec.cut(CUT).whole_slice
-            self.maps = self.backbone.trunk("input", CUT if whole == map_slice(CUT) else whole)(self.images)
+            self.maps = self.backbone.trunk("input", self.spec.cut(CUT).whole_slice)(self.images)
         self.cuts = []
 
     def tail(self):
@@ -127,7 +112,7 @@ def bench():
 
 @pytest.fixture(
     scope="module",
-    params=[(_Blocks, 0), (_Blocks, 3), (_Tokens, 0), (_Tokens, 3)],
+    params=[(_Blocks, 0), (_Blocks, 3), (_SmallTokens, 0), (_SmallTokens, 3)],
     ids=["all-weights", "low-rank", "tokens-all-weights", "tokens-low-rank"],
 )
 def kept(bench, request):

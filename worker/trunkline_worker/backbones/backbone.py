@@ -175,19 +175,19 @@ class Backbone:
             )
         return self._part(INPUT_CUT, end.node)
 
-    def trunk(self, cut: str, tap: str = "") -> nn.Module:
+    def trunk(self, cut: str, whole: str = "") -> nn.Module:
         """Return the part behind a cut: features in, the (B, D) embedding out. Shares the weights.
 
-        With the name of a tap, the map there comes out instead: (B, channels * height * width), in that order. With
-        the name of its tokens, as ``tokens_slice`` says it, these: (B, channels * tokens).
+        With the name of a slice that is all of a tap's features, that comes out instead: of the map (B, channels *
+        height * width), in that order, of the tokens (B, channels * tokens).
 
         Raises:
             WireError: As ``check_cut``; INVALID_ARGUMENT for a tap that is a map at no input size, or is before the
-                cut.
+                cut; NOT_FOUND for a slice of another kind.
         """
         plan = self._plan
-        if tap:
-            return self._map_part(cut, tap)
+        if whole:
+            return self._whole_part(cut, whole)
         pools = {tap.node: tap.pool for tap in plan.taps_behind(cut)}
         return self._part(cut, plan.pooled.node, {**pools, plan.pooled.node: LastPool(plan.pooled.shape)})
 
@@ -256,12 +256,13 @@ class Backbone:
         first = self._normalise if start.name == INPUT_CUT else None
         return part(self._graph, start.node, end, self._plan.values, first=first, pools=pools).eval()
 
-    def _map_part(self, cut: str, tap: str) -> nn.Module:
+    def _whole_part(self, cut: str, whole: str) -> nn.Module:
         """Return what turns features at a cut into the map at a tap, or its tokens, flat."""
         plan = self._plan
-        named = map_tap(tap)
-        has_tokens = named in self.cut_names and tap == tokens_slice(named)
-        start, end = plan.find(cut), plan.find(named if has_tokens and named is not None else tap)
+        tap = map_tap(whole)
+        if tap is None:
+            raise WireError(ErrorCode.NOT_FOUND, f"{self.name} has no map {whole[:80]!r}")
+        start, end = plan.find(cut), plan.find(tap)
         behind = plan.cuts[plan.cuts.index(start) :]
         if end not in behind or not _may_be_map(end):
             why = "lies before it" if end not in behind else "has no places that form a map"
@@ -271,7 +272,8 @@ class Backbone:
                 f"{self.name} gives no map at {tap!r} from features at cut {cut!r}: {tap!r} {why}. Ends of stages that "
                 f"are maps there: {maps or 'none'}",
             )
-        pool = TokensPool() if has_tokens and len(end.shape) == 2 else MapPool(end.shape)
+        has_tokens = whole == tokens_slice(tap) and len(end.shape) == 2
+        pool = TokensPool() if has_tokens else MapPool(end.shape)
         return self._part(cut, end.node, {end.node: pool})
 
     def preprocessing_at(self, input_size: int = 0) -> Preprocessing:

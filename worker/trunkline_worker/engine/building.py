@@ -70,14 +70,14 @@ class Builder:
             return "this processor only emulates float16"
         return ""
 
-    def build(self, name: str, cut: CutSpec, input_size: int, tap: str = "", onnx: bytes | None = None) -> Runtime:
+    def build(self, name: str, cut: CutSpec, input_size: int, whole: str = "", onnx: bytes | None = None) -> Runtime:
         """Make a runtime.
 
         Args:
             name: Which; one that ``why_not`` says nothing against.
             cut: Where the features enter.
             input_size: Of the rows, in pixels.
-            tap: Where the trunk ends, if not at the embedding.
+            whole: The slice that the trunk ends in, if not in the embedding. See ``Backbone.trunk``.
             onnx: The exported trunk, for those that read it.
 
         Raises:
@@ -92,10 +92,10 @@ class Builder:
             make = OpenVinoRowsRuntime if name in names.ROWWISE else OpenVinoRuntime
             return make(onnx, name, num_threads=self._num_threads)
         if name in RECIPES:
-            return torch_runtime(self._placed, cut, name, self._device, tap=tap, weights=self._weights)
+            return torch_runtime(self._placed, cut, name, self._device, whole=whole, weights=self._weights)
         channels_first = cut.channel_axis == 0
         recipe, max_rows = _recipe(name), rows_at(self._most_rows, input_size)
-        trunk = self._weights.converted(self._placed.trunk(cut.name, tap), recipe)
+        trunk = self._weights.converted(self._placed.trunk(cut.name, whole), recipe)
         if name in GRAPH_RECIPES:
             return CudaGraphRuntime(trunk, name, self._device, max_rows=max_rows, channels_first=channels_first)
         is_picture = cut.channel_axis == 2 and len(cut.feature_shape) == 3 and cut.name == "input"

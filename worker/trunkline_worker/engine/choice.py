@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from trunkline_wire.specs import BackboneSpec, RuntimeResult, RuntimeSpeed, SliceSpec, Tuning, map_slice
+from trunkline_wire.specs import BackboneSpec, RuntimeResult, RuntimeSpeed, SliceSpec, Tuning
 
 from trunkline_worker.engine.runtimes import Runtime
 
@@ -101,13 +101,12 @@ def embedding_error(got_BD: Tensor, expected_BD: Tensor, slices: Sequence[SliceS
     return max(errors)
 
 
-def trunk_slices(spec: BackboneSpec, cut: str, tap: str) -> list[SliceSpec]:
+def trunk_slices(spec: BackboneSpec, cut: str, whole: str) -> list[SliceSpec]:
     """Return what comes out behind a cut, side by side: the slices of the embedding, or the map or tokens at a tap."""
-    if tap:
-        name = map_slice(tap) if spec.cut(tap) else tap
-        width = spec.slice_width(name)
+    if whole:
+        width = spec.slice_width(whole)
         assert width is not None
-        return [SliceSpec(name, 0, width)]
+        return [SliceSpec(whole, 0, width)]
     found = spec.cut(cut)
     assert found is not None
     return [one for one in spec.slices if one.name in found.slices]

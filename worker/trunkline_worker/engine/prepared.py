@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CAPACITY = 16
-"""Most runtimes, one per cut, input size and tap, that are kept in memory."""
+"""Most runtimes, one per cut, input size and end, that are kept in memory."""
 
 
 class Places(Protocol):

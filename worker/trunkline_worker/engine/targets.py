@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from trunkline_wire.bottleneck import Bottleneck
-from trunkline_wire.specs import BackboneSpec, CutSpec, SliceSpec, map_tap, tokens_slice
+from trunkline_wire.specs import BackboneSpec, CutSpec, SliceSpec, map_tap
 
 from trunkline_worker.engine.choice import trunk_slices
 from trunkline_worker.engine.multihead import Columns
@@ -16,12 +16,12 @@ from trunkline_worker.engine.multihead import Columns
 class TrunkKey(NamedTuple):
     """Rows of equal keys share a pass of the trunk.
 
-    ``tap``: as ``Backbone.trunk`` has it, whose map comes out, or the name of its tokens; empty for the embedding.
+    ``whole``: the slice that comes out, where it is all of a tap's features; empty for the embedding.
     """
 
     cut: str
     input_size: int
-    tap: str = ""
+    whole: str = ""
 
 
 class LocalKey(NamedTuple):
@@ -53,15 +53,12 @@ class Target:
     def key(self) -> TrunkKey:
         """The group of the rows."""
         name = self.slices[0].name
-        tap = map_tap(name) or ""
-        if tap and name == tokens_slice(tap):
-            tap = name
-        return TrunkKey(self.cut.name, self.spec.preprocessing.input_size, tap)
+        return TrunkKey(self.cut.name, self.spec.preprocessing.input_size, "" if map_tap(name) is None else name)
 
     @cached_property
     def columns(self) -> Columns:
         """Where the slices lie in what the trunk gives."""
-        return Columns(trunk_slices(self.spec, self.cut.name, self.key.tap))
+        return Columns(trunk_slices(self.spec, self.cut.name, self.key.whole))
 
     @cached_property
     def slice_names(self) -> tuple[str, ...]:

@@ -231,7 +231,7 @@ def torch_runtime(
     name: str,
     device: torch.device,
     *,
-    tap: str = "",
+    whole: str = "",
     weights: Weights | None = None,
 ) -> TorchRuntime:
     """Return the trunk behind a cut in torch.
@@ -241,10 +241,10 @@ def torch_runtime(
         cut: Where the features enter.
         name: One of ``RECIPES``.
         device: Where it runs.
-        tap: Where it ends, if not at the embedding.
+        whole: The slice that it ends in, if not in the embedding. See ``Backbone.trunk``.
         weights: Shares converted weights with other runtimes.
     """
-    trunk = (weights or Weights()).converted(placed.trunk(cut.name, tap), RECIPES[name])
+    trunk = (weights or Weights()).converted(placed.trunk(cut.name, whole), RECIPES[name])
     return TorchRuntime(trunk, name, device, channels_first=cut.channel_axis == 0)
 
 

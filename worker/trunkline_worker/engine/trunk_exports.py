@@ -30,13 +30,13 @@ class TrunkExports:
         self._backbone = backbone
         self._exports = ExportStore(blobs)
 
-    def get(self, spec: BackboneSpec, cut: str, tap: str = "") -> bytes:
+    def get(self, spec: BackboneSpec, cut: str, whole: str = "") -> bytes:
         """Return the file of the trunk behind a cut, exporting it where storage lacks it.
 
         Raises:
             WireError: UNSUPPORTED, PAYLOAD_TOO_LARGE.
         """
-        fingerprint = trunk_fingerprint(spec, cut, tap)
+        fingerprint = trunk_fingerprint(spec, cut, whole)
         found = self._exports.find(TRUNKS, fingerprint)
         if found is not None:
             check_onnx(found[1], MAX_EXPORT_BYTES)
@@ -46,7 +46,7 @@ class TrunkExports:
             images = sample_images(2, size)
             example = images if cut == INPUT_CUT else self._backbone.stem(cut)(images)
         # An inference tensor cannot be traced; a copy made outside of the mode can.
-        data = export_module(self._backbone.trunk(cut, tap), example.clone(), TRUNK_INPUT, TRUNK_OUTPUT)
+        data = export_module(self._backbone.trunk(cut, whole), example.clone(), TRUNK_INPUT, TRUNK_OUTPUT)
         try:
             self._exports.put(TRUNKS, fingerprint, data)
         except WireError as error:
@@ -54,9 +54,9 @@ class TrunkExports:
         return data
 
 
-def trunk_fingerprint(spec: BackboneSpec, cut: str, tap: str) -> str:
+def trunk_fingerprint(spec: BackboneSpec, cut: str, whole: str) -> str:
     """Return what tells trunks apart: weights, preprocessing, where it begins and where it ends."""
     found = spec.cut(cut)
     assert found is not None
-    parts = [_TRUNK_FORMAT, found.fingerprint, spec.embedding_fingerprint, *([tap] if tap else [])]
+    parts = [_TRUNK_FORMAT, found.fingerprint, spec.embedding_fingerprint, *([whole] if whole else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

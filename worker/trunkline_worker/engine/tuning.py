@@ -106,7 +106,7 @@ class RuntimeChooser:
     def exported(self, key: TrunkKey) -> Exported:
         """Return the trunk as a file, exporting it where storage lacks it. On the exporting thread."""
         try:
-            return Exported(self._exports.get(self._backbone.describe(key.input_size), key.cut, key.tap))
+            return Exported(self._exports.get(self._backbone.describe(key.input_size), key.cut, key.whole))
         except Exception as error:  # neither exporter nor storage may keep torch from serving
             reason = reason_of(error)
             logger.warning("no export of %s/%s: %s", self._backbone.name, key.cut, reason)
@@ -179,7 +179,7 @@ class RuntimeChooser:
         return Trials(
             lambda name: self._build(key, name, exported),
             sample=exact_features(self._placed, key.cut, pictures_BHWC, self._device),
-            slices=trunk_slices(spec, key.cut, key.tap),
+            slices=trunk_slices(spec, key.cut, key.whole),
             batch_sizes=self._sizes(key),
             budget_s=budget_s,
             clock=self._clock,
@@ -189,7 +189,7 @@ class RuntimeChooser:
     def _build(self, key: TrunkKey, name: str, exported: Exported) -> Runtime:
         if name in names.FROM_ONNX and exported.data is None:
             raise WireError(ErrorCode.UNSUPPORTED, exported.refused)
-        return self._builder.build(name, self._cut(key), key.input_size, key.tap, exported.data)
+        return self._builder.build(name, self._cut(key), key.input_size, key.whole, exported.data)
 
     def _cut(self, key: TrunkKey) -> CutSpec:
         found = self._backbone.describe(key.input_size).cut(key.cut)
@@ -216,14 +216,14 @@ class RuntimeChooser:
         )
 
     def _label(self, key: TrunkKey) -> str:
-        where = f"{self._backbone.name}/{key.cut}" + (f"/{key.tap}" if key.tap else "")
+        where = f"{self._backbone.name}/{key.cut}" + (f"/{key.whole}" if key.whole else "")
         return f"{where} at {key.input_size} px"
 
     def _note_path(self, key: TrunkKey) -> str:
         spec = self._backbone.describe(key.input_size)
         parts = [
             _NOTE_FORMAT,
-            trunk_fingerprint(spec, key.cut, key.tap),
+            trunk_fingerprint(spec, key.cut, key.whole),
             self._backbone.samples.digest,
             self._device_name(),
             self._num_threads,

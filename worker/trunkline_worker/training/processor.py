@@ -34,6 +34,7 @@ _HISTORY = 12
 
 _SLOW = 0.05
 """Share of the objective: where two steps together gain less, the curvature's estimate is worth what it costs."""
+
 _DOUBLE_DIGITS, _SINGLE_DIGITS = 1e-15, 1e-9
 """What the objective, relative to its size, may rise by and be no worse: as far as sums of rounded losses tell."""
 
