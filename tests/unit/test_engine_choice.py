@@ -69,7 +69,7 @@ def test_the_error_is_that_of_the_worst_slice() -> None:
 
 def test_the_error_of_a_map_is_measured_on_all_of_it() -> None:
     spec = small_backbone().describe()
-    assert trunk_slices(spec, "norm", "blocks.3") == [SliceSpec("blocks.3.map", 0, 16 * 64)]
+    assert trunk_slices(spec, "norm", "blocks.3.map") == [SliceSpec("blocks.3.map", 0, 16 * 64)]
     assert [one.name for one in trunk_slices(spec, "blocks.3", "")] == [
         "blocks.3.mean",
         "blocks.3.std",

@@ -5,13 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
+
+_NOTICE_S = 0.5
+"""Longest wait at a time, in seconds. An interrupt just before a wait does not end it, and is noticed after it."""
 
 
 @dataclass(frozen=True)
 class _End:
     error: Exception | None = None
+
+
+def _next(messages: SimpleQueue[Any]) -> Any:
+    while True:
+        try:
+            return messages.get(timeout=_NOTICE_S)
+        except Empty:
+            continue
 
 
 def read_aside(open_call: Callable[[], Any]) -> Iterator[Any]:
@@ -46,7 +57,7 @@ def read_aside(open_call: Callable[[], Any]) -> Iterator[Any]:
     try:
         # In here: starting one waits for it, and may be interrupted as well.
         threading.Thread(target=read, name="trunkline-read", daemon=True).start()
-        while not isinstance(message := messages.get(), _End):
+        while not isinstance(message := _next(messages), _End):
             yield message
         if message.error is not None:
             raise message.error
